@@ -63,9 +63,9 @@ impl BlockSize {
         u64::from(self.0)
     }
 
-    /// In bytes, for buffers.
+    /// In bytes, for the sizes of buffers.
     #[must_use]
-    pub fn len(self) -> usize {
+    pub fn as_usize(self) -> usize {
         self.0 as usize
     }
 
