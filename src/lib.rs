@@ -2,6 +2,9 @@
 
 pub mod bitmap;
 pub mod clock;
+pub mod fault;
+pub mod guard;
+pub mod hoststate;
 pub mod image;
 pub mod nbd;
 pub mod qmp;

@@ -1,1 +1,127 @@
-//! Placeholder.
+//! The control plane: QEMU's machine protocol (QMP, QEMU docs/interop/qmp-spec.rst).
+//!
+//! [`Monitor`] is the seam: a UNIX socket today ([`socket::QmpSocket`]), libvirt's passthrough later. Above it are the
+//! typed commands ([`command`]), what a VM's disks are ([`graph`]), the exports of a batch ([`export`]), the freeze
+//! ([`freeze`]) and the guest agent ([`agent`]). Nothing here knows of repositories or sessions.
+
+pub mod agent;
+pub mod command;
+pub mod export;
+pub mod freeze;
+pub mod graph;
+pub mod names;
+pub mod release;
+pub mod socket;
+
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// How long a command may take before the monitor counts as hung. QEMU answers in milliseconds unless its main loop
+/// is busy (a drain under load, a starving host).
+pub const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What can go wrong between us and a monitor.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// QEMU refused the command.
+    #[error("{command}: {description}")]
+    Command {
+        /// The command's name.
+        command: String,
+        /// QMP's error class.
+        class: String,
+        /// QEMU's own words.
+        description: String,
+    },
+    /// Nobody greeted: another client holds the socket.
+    #[error("the QMP socket {path} gives no greeting: another client holds it")]
+    Busy {
+        /// The socket.
+        path: String,
+    },
+    /// The VM is not there.
+    #[error("cannot connect to the QMP socket {path}")]
+    Unreachable {
+        /// The socket.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// QEMU closed the connection (it ended, or the monitor was taken down).
+    #[error("QEMU closed the monitor connection")]
+    Closed,
+    /// No answer in time.
+    #[error("no answer to {command} within {seconds} s")]
+    Timeout {
+        /// What was asked.
+        command: String,
+        /// How long we waited.
+        seconds: u64,
+    },
+    /// An answer that no QEMU should give.
+    #[error("unexpected answer from QEMU: {0}")]
+    Protocol(String),
+    /// The operating system failed us.
+    #[error("{what}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    /// Whether QEMU itself said no (and so is alive and changed nothing).
+    #[must_use]
+    pub fn refused(&self) -> bool {
+        matches!(self, Self::Command { .. })
+    }
+}
+
+/// The result of a monitor's command.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An event as QEMU sent it; names that we do not know are kept.
+#[derive(Debug, Clone)]
+pub struct Event {
+    /// Such as `JOB_STATUS_CHANGE`.
+    pub name: String,
+    /// Its data, `Null` without.
+    pub data: Value,
+}
+
+/// Which process answers: a new one has lost its transient bitmaps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// Its id on this host.
+    pub pid: i32,
+    /// Its start time in clock ticks after boot (proc(5), `/proc/PID/stat`, field 22).
+    pub start: u64,
+}
+
+/// A connection to a VM's monitor.
+pub trait Monitor: Send {
+    /// Runs one command, with a descriptor passed along when there is one, and returns what QEMU returned.
+    fn execute(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+        timeout: Duration,
+    ) -> Result<Value>;
+
+    /// The next event that has arrived, waiting for at most `timeout`.
+    fn event(&mut self, timeout: Duration) -> Result<Option<Event>>;
+
+    /// The process at the other end.
+    fn process(&self) -> &Process;
+
+    /// The connection's own descriptor, for the guard to inherit.
+    fn descriptor(&self) -> BorrowedFd<'_>;
+}

@@ -1,0 +1,360 @@
+//! The state of a target's tracking: what the journal says, whether the VM agrees, and what a rotation must write down.
+//!
+//! The journal's [`Record`]s are written before what they announce is done. A rotation names the new bitmap of every
+//! disk, and everything older that the disk still needs, so the newest rotation alone, with the strikes after it, is the
+//! whole state:
+//!
+//! ```text
+//! needed   [ p1  p2  p3 ]  new          p1..p2 disabled; p3 recorded until this rotation and is disabled by it;
+//!                                       new records from this rotation on
+//! ```
+//!
+//! After a crash the VM may be before the rotation (new absent, p3 recording), between its two commands (both recording)
+//! or after it. [`trust`] accepts exactly these; anything else, for whatever reason, is a doubt, and a disk in doubt is
+//! read in full.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::name;
+use crate::qmp::Process;
+use crate::qmp::graph::Bitmap;
+
+/// A bitmap as the journal names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Named {
+    /// The rotation that began it.
+    pub epoch: u64,
+    /// Its name.
+    pub name: String,
+}
+
+/// The point that a disk's session builds on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Base {
+    /// The recovery point's id.
+    pub point: String,
+    /// The disk's size in it, bytes.
+    pub size: u64,
+    /// Its map, as the repository refers to it.
+    pub map: Value,
+}
+
+/// A disk as it is tracked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tracked {
+    /// The disk's key.
+    pub key: String,
+    /// Bytes.
+    pub size: u64,
+    /// The chain of images that it was.
+    pub identity: Value,
+    /// Whether its bitmaps are stored in the image.
+    pub persistent: bool,
+    /// Bytes a bit.
+    pub granularity: u32,
+    /// What it builds on.
+    pub base: Option<Base>,
+    /// The older bitmaps that it still needs, oldest first; the last one recorded until `new` came.
+    pub needed: Vec<Named>,
+    /// The bitmap of the newest rotation.
+    pub new: Option<Named>,
+    /// "All of this disk is unsafe as of this epoch."
+    pub whole: Option<u64>,
+    /// Why it is read in full, when it is.
+    pub doubt: Option<String>,
+}
+
+/// What the journal holds besides the segments of proved blocks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "kebab-case")]
+pub enum Record {
+    /// A rotation that is about to be made.
+    Rotation {
+        /// Its number; every proof of a later read carries it.
+        epoch: u64,
+        /// The QEMU process that it is made in.
+        process: Process,
+        /// Every disk of the target.
+        disks: Vec<Tracked>,
+        /// It is a freeze.
+        freeze: bool,
+        /// Bitmaps of a base that this rotation found wanting, as (disk, name).
+        retired: Vec<(String, String)>,
+    },
+    /// Bitmaps that are no longer needed and may be removed, by disk.
+    Strike {
+        /// The epoch up to which all of the disk's bitmaps, and its whole-disk marker, are struck.
+        up_to: u64,
+        /// The disks.
+        disks: Vec<String>,
+    },
+}
+
+/// The state that the records add up to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct State {
+    /// The newest rotation, 0 before the first.
+    pub epoch: u64,
+    /// The QEMU process of that rotation.
+    pub process: Option<Process>,
+    /// The disks, by key.
+    pub disks: BTreeMap<String, Tracked>,
+    /// The newest rotation certainly happened: something after it could not have without.
+    pub confirmed: bool,
+    /// Bitmaps that were needed once and may still be in the VM, by disk.
+    pub retired: Vec<(String, String)>,
+}
+
+impl State {
+    /// Takes in the next record of the journal.
+    pub fn apply(&mut self, record: &Record) {
+        match record {
+            Record::Rotation {
+                epoch,
+                process,
+                disks,
+                retired,
+                ..
+            } => {
+                self.retired.extend(retired.iter().cloned());
+                let keep = |key: &str, name: &str| {
+                    disks
+                        .iter()
+                        .any(|disk| disk.key == key && disk.names().any(|has| has.name == name))
+                };
+                for old in self.disks.values() {
+                    for named in old.names().filter(|named| !keep(&old.key, &named.name)) {
+                        self.retired.push((old.key.clone(), named.name.clone()));
+                    }
+                }
+                self.epoch = *epoch;
+                self.process = Some(process.clone());
+                self.disks = disks
+                    .iter()
+                    .map(|disk| (disk.key.clone(), disk.clone()))
+                    .collect();
+                self.confirmed = false;
+            }
+            Record::Strike { up_to, disks } => {
+                self.confirmed = true;
+                for key in disks {
+                    let Some(disk) = self.disks.get_mut(key) else {
+                        continue;
+                    };
+                    let (gone, kept): (Vec<Named>, Vec<Named>) = disk
+                        .needed
+                        .drain(..)
+                        .partition(|named| named.epoch <= *up_to);
+                    disk.needed = kept;
+                    self.retired
+                        .extend(gone.into_iter().map(|named| (key.clone(), named.name)));
+                    disk.whole = disk.whole.filter(|epoch| *epoch > *up_to);
+                }
+            }
+        }
+    }
+
+    /// Takes in that blocks were proved in an epoch.
+    pub fn apply_proof(&mut self, epoch: u64) {
+        self.confirmed |= epoch >= self.epoch;
+    }
+}
+
+impl Tracked {
+    /// All bitmaps that the disk may have, oldest first.
+    pub fn names(&self) -> impl Iterator<Item = &Named> {
+        self.needed.iter().chain(&self.new)
+    }
+
+    /// The epochs against which proofs count: the needed bitmaps and the whole-disk marker.
+    #[must_use]
+    pub fn pending_epochs(&self) -> Vec<u64> {
+        self.needed
+            .iter()
+            .map(|named| named.epoch)
+            .chain(self.whole)
+            .collect()
+    }
+}
+
+/// A disk as it was just found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// Its key.
+    pub key: String,
+    /// Bytes.
+    pub size: u64,
+    /// Its chain of images.
+    pub identity: Value,
+    /// Whether a bitmap can be stored in its image.
+    pub persistent: bool,
+    /// The bitmaps that are on it.
+    pub bitmaps: Vec<Bitmap>,
+}
+
+/// Whether a tracked disk can go on from what is in the VM: the bitmaps that it needs, oldest first, the last one live.
+/// An `Err` says why not, in words for the operator.
+pub fn trust(disk: &Tracked, confirmed: bool, seen: &Seen) -> Result<Vec<Named>, String> {
+    if disk.size != seen.size {
+        return Err(format!(
+            "it was resized from {} to {} bytes",
+            disk.size, seen.size
+        ));
+    }
+    if disk.identity != seen.identity {
+        return Err(
+            "its image is not the one recorded (file, inode, header or backing)".to_owned(),
+        );
+    }
+    let find = |named: &Named| seen.bitmaps.iter().find(|bitmap| bitmap.name == named.name);
+    let mut chain = disk.needed.clone();
+    match &disk.new {
+        Some(new) if find(new).is_some() => chain.push(new.clone()),
+        Some(new) if confirmed => return Err(format!("its live bitmap {} is gone", new.name)),
+        _ => {}
+    }
+    let Some((live, pending)) = chain.split_last() else {
+        return Err("no bitmap has followed it".to_owned());
+    };
+    for named in &chain {
+        let bitmap = find(named).ok_or_else(|| format!("its bitmap {} is gone", named.name))?;
+        if bitmap.inconsistent {
+            return Err(format!(
+                "its bitmap {} was left inconsistent by a QEMU that died",
+                named.name
+            ));
+        }
+        if bitmap.granularity != disk.granularity {
+            return Err(format!("its bitmap {} has another granularity", named.name));
+        }
+    }
+    if !find(live).is_some_and(|bitmap| bitmap.recording) {
+        return Err(format!("its live bitmap {} does not record", live.name));
+    }
+    // A rotation that was cut off between its two commands leaves the one before the newest recording, no other.
+    let rotated = disk.new.as_ref() == Some(live);
+    let older = if rotated {
+        pending.len().saturating_sub(1)
+    } else {
+        pending.len()
+    };
+    for named in pending.iter().take(older) {
+        if find(named).is_some_and(|bitmap| bitmap.recording) {
+            return Err(format!("its pending bitmap {} records", named.name));
+        }
+    }
+    Ok(chain)
+}
+
+/// What a rotation will do, from what is known and seen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rotation {
+    /// The record to make durable first.
+    pub record: Record,
+    /// Disks and the bitmap to add to each, in one transaction.
+    pub add: Vec<(String, String)>,
+    /// Disks and bitmaps that still record, to be disabled once the new ones are in.
+    pub disable: Vec<(String, String)>,
+}
+
+/// Plans the next rotation of these disks. `bases` has the newest point of each disk, as if it were tracked, for disks
+/// that the session does not know.
+#[must_use]
+pub fn plan(
+    state: &State,
+    bases: &BTreeMap<String, Tracked>,
+    seen: &[Seen],
+    granularity: u32,
+    repository: &str,
+    process: &Process,
+    freeze: bool,
+) -> Rotation {
+    let newest = bases
+        .values()
+        .flat_map(Tracked::names)
+        .map(|named| named.epoch)
+        .max();
+    let epoch = state.epoch.max(newest.unwrap_or(0)) + 1;
+    let mut add = Vec::new();
+    let mut disable = Vec::new();
+    let mut retired = Vec::new();
+    let seen_keys = |key: &String| seen.iter().any(|disk| &disk.key == key);
+    // A disk that is left out this time keeps its place in the session, not rotated.
+    let mut disks: Vec<Tracked> = state
+        .disks
+        .values()
+        .filter(|disk| !seen_keys(&disk.key))
+        .cloned()
+        .collect();
+    for disk in seen {
+        let known = state.disks.get(&disk.key);
+        let (before, confirmed) = match known {
+            Some(tracked) => (Some(tracked), state.confirmed),
+            None => (bases.get(&disk.key), true),
+        };
+        let trusted = match before {
+            Some(tracked) => trust(tracked, confirmed, disk),
+            None => Err("first copy".to_owned()),
+        };
+        let new = Named {
+            epoch,
+            name: name::new(repository, epoch),
+        };
+        add.push((disk.key.clone(), new.name.clone()));
+        let base = before.and_then(|tracked| tracked.base.clone());
+        let (needed, whole, doubt) = match trusted {
+            Ok(chain) => {
+                for named in &chain {
+                    if disk
+                        .bitmaps
+                        .iter()
+                        .any(|has| has.name == named.name && has.recording)
+                    {
+                        disable.push((disk.key.clone(), named.name.clone()));
+                    }
+                }
+                (
+                    chain,
+                    before.and_then(|t| t.whole),
+                    before.and_then(|t| t.doubt.clone()),
+                )
+            }
+            Err(why) => {
+                if let (None, Some(wanting)) = (known, before) {
+                    let names = wanting
+                        .names()
+                        .map(|named| (disk.key.clone(), named.name.clone()));
+                    retired.extend(names);
+                }
+                (Vec::new(), Some(epoch - 1), Some(why))
+            }
+        };
+        disks.push(Tracked {
+            key: disk.key.clone(),
+            size: disk.size,
+            identity: disk.identity.clone(),
+            persistent: disk.persistent,
+            granularity,
+            base,
+            needed,
+            new: Some(new),
+            whole,
+            doubt,
+        });
+    }
+    let record = Record::Rotation {
+        epoch,
+        process: process.clone(),
+        disks,
+        freeze,
+        retired,
+    };
+    Rotation {
+        record,
+        add,
+        disable,
+    }
+}

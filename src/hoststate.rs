@@ -1,0 +1,335 @@
+//! What this host knows of its targets: locks, and the journals of what runs have in a VM.
+//!
+//! ```text
+//! /var/lib/forerun/<key>/           0700; FORERUN_STATE_DIR or the XDG state directory without root
+//!   target.lock                     held while anything of ours is in the VM (a batch, a freeze), whichever the repository
+//!   run-<repository>.lock           held by the one run of a repository on this target
+//!   <run>.journal                   what that run has put, or is about to put, into the VM
+//! ```
+//!
+//! Locks are the kernel's (`flock`): a holder that dies lets go. A guard inherits the target's lock, so it is held until
+//! the guard is done.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::{self, Deadline};
+use crate::qmp::Process;
+use crate::qmp::release::{Leftover, Released};
+use crate::qmp::{self, Monitor};
+
+/// What can go wrong with host state.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Somebody else works on this target.
+    #[error("{what} is held by {holder}")]
+    Held {
+        /// The lock.
+        what: String,
+        /// Who, since when.
+        holder: String,
+    },
+    /// The file system failed us.
+    #[error("{what} {path}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: String,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.display().to_string();
+    move |source| Error::Io { what, path, source }
+}
+
+/// The directory of all host state.
+#[must_use]
+pub fn root() -> PathBuf {
+    if let Some(set) = std::env::var_os("FORERUN_STATE_DIR") {
+        return PathBuf::from(set);
+    }
+    if rustix::process::geteuid().is_root() {
+        return PathBuf::from("/var/lib/forerun");
+    }
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state"));
+    let state = std::env::var_os("XDG_STATE_HOME")
+        .map(PathBuf::from)
+        .or_else(home);
+    state
+        .unwrap_or_else(|| PathBuf::from("/var/tmp"))
+        .join("forerun")
+}
+
+/// The host state of one target.
+#[derive(Debug, Clone)]
+pub struct TargetState {
+    directory: PathBuf,
+}
+
+/// A lock that is held until it is dropped.
+#[derive(Debug)]
+pub struct Lock {
+    file: File,
+}
+
+impl Lock {
+    /// The lock's file, for a guard to inherit.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl TargetState {
+    /// The state of the target with this key, its directory made when it is not there.
+    pub fn open(key: &str) -> Result<Self> {
+        let directory = root().join(key);
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&directory)
+            .map_err(io("create", &directory))?;
+        Ok(Self { directory })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Takes the target's lock for a batch or a freeze, waiting for at most `wait`.
+    pub fn lock_target(&self, doing: &str, wait: Duration) -> Result<Lock> {
+        self.lock("target.lock", "the target", doing, wait)
+    }
+
+    /// Takes the lock of the one run of a repository on this target.
+    pub fn lock_run(&self, repository: &str, doing: &str) -> Result<Lock> {
+        self.lock(
+            &format!("run-{repository}.lock"),
+            "this target's session",
+            doing,
+            Duration::ZERO,
+        )
+    }
+
+    fn lock(&self, name: &str, what: &str, doing: &str, wait: Duration) -> Result<Lock> {
+        let path = self.directory.join(name);
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io("open", &path))?;
+        let deadline = Deadline::after(wait);
+        loop {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(rustix::io::Errno::WOULDBLOCK) if deadline.passed() => {
+                    let mut holder = String::new();
+                    file.read_to_string(&mut holder)
+                        .map_err(io("read", &path))?;
+                    let holder = if holder.is_empty() {
+                        "another process"
+                    } else {
+                        holder.trim()
+                    };
+                    return Err(Error::Held {
+                        what: what.to_owned(),
+                        holder: holder.to_owned(),
+                    });
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => clock::sleep(Duration::from_millis(20)),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(io("lock", &path)(error.into())),
+            }
+        }
+        let holder = format!(
+            "`{doing}` (pid {}) since {}",
+            std::process::id(),
+            clock::utc_now()
+        );
+        file.set_len(0).map_err(io("write", &path))?;
+        file.seek(SeekFrom::Start(0)).map_err(io("write", &path))?;
+        file.write_all(holder.as_bytes())
+            .map_err(io("write", &path))?;
+        Ok(Lock { file })
+    }
+
+    /// The journals of runs that left something in the VM. Only meaningful under the target's lock: then none of them
+    /// is of a live batch.
+    pub fn journals(&self) -> Result<Vec<Journal>> {
+        let mut found = Vec::new();
+        let entries = std::fs::read_dir(&self.directory).map_err(io("list", &self.directory))?;
+        for entry in entries {
+            let path = entry.map_err(io("list", &self.directory))?.path();
+            if path.extension().is_some_and(|ending| ending == "journal") {
+                found.push(Journal::load(path)?);
+            }
+        }
+        Ok(found)
+    }
+
+    /// A new journal for a run; nothing is written yet.
+    #[must_use]
+    pub fn journal(&self, run: &str, monitor: &Path, process: &Process) -> Journal {
+        Journal {
+            path: self.directory.join(format!("{run}.journal")),
+            content: Content {
+                monitor: monitor.to_path_buf(),
+                process: process.clone(),
+                left: Vec::new(),
+            },
+        }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Content {
+    monitor: PathBuf,
+    process: Process,
+    left: Vec<Leftover>,
+}
+
+/// What a run has put, or is about to put, into a VM. Written before it is made.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    path: PathBuf,
+    content: Content,
+}
+
+impl Journal {
+    /// Reads a journal.
+    pub fn load(path: PathBuf) -> Result<Self> {
+        let bytes = std::fs::read(&path).map_err(io("read", &path))?;
+        let content = serde_json::from_slice(&bytes)
+            .map_err(|error| io("understand", &path)(std::io::Error::other(error)))?;
+        Ok(Self { path, content })
+    }
+
+    /// Its file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The QEMU process that it was written for.
+    #[must_use]
+    pub fn process(&self) -> &Process {
+        &self.content.process
+    }
+
+    /// What it lists.
+    #[must_use]
+    pub fn left(&self) -> &[Leftover] {
+        &self.content.left
+    }
+
+    /// Makes a new list durable.
+    pub fn write(&mut self, left: Vec<Leftover>) -> Result<()> {
+        self.content.left = left;
+        self.save()
+    }
+
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the journal is replaced whole, then its directory is synced"
+    )]
+    fn save(&self) -> Result<()> {
+        crate::fault::step("journal:write:before");
+        let bytes = serde_json::to_vec(&self.content)
+            .map_err(|error| io("encode", &self.path)(std::io::Error::other(error)))?;
+        let fresh = self.path.with_extension("journal-new");
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&fresh)
+            .map_err(io("create", &fresh))?;
+        file.write_all(&bytes).map_err(io("write", &fresh))?;
+        file.sync_all().map_err(io("sync", &fresh))?;
+        std::fs::rename(&fresh, &self.path).map_err(io("replace", &self.path))?;
+        self.sync_directory()?;
+        crate::fault::step("journal:write:after");
+        Ok(())
+    }
+
+    fn sync_directory(&self) -> Result<()> {
+        let directory = self.path.parent().unwrap_or(Path::new("/"));
+        let opened = File::open(directory).map_err(io("open", directory))?;
+        opened.sync_all().map_err(io("sync", directory))
+    }
+
+    /// Takes back everything that it lists, through a monitor of the VM. The journal stays until [`close`](Self::close).
+    pub fn release(&mut self, monitor: &mut dyn Monitor) -> anyhow::Result<Released> {
+        if monitor.process() != &self.content.process {
+            // That QEMU is gone, and with it everything but files.
+            self.content
+                .left
+                .retain(|item| matches!(item, Leftover::Overlay(_) | Leftover::Frozen { .. }));
+        }
+        self.before_commit()?;
+        Ok(qmp::release::release(monitor, &self.content.left)?)
+    }
+
+    /// Frees the guest only.
+    pub fn free_guest(&self, monitor: &mut dyn Monitor, done: &mut Released) -> anyhow::Result<()> {
+        Ok(qmp::release::free_guest(monitor, &self.content.left, done)?)
+    }
+
+    /// Takes back the rest.
+    pub fn release_rest(
+        &mut self,
+        monitor: &mut dyn Monitor,
+        done: &mut Released,
+    ) -> anyhow::Result<()> {
+        self.before_commit()?;
+        Ok(qmp::release::release_rest(
+            monitor,
+            &self.content.left,
+            done,
+        )?)
+    }
+
+    /// A commit makes the base a mix until it ends: that must be known before it begins.
+    fn before_commit(&mut self) -> Result<()> {
+        let mut changed = false;
+        for item in &mut self.content.left {
+            if let Leftover::Overlay(overlay) = item
+                && overlay.base_version.is_some()
+                && !overlay.committing
+            {
+                overlay.committing = true;
+                changed = true;
+            }
+        }
+        if changed { self.save() } else { Ok(()) }
+    }
+
+    /// The VM is clean: the journal goes.
+    pub fn close(&mut self) -> Result<()> {
+        self.content.left.clear();
+        match std::fs::remove_file(&self.path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                Err(io("remove", &self.path)(source))
+            }
+            _ => self.sync_directory(),
+        }
+    }
+}

@@ -1,0 +1,428 @@
+//! The freeze: one `transaction` over all disks that puts a block snapshot in place and rotates the bitmaps, in the one
+//! order of actions that makes both of the same instant.
+//!
+//! ```text
+//! transaction  [ add e+1 on all disks | snapshot of all disks          | disable e on all disks ]
+//!                bitmap actions do      drains the guest's I/O, from      still drained: every write that the
+//!                not drain              here to the end                   snapshot holds is in e, later ones in e+1
+//! ```
+//!
+//! A write between the first action and the drain is in both bitmaps, which costs a block and loses nothing. The other
+//! order loses writes. When the transaction fails it is rolled back inside its drain and nothing has happened.
+//!
+//! Two kinds of block snapshot: [`Method::Fleece`], a `blockdev-backup sync=none` job a disk into a scratch file (QEMU
+//! docs/interop/live-block-operations, "image fleecing"), and [`Method::Snapshot`], an external snapshot that is
+//! committed back at once.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use qapi::qmp;
+use rustix::fs::FallocateFlags;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::command::{
+    action_add_bitmap, action_disable_bitmap, call, call_within, job_status, jobs, text,
+    transaction,
+};
+use super::graph::Graph;
+use super::names::{Part, RunName};
+use super::release::{FileVersion, Leftover, Overlay, Released};
+use super::{Error, Monitor, REPLY_TIMEOUT, Result, export};
+use crate::clock::{self, Deadline};
+
+/// How the block snapshot is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Image fleecing: old data is copied before the guest overwrites it, into a scratch that is thrown away.
+    Fleece,
+    /// An external snapshot: new data goes to an overlay that is committed back.
+    Snapshot,
+}
+
+/// A disk to freeze.
+#[derive(Debug, Clone)]
+pub struct FreezeDisk {
+    /// Its number in this run.
+    pub index: usize,
+    /// Its key, for messages.
+    pub key: String,
+    /// The node that its bitmaps are on.
+    pub node: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// The image that the node is stored in, as QEMU was told, and its format.
+    pub image: (String, String),
+    /// Our bitmaps that still record: they end at this instant.
+    pub ending: Vec<String>,
+    /// The bitmap that begins.
+    pub beginning: String,
+    /// Bytes a bit.
+    pub granularity: u32,
+    /// Whether it is stored in the image.
+    pub persistent: bool,
+    /// How many bytes its scratch may take.
+    pub scratch_limit: u64,
+}
+
+/// A freeze that is set up, and everything of it that is in the VM.
+#[derive(Debug)]
+pub struct Freeze {
+    method: Method,
+    run: RunName,
+    disks: Vec<FreezeDisk>,
+    scratches: Vec<File>,
+    directory: PathBuf,
+}
+
+impl Freeze {
+    /// A freeze of these disks with scratch or overlay files in `directory`; nothing is made yet.
+    #[must_use]
+    pub fn new(method: Method, run: RunName, disks: Vec<FreezeDisk>, directory: PathBuf) -> Self {
+        Self {
+            method,
+            run,
+            disks,
+            scratches: Vec::new(),
+            directory,
+        }
+    }
+
+    /// What must be journalled before [`prepare`](Self::prepare).
+    #[must_use]
+    pub fn leftovers(&self) -> Vec<Leftover> {
+        let mut left = Vec::new();
+        for disk in &self.disks {
+            let name = |part| self.run.part(part, disk.index);
+            left.push(Leftover::Job {
+                id: name(Part::Create),
+            });
+            match self.method {
+                Method::Fleece => left.push(Leftover::Job {
+                    id: name(Part::Job),
+                }),
+                Method::Snapshot => left.push(Leftover::Overlay(self.overlay(disk))),
+            }
+            left.push(Leftover::Export {
+                id: export::export_id(&self.run, disk.index),
+            });
+            left.push(Leftover::Node {
+                name: name(Part::Scratch),
+            });
+            left.push(Leftover::Node {
+                name: name(Part::File),
+            });
+            left.push(Leftover::FdSet {
+                id: self.fd_set(disk.index),
+            });
+        }
+        left
+    }
+
+    fn overlay(&self, disk: &FreezeDisk) -> Overlay {
+        let name = |part| self.run.part(part, disk.index);
+        let file = format!(
+            "{}{}-{}.overlay",
+            super::names::PREFIX,
+            self.run.run,
+            disk.index
+        );
+        Overlay {
+            disk: disk.key.clone(),
+            base: disk.node.clone(),
+            node: name(Part::Scratch),
+            job: name(Part::Job),
+            file: self.directory.join(file),
+            base_file: disk.image.0.clone(),
+            base_version: None,
+            committing: false,
+        }
+    }
+
+    /// A number that no other run's descriptor sets have: 30 bits of the run's random name, then the disk.
+    fn fd_set(&self, index: usize) -> i64 {
+        let run = i64::from_str_radix(&self.run.run, 16).unwrap_or(0) & 0x3fff_ffff;
+        (run << 12) + i64::try_from(index).unwrap_or(0)
+    }
+
+    /// Makes the scratch or overlay of each disk and adds their nodes. The guest does not notice.
+    pub fn prepare(&mut self, monitor: &mut dyn Monitor) -> Result<()> {
+        for index in 0..self.disks.len() {
+            let disk = self.disks[index].clone();
+            let file = self.make_file(&disk)?;
+            let set = self.fd_set(disk.index);
+            let name = |part| self.run.part(part, disk.index);
+            let passed = json!({ "fdset-id": set, "opaque": name(Part::File) });
+            call_within::<qmp::add_fd>(monitor, passed, Some(file.as_fd()), REPLY_TIMEOUT)?;
+            self.scratches.push(file);
+            call::<qmp::blockdev_add>(
+                monitor,
+                json!({
+                    "driver": "file", "node-name": name(Part::File), "locking": "off",
+                    "filename": format!("/dev/fdset/{set}"), "cache": { "no-flush": true },
+                }),
+            )?;
+            let mut options =
+                json!({ "driver": "qcow2", "file": name(Part::File), "size": disk.size });
+            if self.method == Method::Snapshot {
+                options["backing-file"] = disk.image.0.clone().into();
+                options["backing-fmt"] = disk.image.1.clone().into();
+            }
+            self.format(monitor, &name(Part::Create), options)?;
+            let backing = match self.method {
+                Method::Fleece => Value::from(disk.node.clone()),
+                Method::Snapshot => Value::Null,
+            };
+            call::<qmp::blockdev_add>(
+                monitor,
+                json!({
+                    "driver": "qcow2", "node-name": name(Part::Scratch),
+                    "file": name(Part::File), "backing": backing,
+                }),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn make_file(&self, disk: &FreezeDisk) -> Result<File> {
+        let io = |what: &str, source| Error::Io {
+            what: format!(
+                "{what} in {} for disk {}",
+                self.directory.display(),
+                disk.key
+            ),
+            source,
+        };
+        if self.method == Method::Snapshot {
+            use std::os::unix::fs::OpenOptionsExt;
+            return std::fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(self.overlay(disk).file)
+                .map_err(|error| io("create an overlay", error));
+        }
+        let file =
+            export::unnamed_file(&self.directory).map_err(|error| io("create a scratch", error))?;
+        match rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, disk.scratch_limit) {
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(file),
+            Err(error) => Err(io("preallocate a scratch", error.into())),
+        }
+    }
+
+    fn format(&self, monitor: &mut dyn Monitor, job: &str, options: Value) -> Result<()> {
+        call::<qmp::blockdev_create>(monitor, json!({ "job-id": job, "options": options }))?;
+        let deadline = Deadline::after(REPLY_TIMEOUT);
+        loop {
+            let status = jobs(monitor)?
+                .into_iter()
+                .find(|found| text(found, "id") == job);
+            match status {
+                Some(found) if text(&found, "status") == "concluded" => {
+                    call::<qmp::job_dismiss>(monitor, json!({ "id": job }))?;
+                    return match text(&found, "error") {
+                        "" => Ok(()),
+                        error => Err(Error::Command {
+                            command: "blockdev-create".to_owned(),
+                            class: "GenericError".to_owned(),
+                            description: error.to_owned(),
+                        }),
+                    };
+                }
+                None => return Err(Error::Protocol(format!("job {job} vanished"))),
+                Some(_) if deadline.passed() => {
+                    let seconds = REPLY_TIMEOUT.as_secs();
+                    return Err(Error::Timeout {
+                        command: "blockdev-create".to_owned(),
+                        seconds,
+                    });
+                }
+                Some(_) => clock::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
+    /// The instant: all disks at once, or nothing. Returns how long the transaction took.
+    pub fn transact(&self, monitor: &mut dyn Monitor) -> Result<Duration> {
+        let mut actions = Vec::new();
+        for disk in &self.disks {
+            let FreezeDisk {
+                node,
+                beginning,
+                granularity,
+                persistent,
+                ..
+            } = disk;
+            actions.push(action_add_bitmap(
+                node,
+                beginning,
+                *granularity,
+                *persistent,
+            ));
+        }
+        for disk in &self.disks {
+            let name = |part| self.run.part(part, disk.index);
+            actions.push(match self.method {
+                Method::Fleece => json!({ "type": "blockdev-backup", "data": {
+                    "job-id": name(Part::Job), "device": disk.node, "target": name(Part::Scratch),
+                    "sync": "none", "filter-node-name": name(Part::Filter),
+                }}),
+                Method::Snapshot => json!({ "type": "blockdev-snapshot", "data": {
+                    "node": disk.node, "overlay": name(Part::Scratch),
+                }}),
+            });
+        }
+        for disk in &self.disks {
+            actions.extend(
+                disk.ending
+                    .iter()
+                    .map(|name| action_disable_bitmap(&disk.node, name)),
+            );
+        }
+        let begin = clock::now();
+        transaction(monitor, actions)?;
+        Ok(clock::now() - begin)
+    }
+
+    /// The node whose data is the snapshot of the `index`-th disk of this freeze.
+    #[must_use]
+    pub fn frozen_node(&self, index: usize) -> String {
+        let disk = &self.disks[index];
+        match self.method {
+            Method::Fleece => self.run.part(Part::Scratch, disk.index),
+            Method::Snapshot => disk.node.clone(),
+        }
+    }
+
+    /// The disks, in the order that they were given in.
+    #[must_use]
+    pub fn disks(&self) -> &[FreezeDisk] {
+        &self.disks
+    }
+
+    /// How.
+    #[must_use]
+    pub fn method(&self) -> Method {
+        self.method
+    }
+
+    /// The first disk whose scratch has used more than half of its limit: time to give up.
+    #[must_use]
+    pub fn filling(&self) -> Option<&FreezeDisk> {
+        let pairs = self.disks.iter().zip(&self.scratches);
+        pairs
+            .filter(|_| self.method == Method::Fleece)
+            .find(|(disk, file)| {
+                file.metadata()
+                    .is_ok_and(|meta| meta.len() > disk.scratch_limit / 2)
+            })
+            .map(|(disk, _)| disk)
+    }
+
+    /// Bytes that the scratches or overlays have taken.
+    #[must_use]
+    pub fn scratch_used(&self) -> u64 {
+        self.scratches
+            .iter()
+            .filter_map(|file| Some(file.metadata().ok()?.len()))
+            .sum()
+    }
+
+    /// Whether every fleecing job still runs: only then was what the scratch answered the snapshot. A scratch outlives its
+    /// job and goes on answering, with live data.
+    pub fn still_holds(&self, monitor: &mut dyn Monitor) -> Result<bool> {
+        if self.method == Method::Snapshot {
+            let graph = Graph::read(monitor)?;
+            return Ok(self.disks.iter().all(|disk| {
+                let overlay = self.run.part(Part::Scratch, disk.index);
+                graph.backing(&overlay) == Some(disk.node.as_str()) && graph.has_parents(&overlay)
+            }));
+        }
+        let jobs = jobs(monitor)?;
+        Ok(self.disks.iter().all(|disk| {
+            let id = self.run.part(Part::Job, disk.index);
+            jobs.iter()
+                .any(|job| text(job, "id") == id && text(job, "status") == "running")
+        }))
+    }
+
+    /// The overlays with how their bases look now, to be journalled once they are in place.
+    #[must_use]
+    pub fn overlays_in_place(&self, graph_root: &Path) -> Vec<Overlay> {
+        self.disks
+            .iter()
+            .map(|disk| {
+                let mut overlay = self.overlay(disk);
+                let path = graph_root.join(overlay.base_file.trim_start_matches('/'));
+                overlay.base_version = FileVersion::of(&path);
+                overlay
+            })
+            .collect()
+    }
+}
+
+/// Commits an overlay back into its base and takes it away, wherever an earlier try was cut off.
+pub fn commit_overlay(
+    monitor: &mut dyn Monitor,
+    overlay: &Overlay,
+    done: &mut Released,
+) -> Result<()> {
+    let graph = Graph::read(monitor)?;
+    if graph.node(&overlay.node).is_some() && graph.has_parents(&overlay.node) {
+        if job_status(monitor, &overlay.job)?.is_none() {
+            call::<qmp::block_commit>(
+                monitor,
+                json!({ "job-id": overlay.job, "device": overlay.node, "base-node": overlay.base }),
+            )?;
+        }
+        finish_commit(monitor, overlay)?;
+        if Graph::read(monitor)?.has_parents(&overlay.node) {
+            return Err(Error::Protocol(format!(
+                "the commit of {} into {} ended, but the overlay is still in place",
+                overlay.node, overlay.base
+            )));
+        }
+        done.removed
+            .push(format!("overlay of disk {}", overlay.disk));
+    } else if graph.node(&overlay.node).is_none() {
+        // Not of this QEMU process, or not made, or gone already: the file is for `recover` to judge.
+        return Ok(());
+    }
+    for name in [&overlay.node] {
+        match call::<qmp::blockdev_del>(monitor, json!({ "node-name": name })) {
+            Err(error) if !error.refused() => return Err(error),
+            _ => {}
+        }
+    }
+    match std::fs::remove_file(&overlay.file) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(Error::Io {
+            what: format!("remove {}", overlay.file.display()),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn finish_commit(monitor: &mut dyn Monitor, overlay: &Overlay) -> Result<()> {
+    loop {
+        match job_status(monitor, &overlay.job)?.as_deref() {
+            None => return Ok(()),
+            Some("ready") => {
+                match call::<qmp::job_complete>(monitor, json!({ "id": overlay.job })) {
+                    Err(error) if !error.refused() => return Err(error),
+                    _ => {}
+                }
+            }
+            Some("concluded") => {
+                call::<qmp::job_dismiss>(monitor, json!({ "id": overlay.job }))?;
+            }
+            Some(_) => {}
+        }
+        clock::sleep(Duration::from_millis(1));
+    }
+}

@@ -1,0 +1,696 @@
+//! What a VM's disks are: from `query-block` (which device has which node), the block graph (what is under it) and
+//! QOM (what kind of device it is). Nothing is guessed: a device that cannot be attributed for certain is refused.
+//!
+//! ```text
+//! guest device --root--> [throttle] --file--> qcow2  --file--> file            `node` is the first node that is no
+//!                        filters             node    --backing--> qcow2 ...     filter: bitmaps live there
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::PathBuf;
+
+use qapi::qmp;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::command::{call, flag, list, text};
+use super::{Error, Monitor, Process, Result};
+
+/// Drivers that pass data through: bitmaps belong under them.
+const FILTERS: [&str; 8] = [
+    "throttle",
+    "copy-on-read",
+    "compress",
+    "preallocate",
+    "copy-before-write",
+    "mirror_top",
+    "commit_top",
+    "blklogwrites",
+];
+/// Filters that a block job puts in place.
+const JOB_FILTERS: [&str; 3] = ["copy-before-write", "mirror_top", "commit_top"];
+/// Front ends whose writes all pass through their block node.
+const FRONT_ENDS: [&str; 8] = [
+    "virtio-blk-pci",
+    "virtio-blk-pci-transitional",
+    "virtio-blk-pci-non-transitional",
+    "virtio-blk-device",
+    "virtio-blk-ccw",
+    "scsi-hd",
+    "ide-hd",
+    "nvme-ns",
+];
+/// Devices that are disks for the guest but have no block node in QEMU.
+const NODELESS: [&str; 6] = [
+    "vhost-user-blk",
+    "vhost-scsi",
+    "vhost-user-scsi",
+    "vfio-pci",
+    "vhost-vdpa",
+    "virtio-blk-vhost-vdpa",
+];
+
+/// A bitmap as QEMU lists it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Bitmap {
+    /// Its name.
+    pub name: String,
+    /// Enabled: it records the guest's writes.
+    pub recording: bool,
+    /// Stored in the image when the VM shuts down.
+    pub persistent: bool,
+    /// Left behind by a QEMU that died: it can only be removed.
+    pub inconsistent: bool,
+    /// In use by an export or a job.
+    pub busy: bool,
+    /// Bytes a bit.
+    pub granularity: u32,
+    /// Dirty bytes.
+    pub count: u64,
+}
+
+/// One image of a disk's chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    /// The node's driver: `qcow2`, `raw`, `file`.
+    pub driver: String,
+    /// The file or device as QEMU was told.
+    pub filename: String,
+    /// The file's inode number, when the file can be seen from here.
+    pub inode: Option<u64>,
+    /// What the image's header says: cluster size, version, data file, encryption.
+    pub header: Value,
+}
+
+/// A disk that can be backed up.
+#[derive(Debug, Clone, Serialize)]
+pub struct Disk {
+    /// The disk's key: its device's id.
+    pub key: String,
+    /// The device as `query-block` names it.
+    pub qdev: String,
+    /// The kind of device: `virtio-blk-pci`.
+    pub device: String,
+    /// The node that bitmaps are put on.
+    pub node: String,
+    /// That node's driver.
+    pub format: String,
+    /// Bytes.
+    pub size: u64,
+    /// The filters above the node, top first.
+    pub filters: Vec<String>,
+    /// The images from the node down its backing chain.
+    pub chain: Vec<Layer>,
+    /// Why no bitmap can be stored in the image; `None` when it can.
+    pub transient: Option<String>,
+    /// The bitmaps on the node.
+    pub bitmaps: Vec<Bitmap>,
+    /// What the device does when a write fails (`report`, `stop`, `enospc`, `auto`, `ignore`).
+    pub werror: String,
+    /// Whether QEMU decrypts it: a backup would hold plain text.
+    pub decrypted: bool,
+    /// The job filters above the node that are not ours.
+    pub foreign_filters: Vec<String>,
+}
+
+/// A device that is not backed up, and why.
+#[derive(Debug, Clone, Serialize)]
+pub struct LeftOut {
+    /// The device's id or path.
+    pub device: String,
+    /// Why.
+    pub reason: String,
+    /// Refused: it may hold data that a backup would lack. Otherwise it is merely skipped.
+    pub refused: bool,
+}
+
+/// A job, export or other thing in the VM by name.
+#[derive(Debug, Clone, Serialize)]
+pub struct Thing {
+    /// Its id.
+    pub id: String,
+    /// Its type or, for an export, its node.
+    pub kind: String,
+    /// Its state, when it has one.
+    pub state: String,
+}
+
+/// What `query-*` says about a VM.
+#[derive(Debug, Clone, Serialize)]
+pub struct Machine {
+    /// Its UUID, `None` when it was started without.
+    pub uuid: Option<String>,
+    /// The guest's name.
+    pub name: Option<String>,
+    /// QEMU's run state.
+    pub state: String,
+    /// QEMU's version.
+    pub version: String,
+    /// The QEMU process.
+    pub process: Process,
+    /// The disks that can be backed up.
+    pub disks: Vec<Disk>,
+    /// The devices that are not.
+    pub left_out: Vec<LeftOut>,
+    /// All jobs.
+    pub jobs: Vec<Thing>,
+    /// All exports.
+    pub exports: Vec<Thing>,
+}
+
+/// Asks a VM what it is and has.
+pub fn identify(monitor: &mut dyn Monitor) -> Result<Machine> {
+    let graph = Graph::read(monitor)?;
+    let mut disks: Vec<Disk> = Vec::new();
+    let mut left_out = nodeless(monitor)?;
+    for device in list::<qmp::query_block>(monitor, json!({}))? {
+        match describe(monitor, &graph, &device)? {
+            Ok(disk) => disks.push(disk),
+            Err(left) => left_out.push(left),
+        }
+    }
+    refuse_ambiguous(&mut disks, &mut left_out);
+    disks.sort_by(|a, b| a.key.cmp(&b.key));
+    let status = call::<qmp::query_status>(monitor, json!({}))?;
+    let version = call::<qmp::query_version>(monitor, json!({}))?;
+    let number = |key| {
+        version["qemu"]
+            .get(key)
+            .and_then(Value::as_u64)
+            .unwrap_or(0)
+    };
+    let thing = |value: &Value, id, kind, state| Thing {
+        id: text(value, id).to_owned(),
+        kind: text(value, kind).to_owned(),
+        state: text(value, state).to_owned(),
+    };
+    let jobs = super::command::jobs(monitor)?;
+    let exports = list::<qmp::query_block_exports>(monitor, json!({}))?;
+    Ok(Machine {
+        uuid: uuid(monitor)?,
+        name: name(monitor)?,
+        state: text(&status, "status").to_owned(),
+        version: format!(
+            "{}.{}.{}",
+            number("major"),
+            number("minor"),
+            number("micro")
+        ),
+        process: monitor.process().clone(),
+        disks,
+        left_out,
+        jobs: jobs
+            .iter()
+            .map(|job| thing(job, "id", "type", "status"))
+            .collect(),
+        exports: exports
+            .iter()
+            .map(|export| thing(export, "id", "node-name", "type"))
+            .collect(),
+    })
+}
+
+/// The VM's UUID; the all-zero one of a QEMU without `-uuid` is none.
+pub fn uuid(monitor: &mut dyn Monitor) -> Result<Option<String>> {
+    let answer = call::<qmp::query_uuid>(monitor, json!({}))?;
+    let uuid = text(&answer, "UUID");
+    Ok((!uuid.chars().all(|c| c == '0' || c == '-')).then(|| uuid.to_owned()))
+}
+
+fn name(monitor: &mut dyn Monitor) -> Result<Option<String>> {
+    let answer = call::<qmp::query_name>(monitor, json!({}))?;
+    Ok(answer
+        .get("name")
+        .and_then(Value::as_str)
+        .map(str::to_owned))
+}
+
+/// The block graph and its nodes.
+pub struct Graph {
+    /// `query-named-block-nodes`, by node name.
+    nodes: BTreeMap<String, Value>,
+    /// (parent node, child role) -> child node; a role held twice is kept as a list.
+    children: BTreeMap<(String, String), Vec<String>>,
+    process: Process,
+}
+
+impl Graph {
+    /// Reads it from QEMU, or from `qemu-storage-daemon`, which has the same commands.
+    pub fn read(monitor: &mut dyn Monitor) -> Result<Self> {
+        let nodes = list::<qmp::query_named_block_nodes>(monitor, json!({ "flat": true }))?;
+        let nodes = nodes
+            .into_iter()
+            .map(|node| (text(&node, "node-name").to_owned(), node))
+            .collect();
+        let graph = call::<qmp::x_debug_query_block_graph>(monitor, json!({}))?;
+        let array = |key| {
+            graph
+                .get(key)
+                .and_then(Value::as_array)
+                .cloned()
+                .unwrap_or_default()
+        };
+        let names: BTreeMap<u64, String> = array("nodes")
+            .iter()
+            .filter_map(|node| Some((node.get("id")?.as_u64()?, text(node, "name").to_owned())))
+            .collect();
+        let mut children: BTreeMap<(String, String), Vec<String>> = BTreeMap::new();
+        for edge in array("edges") {
+            let end = |key| {
+                edge.get(key)
+                    .and_then(Value::as_u64)
+                    .and_then(|id| names.get(&id))
+            };
+            if let (Some(parent), Some(child)) = (end("parent"), end("child")) {
+                let role = (parent.clone(), text(&edge, "name").to_owned());
+                children.entry(role).or_default().push(child.clone());
+            }
+        }
+        Ok(Self {
+            nodes,
+            children,
+            process: monitor.process().clone(),
+        })
+    }
+
+    /// A node as `query-named-block-nodes` has it.
+    #[must_use]
+    pub fn node(&self, name: &str) -> Option<&Value> {
+        self.nodes.get(name)
+    }
+
+    /// The names of all nodes.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.nodes.keys().map(String::as_str)
+    }
+
+    fn driver(&self, node: &str) -> &str {
+        self.nodes.get(node).map_or("", |value| text(value, "drv"))
+    }
+
+    fn child(&self, node: &str, role: &str) -> Option<&str> {
+        match self
+            .children
+            .get(&(node.to_owned(), role.to_owned()))?
+            .as_slice()
+        {
+            [only] => Some(only),
+            _ => None,
+        }
+    }
+
+    /// The node behind another.
+    #[must_use]
+    pub fn backing(&self, node: &str) -> Option<&str> {
+        self.child(node, "backing")
+    }
+
+    /// Whether a device, filter, job or other node uses this one.
+    #[must_use]
+    pub fn has_parents(&self, node: &str) -> bool {
+        self.children.values().flatten().any(|child| child == node)
+    }
+
+    /// Walks down from a device's top node through filters. Fails with what is unclear.
+    fn below_filters(&self, top: &str) -> std::result::Result<(String, Vec<String>), String> {
+        let mut node = top.to_owned();
+        let mut filters = Vec::new();
+        while FILTERS.contains(&self.driver(&node)) {
+            let next = self
+                .child(&node, "file")
+                .or_else(|| self.child(&node, "backing"));
+            let Some(next) = next else {
+                return Err(format!("the node under filter `{node}` cannot be told"));
+            };
+            filters.push(std::mem::replace(&mut node, next.to_owned()));
+            if filters.len() > self.nodes.len() {
+                return Err(format!("the filters above `{top}` form a circle"));
+            }
+        }
+        if self.nodes.contains_key(&node) {
+            Ok((node, filters))
+        } else {
+            Err(format!("node `{node}` is not listed"))
+        }
+    }
+
+    /// The images from a node down its backing chain.
+    fn chain(&self, node: &str) -> Vec<Layer> {
+        let mut layers = Vec::new();
+        let mut next = Some(node.to_owned());
+        while let Some(name) = next {
+            if FILTERS.contains(&self.driver(&name)) {
+                next = self
+                    .child(&name, "file")
+                    .or_else(|| self.child(&name, "backing"))
+                    .map(str::to_owned);
+                continue;
+            }
+            layers.push(self.layer(&name));
+            next = self.child(&name, "backing").map(str::to_owned);
+            if layers.len() > self.nodes.len() {
+                break;
+            }
+        }
+        layers
+    }
+
+    fn layer(&self, node: &str) -> Layer {
+        let empty = Value::Null;
+        let value = self.nodes.get(node).unwrap_or(&empty);
+        let image = value.get("image").unwrap_or(&empty);
+        let protocol = self.child(node, "file").unwrap_or(node);
+        let filename = self
+            .nodes
+            .get(protocol)
+            .and_then(|file| file.get("image"))
+            .map_or_else(|| text(value, "file"), |image| text(image, "filename"))
+            .to_owned();
+        let specific = image.pointer("/format-specific/data").unwrap_or(&empty);
+        let keep = [
+            "compat",
+            "compression-type",
+            "extended-l2",
+            "refcount-bits",
+            "data-file",
+            "data-file-raw",
+        ];
+        let mut header: serde_json::Map<String, Value> = keep
+            .into_iter()
+            .filter_map(|key| Some((key.to_owned(), specific.get(key)?.clone())))
+            .collect();
+        if let Some(format) = specific.pointer("/encrypt/format") {
+            header.insert("encrypt".to_owned(), format.clone());
+        }
+        for key in ["cluster-size", "backing-filename"] {
+            if let Some(found) = image.get(key) {
+                header.insert(key.to_owned(), found.clone());
+            }
+        }
+        let inode = std::fs::metadata(self.seen_from_here(&filename))
+            .ok()
+            .map(|meta| meta.ino());
+        Layer {
+            driver: text(value, "drv").to_owned(),
+            filename,
+            inode,
+            header: header.into(),
+        }
+    }
+
+    /// A path of QEMU's as this process can reach it, through QEMU's own root and working directory.
+    fn seen_from_here(&self, filename: &str) -> PathBuf {
+        let base = PathBuf::from(format!("/proc/{}", self.process.pid));
+        match filename.strip_prefix('/') {
+            Some(rest) => base.join("root").join(rest),
+            None => base.join("cwd").join(filename),
+        }
+    }
+
+    /// Whether the disk's host device is zoned: writes to it come back in another order than they went.
+    fn zoned(&self, filename: &str) -> bool {
+        let Ok(meta) = std::fs::metadata(self.seen_from_here(filename)) else {
+            return false;
+        };
+        if !meta.file_type().is_block_device() {
+            return false;
+        }
+        let device = meta.rdev();
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/queue/zoned"))
+            .is_ok_and(|mode| mode.trim() != "none")
+    }
+
+    /// Describes the disk whose data is in `node`; `filters` are above it.
+    pub fn disk(
+        &self,
+        key: &str,
+        node: &str,
+        filters: Vec<String>,
+    ) -> std::result::Result<Disk, String> {
+        let value = self
+            .nodes
+            .get(node)
+            .ok_or_else(|| format!("node `{node}` is not listed"))?;
+        let image = value.get("image").unwrap_or(&Value::Null);
+        let size = image
+            .get("virtual-size")
+            .and_then(Value::as_u64)
+            .ok_or_else(|| format!("node `{node}` has no size"))?;
+        let chain = self.chain(node);
+        let format = text(value, "drv").to_owned();
+        let foreign_filters = filters
+            .iter()
+            .filter(|name| JOB_FILTERS.contains(&self.driver(name)))
+            .filter(|name| !name.starts_with(super::names::PREFIX))
+            .cloned()
+            .collect();
+        if chain
+            .first()
+            .is_some_and(|layer| self.zoned(&layer.filename))
+        {
+            return Err("a zoned device: its writes cannot be followed".to_owned());
+        }
+        Ok(Disk {
+            key: key.to_owned(),
+            qdev: String::new(),
+            device: String::new(),
+            node: node.to_owned(),
+            transient: why_transient(&format, value, image),
+            decrypted: format == "luks"
+                || flag(value, "encrypted")
+                || image.pointer("/format-specific/data/encrypt").is_some(),
+            format,
+            size,
+            filters,
+            chain,
+            bitmaps: bitmaps(value)?,
+            werror: String::new(),
+            foreign_filters,
+        })
+    }
+}
+
+fn why_transient(format: &str, node: &Value, image: &Value) -> Option<String> {
+    if format != "qcow2" {
+        return Some(format!("{format} images hold no bitmaps"));
+    }
+    if image
+        .pointer("/format-specific/data/compat")
+        .and_then(Value::as_str)
+        != Some("1.1")
+    {
+        return Some(
+            "qcow2 version 2 holds no bitmaps (`qemu-img amend -o compat=1.1`)".to_owned(),
+        );
+    }
+    if image
+        .get("snapshots")
+        .and_then(Value::as_array)
+        .is_some_and(|list| !list.is_empty())
+    {
+        return Some(
+            "it has internal snapshots, which a stored bitmap would keep from being reverted to"
+                .to_owned(),
+        );
+    }
+    flag(node, "ro").then(|| "it is opened read-only".to_owned())
+}
+
+fn bitmaps(node: &Value) -> std::result::Result<Vec<Bitmap>, String> {
+    let listed = node
+        .get("dirty-bitmaps")
+        .and_then(Value::as_array)
+        .cloned()
+        .unwrap_or_default();
+    listed
+        .iter()
+        .filter(|bitmap| bitmap.get("name").is_some())
+        .map(|bitmap| {
+            let number = |key| bitmap.get(key).and_then(Value::as_u64);
+            Ok(Bitmap {
+                name: text(bitmap, "name").to_owned(),
+                recording: flag(bitmap, "recording"),
+                persistent: flag(bitmap, "persistent"),
+                inconsistent: flag(bitmap, "inconsistent"),
+                busy: flag(bitmap, "busy"),
+                granularity: number("granularity")
+                    .and_then(|value| u32::try_from(value).ok())
+                    .ok_or("a bitmap without a granularity")?,
+                count: number("count").unwrap_or(0),
+            })
+        })
+        .collect()
+}
+
+type Described = std::result::Result<Disk, LeftOut>;
+
+fn describe(monitor: &mut dyn Monitor, graph: &Graph, device: &Value) -> Result<Described> {
+    let qdev = text(device, "qdev");
+    let shown = if qdev.is_empty() {
+        text(device, "device")
+    } else {
+        qdev
+    };
+    let leave = |reason: String, refused| {
+        Ok(Err(LeftOut {
+            device: shown.to_owned(),
+            reason,
+            refused,
+        }))
+    };
+    let Some(inserted) = device.get("inserted") else {
+        return leave("no medium".to_owned(), false);
+    };
+    if flag(device, "removable") {
+        return leave("removable medium".to_owned(), false);
+    }
+    if flag(inserted, "ro") {
+        return leave("read-only".to_owned(), false);
+    }
+    if qdev.is_empty() {
+        return leave("no guest device uses it".to_owned(), false);
+    }
+    let (path, key) = device_path(qdev);
+    let kind = property(monitor, &path, "type")?.unwrap_or_default();
+    let kind = kind.as_str().unwrap_or("").to_owned();
+    if !FRONT_ENDS.contains(&kind.as_str()) {
+        let why = format!("a `{kind}` device: not known to pass all its writes through its node");
+        return leave(why, true);
+    }
+    let Some(key) = key else {
+        let why = "the device has no id, so it cannot be told from others after a restart: give it one (`-device ...,id=NAME`)";
+        return leave(why.to_owned(), true);
+    };
+    if property(monitor, &path, "share-rw")?.is_some_and(|value| value == Value::Bool(true)) {
+        return leave(
+            "shared with other writers (share-rw=on), which no bitmap sees".to_owned(),
+            true,
+        );
+    }
+    let top = text(inserted, "node-name");
+    let found = graph
+        .below_filters(top)
+        .and_then(|(node, filters)| graph.disk(&key, &node, filters));
+    match found {
+        Ok(mut disk) => {
+            qdev.clone_into(&mut disk.qdev);
+            disk.device = kind;
+            disk.werror = property(monitor, &path, "werror")?
+                .and_then(|value| value.as_str().map(str::to_owned))
+                .unwrap_or_default();
+            Ok(Ok(disk))
+        }
+        Err(why) => leave(why, true),
+    }
+}
+
+/// The QOM path of a device and its id, from the spelling that `query-block` uses: an id, or the path of the device or
+/// of the part of it that holds the disk.
+fn device_path(qdev: &str) -> (String, Option<String>) {
+    if !qdev.starts_with('/') {
+        return (format!("/machine/peripheral/{qdev}"), Some(qdev.to_owned()));
+    }
+    let path = qdev
+        .strip_suffix("/virtio-backend")
+        .unwrap_or(qdev)
+        .to_owned();
+    let key = path
+        .strip_prefix("/machine/peripheral/")
+        .and_then(|rest| rest.split('/').next())
+        .map(str::to_owned);
+    (path, key)
+}
+
+/// A device's property, `None` when it has none of that name.
+fn property(monitor: &mut dyn Monitor, path: &str, name: &str) -> Result<Option<Value>> {
+    match call::<qmp::qom_get>(monitor, json!({ "path": path, "property": name })) {
+        Ok(value) => Ok(Some(value)),
+        Err(Error::Command { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn nodeless(monitor: &mut dyn Monitor) -> Result<Vec<LeftOut>> {
+    let mut found = Vec::new();
+    for container in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        for child in list::<qmp::qom_list>(monitor, json!({ "path": container }))? {
+            let kind = text(&child, "type");
+            let Some(kind) = kind
+                .strip_prefix("child<")
+                .and_then(|kind| kind.strip_suffix('>'))
+            else {
+                continue;
+            };
+            if NODELESS.iter().any(|prefix| kind.starts_with(prefix)) {
+                let reason = format!("a `{kind}` device has no block node in QEMU: not backed up");
+                let device = text(&child, "name").to_owned();
+                found.push(LeftOut {
+                    device,
+                    reason,
+                    refused: kind != "vfio-pci",
+                });
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Two devices under one key, or on one node, are both refused.
+fn refuse_ambiguous(disks: &mut Vec<Disk>, left_out: &mut Vec<LeftOut>) {
+    let mut keys: BTreeMap<String, usize> = BTreeMap::new();
+    let mut nodes: BTreeMap<String, usize> = BTreeMap::new();
+    for disk in disks.iter() {
+        *keys.entry(disk.key.clone()).or_default() += 1;
+        *nodes.entry(disk.node.clone()).or_default() += 1;
+    }
+    let twice = |map: &BTreeMap<String, usize>| -> BTreeSet<String> {
+        map.iter()
+            .filter(|(_, count)| **count > 1)
+            .map(|(name, _)| name.clone())
+            .collect()
+    };
+    let (keys, nodes) = (twice(&keys), twice(&nodes));
+    disks.retain(|disk| {
+        let reason = if keys.contains(&disk.key) {
+            format!("two devices answer to the key `{}`", disk.key)
+        } else if nodes.contains(&disk.node) {
+            format!("two devices use the node `{}`", disk.node)
+        } else {
+            return true;
+        };
+        left_out.push(LeftOut {
+            device: disk.qdev.clone(),
+            reason,
+            refused: true,
+        });
+        false
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_known_by_its_id_in_every_spelling() {
+        let path = |qdev| device_path(qdev);
+        assert_eq!(
+            path("sda"),
+            ("/machine/peripheral/sda".to_owned(), Some("sda".to_owned()))
+        );
+        assert_eq!(
+            path("/machine/peripheral/vda/virtio-backend"),
+            ("/machine/peripheral/vda".to_owned(), Some("vda".to_owned()))
+        );
+        assert_eq!(
+            path("/machine/peripheral/usb1/usb1.0/legacy[0]").1,
+            Some("usb1".to_owned())
+        );
+        assert_eq!(
+            path("/machine/peripheral-anon/device[0]/virtio-backend").1,
+            None
+        );
+    }
+}

@@ -1,0 +1,340 @@
+//! Taking back what a run put into a VM. The same code serves the end of every batch and freeze, the guard that steps in
+//! for a dead run, and `recover`: what is made is first written down as [`Leftover`]s, and [`release`] undoes whatever of
+//! it is there, in an order that frees the guest first. It may be repeated at any time.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use qapi::qmp;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::command::{call, flag, job_status, jobs, list, text};
+use super::{Error, Monitor, Result, agent, freeze};
+use crate::clock::{self, Deadline};
+
+/// How long QEMU may take to let go of a job or an export.
+const LET_GO: Duration = Duration::from_secs(60);
+/// Between two looks at a job or an export that is going away.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+
+/// One thing that a run put into a VM, written down before it is made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Leftover {
+    /// A guest whose file systems may be frozen.
+    Frozen {
+        /// The guest agent's socket.
+        agent: PathBuf,
+    },
+    /// A block job: a fleecing job, or one that formats a scratch.
+    Job {
+        /// Its id.
+        id: String,
+    },
+    /// A guest that must not stay stopped by a full scratch: it was running before.
+    Running,
+    /// An external snapshot that is to be committed back.
+    Overlay(Overlay),
+    /// An NBD export.
+    Export {
+        /// Its id.
+        id: String,
+    },
+    /// The NBD server, listening on a socket that we passed.
+    Server {
+        /// The path of that socket.
+        socket: PathBuf,
+        /// The name that the descriptor was passed under.
+        listener: String,
+    },
+    /// A block node.
+    Node {
+        /// Its name.
+        name: String,
+    },
+    /// A set of passed descriptors.
+    FdSet {
+        /// Its number.
+        id: i64,
+    },
+}
+
+/// An overlay of `--freeze snapshot`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Overlay {
+    /// The disk's key.
+    pub disk: String,
+    /// The node that the overlay is put on.
+    pub base: String,
+    /// The overlay's node.
+    pub node: String,
+    /// The job that commits it.
+    pub job: String,
+    /// The overlay's file.
+    pub file: PathBuf,
+    /// The base's file or device, as QEMU named it.
+    pub base_file: String,
+    /// How the base's file looked once the overlay was in place; `None` before.
+    pub base_version: Option<FileVersion>,
+    /// The commit has begun: the base holds a mix until it ends.
+    pub committing: bool,
+}
+
+/// A state of a file that a later write cannot leave unchanged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileVersion {
+    /// Device and inode.
+    pub inode: (u64, u64),
+    /// Bytes.
+    pub size: u64,
+    /// Modification time, nanoseconds since the epoch.
+    pub modified: i128,
+    /// Status change time, nanoseconds since the epoch.
+    pub changed: i128,
+}
+
+impl FileVersion {
+    /// Looks at a file; `None` when it is no regular file or cannot be seen.
+    #[must_use]
+    pub fn of(path: &Path) -> Option<Self> {
+        use std::os::unix::fs::MetadataExt;
+        let meta = std::fs::metadata(path).ok()?;
+        let nanos =
+            |seconds: i64, nanos: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
+        meta.is_file().then(|| Self {
+            inode: (meta.dev(), meta.ino()),
+            size: meta.size(),
+            modified: nanos(meta.mtime(), meta.mtime_nsec()),
+            changed: nanos(meta.ctime(), meta.ctime_nsec()),
+        })
+    }
+}
+
+/// What a release did, for reports.
+#[derive(Debug, Default, Clone, Serialize)]
+pub struct Released {
+    /// What was found and taken back.
+    pub removed: Vec<String>,
+    /// The VM was stopped by a full scratch and goes on.
+    pub resumed: bool,
+}
+
+/// Frees the guest: thaws it, ends the jobs that hold up its writes, lets it run on. The first half of [`release`].
+pub fn free_guest(monitor: &mut dyn Monitor, left: &[Leftover], done: &mut Released) -> Result<()> {
+    let ids: Vec<&str> = left
+        .iter()
+        .filter_map(|item| {
+            if let Leftover::Job { id } = item {
+                Some(id.as_str())
+            } else {
+                None
+            }
+        })
+        .collect();
+    let ended = end_jobs(monitor, &ids, done);
+    for item in left {
+        if let Leftover::Frozen { agent } = item {
+            if agent::thaw_until_thawed(agent).is_ok_and(|thawed| thawed) {
+                done.removed.push("frozen guest file systems".to_owned());
+            }
+        }
+    }
+    ended?;
+    if left.contains(&Leftover::Running) {
+        let status = call::<qmp::query_status>(monitor, json!({}))?;
+        if text(&status, "status") == "io-error" {
+            call::<qmp::cont>(monitor, json!({}))?;
+            done.resumed = true;
+        }
+    }
+    Ok(())
+}
+
+/// Takes back everything of `left` that is there.
+pub fn release(monitor: &mut dyn Monitor, left: &[Leftover]) -> Result<Released> {
+    let mut done = Released::default();
+    free_guest(monitor, left, &mut done)?;
+    release_rest(monitor, left, &mut done)?;
+    Ok(done)
+}
+
+/// The second half of [`release`]: what the guest does not feel, and the overlays, whose commit takes its time.
+pub fn release_rest(
+    monitor: &mut dyn Monitor,
+    left: &[Leftover],
+    done: &mut Released,
+) -> Result<()> {
+    for item in left {
+        if let Leftover::Export { id } = item {
+            delete_export(monitor, id, done)?;
+        }
+    }
+    for item in left {
+        if let Leftover::Server { socket, listener } = item {
+            stop_server(monitor, socket, listener, done)?;
+        }
+    }
+    for item in left {
+        if let Leftover::Overlay(overlay) = item {
+            freeze::commit_overlay(monitor, overlay, done)?;
+        }
+    }
+    for item in left {
+        if let Leftover::Node { name } = item {
+            delete_node(monitor, name, done)?;
+        }
+    }
+    for item in left {
+        if let Leftover::FdSet { id } = item {
+            match call::<qmp::remove_fd>(monitor, json!({ "fdset-id": id })) {
+                Ok(_) => done.removed.push(format!("descriptor set {id}")),
+                Err(error) if error.refused() => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Ends jobs and waits until they are gone.
+pub fn end_jobs(monitor: &mut dyn Monitor, ids: &[&str], done: &mut Released) -> Result<()> {
+    if ids.is_empty() {
+        return Ok(());
+    }
+    let deadline = Deadline::after(LET_GO);
+    let mut first = true;
+    loop {
+        let there: Vec<(String, String)> = jobs(monitor)?
+            .iter()
+            .map(|job| (text(job, "id").to_owned(), text(job, "status").to_owned()))
+            .filter(|(id, _)| ids.contains(&id.as_str()))
+            .collect();
+        if there.is_empty() {
+            return Ok(());
+        }
+        if deadline.passed() {
+            let command = format!("end job {}", there[0].0);
+            return Err(Error::Timeout {
+                command,
+                seconds: LET_GO.as_secs(),
+            });
+        }
+        for (id, status) in there {
+            if first {
+                done.removed.push(format!("job {id}"));
+            }
+            let ended = match status.as_str() {
+                "concluded" => call::<qmp::job_dismiss>(monitor, json!({ "id": id })),
+                "aborting" | "null" | "pending" => continue,
+                _ => call::<qmp::block_job_cancel>(monitor, json!({ "device": id, "force": true })),
+            };
+            match ended {
+                Err(error) if !error.refused() => return Err(error),
+                _ => {}
+            }
+        }
+        first = false;
+        if job_status(monitor, ids[0])?.is_some() {
+            clock::sleep(LOOK_AGAIN);
+        }
+    }
+}
+
+fn delete_export(monitor: &mut dyn Monitor, id: &str, done: &mut Released) -> Result<()> {
+    let deadline = Deadline::after(LET_GO);
+    let mut asked = false;
+    loop {
+        let exports = list::<qmp::query_block_exports>(monitor, json!({}))?;
+        let Some(export) = exports.iter().find(|export| text(export, "id") == id) else {
+            return Ok(());
+        };
+        if !asked {
+            done.removed.push(format!("export {id}"));
+        }
+        if !asked || !flag(export, "shutting-down") {
+            match call::<qmp::block_export_del>(monitor, json!({ "id": id, "mode": "hard" })) {
+                Err(error) if !error.refused() => return Err(error),
+                _ => asked = true,
+            }
+        }
+        if deadline.passed() {
+            let command = format!("delete export {id}");
+            return Err(Error::Timeout {
+                command,
+                seconds: LET_GO.as_secs(),
+            });
+        }
+        clock::sleep(LOOK_AGAIN);
+    }
+}
+
+/// Stops the NBD server when it is the one that we started and no export is left on it.
+fn stop_server(
+    monitor: &mut dyn Monitor,
+    socket: &Path,
+    listener: &str,
+    done: &mut Released,
+) -> Result<()> {
+    if greets(socket) {
+        let exports = list::<qmp::query_block_exports>(monitor, json!({}))?;
+        if exports.iter().any(|export| text(export, "type") == "nbd") {
+            tracing::warn!("our NBD server stays up: others' exports are on it");
+        } else {
+            match call::<qmp::nbd_server_stop>(monitor, json!({})) {
+                Ok(_) => done.removed.push("NBD server".to_owned()),
+                Err(error) if error.refused() => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    match call::<qmp::closefd>(monitor, json!({ "fdname": listener })) {
+        Err(error) if !error.refused() => return Err(error),
+        _ => {}
+    }
+    if let Err(error) = std::fs::remove_file(socket)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!(%error, socket = %socket.display(), "cannot remove the socket");
+    }
+    Ok(())
+}
+
+/// Whether an NBD server answers on the socket that we made: then the VM's server is ours.
+fn greets(socket: &Path) -> bool {
+    use std::io::Read;
+    let Ok(mut stream) = UnixStream::connect(socket) else {
+        return false;
+    };
+    let mut magic = [0; 8];
+    stream
+        .set_read_timeout(Some(Duration::from_secs(2)))
+        .is_ok()
+        && stream.read_exact(&mut magic).is_ok()
+        && &magic == b"NBDMAGIC"
+}
+
+fn delete_node(monitor: &mut dyn Monitor, name: &str, done: &mut Released) -> Result<()> {
+    let deadline = Deadline::after(LET_GO);
+    loop {
+        match call::<qmp::blockdev_del>(monitor, json!({ "node-name": name })) {
+            Ok(_) => {
+                done.removed.push(format!("node {name}"));
+                return Ok(());
+            }
+            Err(Error::Command { description, .. }) if description.contains("in use") => {
+                if deadline.passed() {
+                    let command = format!("delete node {name}");
+                    return Err(Error::Timeout {
+                        command,
+                        seconds: LET_GO.as_secs(),
+                    });
+                }
+                clock::sleep(LOOK_AGAIN);
+            }
+            Err(Error::Command { .. }) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
