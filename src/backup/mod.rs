@@ -1,0 +1,300 @@
+//! The main job, as phases that follow each other: track, copy ahead, freeze, residual, release, commit.
+//!
+//! ```text
+//! rotate --> batches of a pass (live) --> ... --> freeze --> spool --> release --> store --> commit --> sweep
+//!            nothing of ours stays in the VM                 a guard watches       the point is published
+//!            between two batches
+//! ```
+//!
+//! [`Runner`] owns what the phases share. Each phase is a file: [`pass`], [`freeze`], [`commit`].
+
+mod commit;
+mod freeze;
+mod pass;
+mod spool;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use jiff::Timestamp;
+use serde::Serialize;
+
+pub use commit::Point;
+
+use crate::bitmap::blocks::BlockSet;
+use crate::bitmap::rotate::{self, Settings};
+use crate::clock;
+use crate::copy::CopyDisk;
+use crate::exit::{Failure, Kind};
+use crate::hoststate::Lock;
+use crate::image::{MapReader, Repository};
+use crate::progress::Progress;
+use crate::qmp::freeze::Method;
+use crate::qmp::names::RunName;
+use crate::session::{Session, base_map};
+use crate::throttle::{Pace, Throttle};
+use crate::vm::{Hold, Vm};
+
+/// When to quiesce the guest's file systems around the freeze.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Quiesce {
+    /// When the agent answers.
+    Auto,
+    /// Or fail.
+    Always,
+    /// Not at all.
+    Never,
+}
+
+/// How a run goes about it.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The pace of passes.
+    pub pace: Pace,
+    /// How the block snapshot is taken.
+    pub method: Method,
+    /// Whether the guest is quiesced.
+    pub quiesce: Quiesce,
+    /// The guest agent's socket.
+    pub agent: Option<PathBuf>,
+    /// Where scratches, overlays and spools go.
+    pub scratch: Option<PathBuf>,
+    /// The limit of each disk's scratch, instead of the computed one.
+    pub scratch_reserve: Option<u64>,
+    /// How long the guest may be held at the freeze.
+    pub deadline: Duration,
+    /// What the run is called in messages of those who wait for it.
+    pub doing: String,
+}
+
+/// What was copied, by what it was good for. Bytes of disks.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Bytes {
+    /// Copied live, before the freeze.
+    pub precopied: u64,
+    /// Of these, copied for nothing: overwritten later.
+    pub superseded: u64,
+    /// Copied from the snapshot.
+    pub residual: u64,
+    /// Newly stored, after deduplication and compression.
+    pub stored: u64,
+}
+
+/// What a disk in doubt is reported with.
+#[derive(Debug, Clone, Serialize)]
+pub struct Rescan {
+    /// The disk.
+    pub disk: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// A disk of a run.
+struct RunDisk {
+    key: String,
+    size: u64,
+    /// Blocks that are not safe with respect to every disabled bitmap and the whole-disk marker; what the live bitmap
+    /// holds comes on top. `None` until it was read from the bitmaps.
+    open: Option<BlockSet>,
+    /// Blocks that have been copied in this session.
+    proved: BlockSet,
+}
+
+/// One run of a repository on a target.
+pub struct Runner {
+    vm: Vm,
+    repo: Repository,
+    run: RunName,
+    session: Session,
+    options: Options,
+    throttle: Throttle,
+    progress: Arc<Progress>,
+    interrupted: Arc<AtomicBool>,
+    disks: Vec<RunDisk>,
+    copy_disks: Vec<CopyDisk>,
+    /// What this run copied.
+    pub bytes: Bytes,
+    /// What the operator should know.
+    pub warnings: Vec<String>,
+    /// The wall clock when the first look was taken, and the guest's writes then.
+    writes: Option<(Instant, u64)>,
+    passes: u64,
+    begun: Timestamp,
+    _lock: Lock,
+}
+
+impl Runner {
+    /// Begins a run: at most one of a repository on a target.
+    pub fn begin(
+        vm: Vm,
+        repo: Repository,
+        options: Options,
+        progress: Arc<Progress>,
+        interrupted: Arc<AtomicBool>,
+    ) -> Result<Self> {
+        let short = repo.id().short();
+        let lock = vm.state.lock_run(&short, &options.doing)?;
+        let session = Session::open(&repo, &vm.key)?;
+        Ok(Self {
+            run: RunName::new(&short),
+            throttle: Throttle::new(options.pace.rate),
+            vm,
+            repo,
+            session,
+            options,
+            progress,
+            interrupted,
+            disks: Vec::new(),
+            copy_disks: Vec::new(),
+            bytes: Bytes::default(),
+            warnings: Vec::new(),
+            writes: None,
+            passes: 0,
+            begun: clock::utc_now(),
+            _lock: lock,
+        })
+    }
+
+    /// Fails when a signal has asked for the end.
+    fn check_interrupt(&self) -> Result<()> {
+        if self.interrupted.load(Ordering::Relaxed) {
+            let hint = "what was copied is kept: the next run goes on from there";
+            return Err(Failure::hinted(Kind::Interrupted, "interrupted", hint));
+        }
+        Ok(())
+    }
+
+    fn hold(&mut self) -> Result<Hold> {
+        let mut hold = self.vm.hold(&self.run, &self.options.doing)?;
+        hold.granularity = u32::from(self.repo.block_size());
+        for what in std::mem::take(&mut hold.recovered) {
+            self.warnings.push(format!("took back what an earlier run left in the VM: {what}"));
+        }
+        hold.look()?;
+        Ok(hold)
+    }
+
+    /// Rotates the bitmaps and takes in what that says of the disks.
+    fn rotate(&mut self, hold: &mut Hold) -> Result<()> {
+        let process = hold.process();
+        let repository = self.repo.id().short();
+        let bases = self.session.bases.clone();
+        let settings = Settings {
+            bases: &bases,
+            granularity: u32::from(self.repo.block_size()),
+            repository: &repository,
+            process: &process,
+        };
+        let mut state = std::mem::take(&mut self.session.state);
+        let rotated = rotate::rotate(&mut state, hold, &mut self.session, &settings);
+        self.session.state = state;
+        rotated?;
+        hold.look()?;
+        self.take_in_disks(hold)
+    }
+
+    /// Makes the run's disks those of the newest rotation that were chosen.
+    fn take_in_disks(&mut self, hold: &Hold) -> Result<()> {
+        let block_size = self.repo.block_size();
+        let mut disks = Vec::new();
+        let mut copy_disks = Vec::new();
+        let mut before: Vec<RunDisk> = std::mem::take(&mut self.disks);
+        for found in hold.disks() {
+            let Some(tracked) = self.session.state.disks.get(&found.key) else { continue };
+            let blocks = block_size.blocks(tracked.size);
+            let at = before.iter().position(|disk| disk.key == tracked.key && disk.size == tracked.size);
+            disks.push(at.map(|at| before.swap_remove(at)).unwrap_or_else(|| RunDisk {
+                key: tracked.key.clone(),
+                size: tracked.size,
+                open: None,
+                proved: BlockSet::new(blocks),
+            }));
+            let base = match &tracked.base {
+                Some(base) => Some(MapReader::open(&self.repo, &base_map(base)?)?),
+                None => None,
+            };
+            copy_disks.push(CopyDisk { key: tracked.key.clone(), size: tracked.size, base });
+        }
+        self.disks = disks;
+        self.copy_disks = copy_disks;
+        Ok(())
+    }
+
+    /// How many bytes the next freeze would find, from the counts that QEMU lists: an upper bound, since some of them are
+    /// safe already.
+    fn estimate(&self, hold: &Hold) -> u64 {
+        let mut bytes = 0;
+        for disk in hold.disks() {
+            let tracked = self.session.state.disks.get(&disk.key);
+            let tracked = tracked.or_else(|| self.session.bases.get(&disk.key));
+            let Some(tracked) = tracked else {
+                bytes += disk.size;
+                continue;
+            };
+            let open = self.disks.iter().find(|known| known.key == disk.key);
+            let count = |name: &str| {
+                disk.bitmaps.iter().find(|bitmap| bitmap.name == name).map(|bitmap| bitmap.count)
+            };
+            let live = tracked.new.as_ref().map(|new| count(&new.name));
+            match (live, open.and_then(|disk| disk.open.as_ref())) {
+                (Some(Some(live)), Some(open)) => {
+                    bytes += live + open.count() * self.repo.block_size().bytes();
+                }
+                (Some(Some(live)), None) if tracked.whole.is_none() => {
+                    let pending = tracked.needed.iter().filter_map(|named| count(&named.name));
+                    bytes += live + pending.sum::<u64>();
+                }
+                _ => bytes += disk.size,
+            }
+        }
+        bytes
+    }
+
+    /// The disks that are read in full, with the reasons; a first copy is none.
+    #[must_use]
+    pub fn rescans(&self) -> Vec<Rescan> {
+        let disks = self.session.state.disks.values();
+        disks
+            .filter_map(|disk| {
+                let reason = disk.doubt.clone().filter(|_| disk.base.is_some())?;
+                Some(Rescan { disk: disk.key.clone(), reason })
+            })
+            .collect()
+    }
+
+    /// Starts following the disks, and no more. Says whether anything had to be done.
+    pub fn track(&mut self) -> Result<bool> {
+        let mut hold = self.hold()?;
+        let state = &self.session.state;
+        let followed = hold.disks().iter().all(|disk| {
+            let known = match state.disks.get(&disk.key) {
+                Some(tracked) => Some((tracked, state.confirmed)),
+                None => self.session.bases.get(&disk.key).map(|base| (base, true)),
+            };
+            known.is_some_and(|(tracked, confirmed)| {
+                crate::bitmap::track::trust(tracked, confirmed, &crate::vm::seen(disk)).is_ok()
+            })
+        });
+        if !followed {
+            self.rotate(&mut hold)?;
+        }
+        for disk in hold.disks() {
+            if let Some(why) = &disk.transient {
+                self.warnings.push(format!(
+                    "disk `{}` is followed only while this QEMU runs: {why}",
+                    disk.key
+                ));
+            } else {
+                self.warnings.push(format!(
+                    "disk `{}`: reverting to an internal snapshot fails while bitmaps are on it; `forerun untrack` removes them",
+                    disk.key
+                ));
+            }
+        }
+        Ok(!followed)
+    }
+}

@@ -1,0 +1,407 @@
+//! A pass: from one rotation to the next, the open blocks of all disks are read live, in batches of a few seconds. Between
+//! two batches nothing of ours is in the VM but bitmaps.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::{RunDisk, Runner};
+use crate::bitmap::blocks::BlockSet;
+use crate::bitmap::rotate;
+use crate::bitmap::track::{self, Tracked};
+use crate::clock::{self, Deadline};
+use crate::copy::{self, Copied, CopyDisk, Piece};
+use crate::exit::{Failure, Kind};
+use crate::image::Content;
+use crate::nbd::{Client, Endpoint, ReadOptions};
+use crate::qmp::export::{self, Export, Listening};
+use crate::qmp::release::Leftover;
+use crate::units::{BlockRun, BlockSize, Extent};
+use crate::vm::{Hold, seen};
+
+/// How long a batch holds the VM's exports at most.
+const BATCH: Duration = Duration::from_secs(3);
+/// Between two batches, so that an operator's command that waits gets its turn.
+const BETWEEN: Duration = Duration::from_millis(20);
+/// A run of at least this many blocks is worth asking the block status for.
+const WORTH_ASKING: u64 = 16;
+/// The most blocks that are asked for at once.
+const WINDOW: u64 = 4096;
+/// The spans of runs that are read together.
+const GROUP: usize = 4096;
+/// How long others' use of the NBD server is waited for.
+const SERVER_WAIT: Duration = Duration::from_secs(30);
+
+/// Why a pass ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PassEnd {
+    /// Every block that it had to read is safe.
+    Complete,
+    /// Its time was up.
+    OutOfTime,
+}
+
+impl Runner {
+    /// One pass: rotates, then copies what the older bitmaps hold. `until` ends it early; what it proved stays.
+    pub fn pass(&mut self, until: Option<Deadline>) -> Result<PassEnd> {
+        self.passes += 1;
+        let pass = self.session.next_pass();
+        let mut rotated = false;
+        loop {
+            self.check_interrupt()?;
+            let mut hold = self.hold()?;
+            if rotated && let Some(why) = self.astray(&hold) {
+                tracing::info!(%why, "the VM changed between two batches: rotating anew");
+                rotated = false;
+            }
+            if !rotated {
+                self.rotate(&mut hold)?;
+                for disk in &mut self.disks {
+                    disk.open = None;
+                }
+                rotated = true;
+            }
+            self.batch(hold, pass, until)?;
+            if self.disks.iter().all(|disk| disk.open.as_ref().is_some_and(BlockSet::is_empty)) {
+                self.strike()?;
+                return Ok(PassEnd::Complete);
+            }
+            if until.is_some_and(Deadline::passed) {
+                return Ok(PassEnd::OutOfTime);
+            }
+            clock::sleep(BETWEEN);
+        }
+    }
+
+    /// Why the newest rotation cannot be gone on with, when it cannot.
+    fn astray(&self, hold: &Hold) -> Option<String> {
+        if self.session.state.process.as_ref() != Some(&hold.process()) {
+            return Some("another QEMU process".to_owned());
+        }
+        if hold.disks().len() != self.disks.len() {
+            return Some("a disk came or went".to_owned());
+        }
+        hold.disks().iter().find_map(|disk| {
+            let Some(tracked) = self.session.state.disks.get(&disk.key) else {
+                return Some(format!("disk {} is new", disk.key));
+            };
+            let found = seen(disk);
+            match track::trust(tracked, true, &found) {
+                Err(why) => Some(format!("disk {}: {why}", disk.key)),
+                Ok(_) => tracked.needed.iter().find_map(|named| {
+                    let has = found.bitmaps.iter().find(|bitmap| bitmap.name == named.name);
+                    has.is_some_and(|bitmap| bitmap.recording)
+                        .then(|| format!("disk {}: bitmap {} records", disk.key, named.name))
+                }),
+            }
+        })
+    }
+
+    /// One batch: exports, reads for a few seconds, release; then everything durable.
+    fn batch(&mut self, mut hold: Hold, pass: u64, until: Option<Deadline>) -> Result<()> {
+        let epoch = self.session.state.epoch;
+        let ends = until.map_or(Deadline::after(BATCH), |until| until.at_most(BATCH));
+        let listening = Listening::place(self.vm.state.directory(), &self.run);
+        let mut disks = std::mem::take(&mut self.disks);
+        let copy_disks = std::mem::take(&mut self.copy_disks);
+        let label = format!("pass {pass}");
+        let this = &*self;
+        let done = copy::copy(&this.repo, &copy_disks, &label, &this.progress.done, |give| {
+            let read = this.export_and_read(&mut hold, &mut disks, &copy_disks, &listening, ends, give);
+            let released = release(&mut hold);
+            drop(hold);
+            read?;
+            released
+        });
+        let kept = done.and_then(|((), copied)| self.keep(&mut disks, copied, epoch));
+        self.disks = disks;
+        self.copy_disks = copy_disks;
+        kept
+    }
+
+    /// Journals proofs and takes the proved blocks out of what is open.
+    fn keep(&mut self, disks: &mut [RunDisk], copied: Copied, epoch: u64) -> Result<()> {
+        let block_size = self.repo.block_size();
+        self.bytes.stored += copied.stored;
+        for (disk, mut proofs) in disks.iter_mut().zip(copied.proofs) {
+            proofs.sort_unstable_by_key(|(run, _)| run.first);
+            self.session.prove(&disk.key, epoch, &proofs)?;
+            for (run, content) in &proofs {
+                if let Some(open) = &mut disk.open {
+                    open.remove(*run);
+                }
+                if *content != Content::Zero || run.count == 1 {
+                    self.bytes.precopied += run.count * block_size.bytes();
+                }
+                self.bytes.superseded += superseded(&disk.proved, *run) * block_size.bytes();
+                disk.proved.insert(*run);
+            }
+        }
+        Ok(())
+    }
+
+    fn export_and_read(
+        &self,
+        hold: &mut Hold,
+        disks: &mut [RunDisk],
+        copy_disks: &[CopyDisk],
+        listening: &Listening,
+        ends: Deadline,
+        give: &mut dyn FnMut(Piece) -> ControlFlow<()>,
+    ) -> Result<()> {
+        let mut left = vec![listening.leftover()];
+        for disk in 0..disks.len() {
+            left.push(Leftover::Export { id: export::export_id(&self.run, disk) });
+        }
+        hold.journal.write(left)?;
+        start_server(listening, hold)?;
+        let mut total = 0;
+        let mut clients = Vec::new();
+        for (index, disk) in disks.iter_mut().enumerate() {
+            let tracked = self.tracked(&disk.key)?;
+            let bitmaps = if disk.open.is_some() { Vec::new() } else { pending_names(&tracked) };
+            let mut client = self.connect(hold, listening, index, &disk.key, &bitmaps)?;
+            if disk.open.is_none() {
+                disk.open = Some(self.load(&tracked, disk, &mut client)?);
+            }
+            total += disk.open.as_ref().map_or(0, BlockSet::count) * self.repo.block_size().bytes();
+            clients.push(client);
+        }
+        self.progress.total.store(
+            self.progress.done.load(Ordering::Relaxed).saturating_add(total),
+            Ordering::Relaxed,
+        );
+        let interrupted = &self.interrupted;
+        let reading = Reading {
+            block_size: self.repo.block_size(),
+            options: self.read_options(),
+            permit: &|bytes| {
+                let go_on = || !ends.passed() && !interrupted.load(Ordering::Relaxed);
+                if self.throttle.wait(bytes, &go_on) { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            },
+        };
+        for (index, (disk, client)) in disks.iter().zip(&mut clients).enumerate() {
+            let Some(open) = &disk.open else { continue };
+            let ended = reading
+                .read_open(client, index, copy_disks[index].size, open, give)
+                .with_context(|| format!("read disk `{}`", disk.key))?;
+            if ended.is_break() {
+                break;
+            }
+        }
+        for client in clients {
+            client.disconnect()?;
+        }
+        Ok(())
+    }
+
+    /// Adds the export of a disk with bitmaps and connects to it.
+    fn connect(
+        &self,
+        hold: &mut Hold,
+        listening: &Listening,
+        index: usize,
+        key: &str,
+        bitmaps: &[(u64, String)],
+    ) -> Result<Client> {
+        let node = hold.disk(key)?.node.clone();
+        let export = Export {
+            disk: index,
+            bitmaps: bitmaps.iter().map(|(_, name)| (node.clone(), name.clone())).collect(),
+            node,
+        };
+        export::add(&mut hold.monitor, &self.run, &export)?;
+        let id = export::export_id(&self.run, index);
+        let mut endpoint = Endpoint::new(&listening.socket, id).allocation();
+        for (_, name) in bitmaps {
+            endpoint = endpoint.bitmap(name);
+        }
+        Ok(endpoint.connect()?)
+    }
+
+    pub(super) fn read_options(&self) -> ReadOptions {
+        let request_bytes = (256 << 10).max(u32::from(self.repo.block_size()));
+        let depth = self.options.pace.in_flight;
+        ReadOptions { request_bytes, depth, spare_buffers: 64 }
+    }
+
+    pub(super) fn tracked(&self, key: &str) -> Result<Tracked> {
+        let tracked = self.session.state.disks.get(key);
+        tracked.cloned().with_context(|| format!("disk `{key}` is not tracked"))
+    }
+
+    /// Works out the open blocks of a disk from its pending bitmaps, its marker and its proofs.
+    pub(super) fn load(
+        &self,
+        tracked: &Tracked,
+        disk: &mut RunDisk,
+        client: &mut Client,
+    ) -> Result<BlockSet> {
+        let block_size = self.repo.block_size();
+        let blocks = block_size.blocks(tracked.size);
+        let (proofs, proved) = self.session.proofs(tracked, block_size)?;
+        disk.proved = proved;
+        let mut open = BlockSet::new(blocks);
+        if let Some(epoch) = tracked.whole {
+            proofs.unsafe_of(epoch, BlockRun { first: 0, count: blocks }, &mut open);
+        }
+        let whole = Extent { offset: 0, length: tracked.size };
+        for (epoch, name) in pending_names(tracked) {
+            client.dirty_extents(&name, whole, &mut |extent| {
+                proofs.unsafe_of(epoch, block_size.cover(extent), &mut open);
+                ControlFlow::Continue(())
+            })?;
+        }
+        Ok(open)
+    }
+
+    /// Everything older than the newest rotation is safe: strikes it and removes it from the VM.
+    fn strike(&mut self) -> Result<()> {
+        let epoch = self.session.state.epoch;
+        let disks: Vec<String> = self
+            .disks
+            .iter()
+            .filter(|disk| {
+                let tracked = self.session.state.disks.get(&disk.key);
+                tracked.is_some_and(|tracked| !tracked.pending_epochs().is_empty())
+            })
+            .map(|disk| disk.key.clone())
+            .collect();
+        if disks.is_empty() {
+            return Ok(());
+        }
+        let mut hold = self.hold()?;
+        let mut state = std::mem::take(&mut self.session.state);
+        let struck =
+            rotate::strike(&mut state, &mut hold, &mut self.session, &disks, epoch - 1);
+        self.session.state = state;
+        struck
+    }
+}
+
+/// The pending bitmaps of a disk with their epochs.
+pub(super) fn pending_names(tracked: &Tracked) -> Vec<(u64, String)> {
+    tracked.needed.iter().map(|named| (named.epoch, named.name.clone())).collect()
+}
+
+fn superseded(proved: &BlockSet, run: BlockRun) -> u64 {
+    if run.count == 1 {
+        return u64::from(proved.contains(run.first));
+    }
+    (run.first..run.end()).filter(|block| proved.contains(*block)).count() as u64
+}
+
+/// Starts the VM's NBD server, waiting while somebody else's runs.
+pub(super) fn start_server(listening: &Listening, hold: &mut Hold) -> Result<()> {
+    let deadline = Deadline::after(SERVER_WAIT);
+    loop {
+        match listening.start(&mut hold.monitor) {
+            Err(crate::qmp::Error::Command { description, .. })
+                if description.contains("already running") =>
+            {
+                if deadline.passed() {
+                    return Err(Failure::hinted(
+                        Kind::Busy,
+                        "the VM's NBD server is in use by somebody else",
+                        "end their backup job or export, then run the command again",
+                    ));
+                }
+                clock::sleep(Duration::from_millis(200));
+            }
+            started => return Ok(started?),
+        }
+    }
+}
+
+/// Takes back what the hold's journal lists, and the journal.
+pub(super) fn release(hold: &mut Hold) -> Result<()> {
+    hold.journal.release(&mut hold.monitor)?;
+    hold.journal.close()?;
+    Ok(())
+}
+
+/// How the open blocks of a disk are read.
+pub(super) struct Reading<'a> {
+    pub(super) block_size: BlockSize,
+    pub(super) options: ReadOptions,
+    pub(super) permit: &'a (dyn Fn(u64) -> ControlFlow<()> + Sync),
+}
+
+impl Reading<'_> {
+    /// Reads the open blocks of a disk in order. What the block status calls zero is not read, but handed on as zeros.
+    pub(super) fn read_open(
+        &self,
+        client: &mut Client,
+        disk: usize,
+        size: u64,
+        open: &BlockSet,
+        give: &mut dyn FnMut(Piece) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>> {
+        let mut group: Vec<Extent> = Vec::new();
+        for run in open.runs_from(0, WINDOW) {
+            let extent = self.block_size.run_extent(run, size);
+            if run.count < WORTH_ASKING {
+                group.push(extent);
+            } else {
+                let zeros = self.zeros(client, run, size)?;
+                let mut at = run.first;
+                for zero in zeros {
+                    if zero.first > at {
+                        let data = BlockRun { first: at, count: zero.first - at };
+                        group.push(self.block_size.run_extent(data, size));
+                    }
+                    at = zero.end();
+                    let extent = self.block_size.run_extent(zero, size);
+                    if (self.permit)(0).is_break() || give(Piece { disk, extent, data: None }).is_break() {
+                        return Ok(ControlFlow::Break(()));
+                    }
+                }
+                if at < run.end() {
+                    let data = BlockRun { first: at, count: run.end() - at };
+                    group.push(self.block_size.run_extent(data, size));
+                }
+            }
+            let bytes: u64 = group.iter().map(|extent| extent.length).sum();
+            if (group.len() >= GROUP || bytes >= WINDOW * self.block_size.bytes())
+                && self.read(client, disk, std::mem::take(&mut group), give)?.is_break()
+            {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        self.read(client, disk, group, give)
+    }
+
+    /// The whole blocks of a run that read as zeros.
+    fn zeros(&self, client: &mut Client, run: BlockRun, size: u64) -> Result<Vec<BlockRun>> {
+        let mut zeros = Vec::new();
+        let within = self.block_size.run_extent(run, size);
+        client.zero_extents(within, &mut |extent| {
+            let first = extent.offset.div_ceil(self.block_size.bytes());
+            let end = if extent.end() >= size { self.block_size.blocks(size) } else { extent.end() / self.block_size.bytes() };
+            if end > first {
+                zeros.push(BlockRun { first, count: end - first });
+            }
+            ControlFlow::Continue(())
+        })?;
+        Ok(zeros)
+    }
+
+    fn read(
+        &self,
+        client: &mut Client,
+        disk: usize,
+        extents: Vec<Extent>,
+        give: &mut dyn FnMut(Piece) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>> {
+        if extents.is_empty() {
+            return Ok((self.permit)(0));
+        }
+        let summary = client.read_all(extents, self.options, &|bytes| (self.permit)(bytes), &mut |done| {
+            let data = done.data.map(|buffer| -> Box<dyn std::ops::Deref<Target = [u8]> + Send> { Box::new(buffer) });
+            give(Piece { disk, extent: done.extent, data })
+        })?;
+        Ok(if summary.stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    }
+}

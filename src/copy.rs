@@ -1,0 +1,236 @@
+//! The copier: pieces of disks come in, their blocks are hashed, compared with the base, compressed and stored, and what
+//! each block was proved to hold comes out.
+//!
+//! ```text
+//! source (NBD reads, a spool) --pieces--> workers: hash, compare, compress --blocks--> one writer: packs
+//! ```
+//!
+//! Every queue is bounded, so memory is; a slow repository stops the reads by itself.
+
+use std::ops::{ControlFlow, Deref};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use crate::image::{Content, Encoded, Entry, MapReader, PackWriter, Repository};
+use crate::units::{BlockRun, Extent};
+
+/// Pieces that wait for a worker, and results that wait for the writer.
+const QUEUE: usize = 32;
+
+/// A piece of a disk that was read.
+pub struct Piece {
+    /// The disk's number in this run.
+    pub disk: usize,
+    /// Where: whole blocks, but for the disk's end.
+    pub extent: Extent,
+    /// Its bytes; none when all of them are zeros.
+    pub data: Option<Box<dyn Deref<Target = [u8]> + Send>>,
+}
+
+/// A disk that is copied.
+pub struct CopyDisk {
+    /// Its key.
+    pub key: String,
+    /// Its size, bytes.
+    pub size: u64,
+    /// The base's map, for disks that have one.
+    pub base: Option<MapReader>,
+}
+
+/// What blocks were proved to hold; a run of more than one block is zero or the same as the base.
+pub type Proof = (BlockRun, Content);
+
+/// What a copy came to.
+#[derive(Debug, Default)]
+pub struct Copied {
+    /// By disk: what was proved, in no order.
+    pub proofs: Vec<Vec<Proof>>,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Bytes newly stored, compressed.
+    pub stored: u64,
+}
+
+enum Done {
+    Block(usize, u64, Encoded),
+    Run(usize, BlockRun, Content),
+}
+
+/// Copies what `source` hands out and makes it durable. `source` runs on this thread; it gets a function that takes a
+/// piece, and must stop when that says so.
+pub fn copy<T>(
+    repo: &Repository,
+    disks: &[CopyDisk],
+    label: &str,
+    progress: &AtomicU64,
+    source: impl FnOnce(&mut dyn FnMut(Piece) -> ControlFlow<()>) -> Result<T>,
+) -> Result<(T, Copied)> {
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    let (work, pieces) = bounded::<Piece>(QUEUE);
+    let (out, results) = bounded::<Result<Done>>(QUEUE * 16);
+    let read = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            let (pieces, out) = (pieces.clone(), out.clone());
+            scope.spawn(move || work_on(repo, disks, &pieces, &out));
+        }
+        drop(pieces);
+        drop(out);
+        let writer = scope.spawn(|| write(repo, disks, label, results));
+        let mut give = |piece: Piece| {
+            let bytes = piece.extent.length;
+            // Nobody takes pieces any more: the writer failed, and says why below.
+            if work.send(piece).is_err() {
+                return ControlFlow::Break(());
+            }
+            read.fetch_add(bytes, Ordering::Relaxed);
+            progress.fetch_add(bytes, Ordering::Relaxed);
+            ControlFlow::Continue(())
+        };
+        let result = source(&mut give);
+        drop(work);
+        let copied = match writer.join() {
+            Ok(copied) => copied,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        // What was stored before the source failed is worth keeping only as data, not as proofs.
+        let mut copied = copied?;
+        copied.bytes = read.load(Ordering::Relaxed);
+        Ok((result?, copied))
+    })
+}
+
+fn work_on(
+    repo: &Repository,
+    disks: &[CopyDisk],
+    pieces: &Receiver<Piece>,
+    out: &Sender<Result<Done>>,
+) {
+    for piece in pieces {
+        let send = |done| if out.send(done).is_err() { Err(()) } else { Ok(()) };
+        let ended = match &piece.data {
+            Some(data) => encode(repo, disks, &piece, data, &send),
+            None => zeros(repo, disks, &piece, &send),
+        };
+        if ended.is_err() {
+            return;
+        }
+    }
+}
+
+type Send<'a> = dyn Fn(Result<Done>) -> Result<(), ()> + 'a;
+
+fn encode(
+    repo: &Repository,
+    disks: &[CopyDisk],
+    piece: &Piece,
+    data: &[u8],
+    send: &Send<'_>,
+) -> Result<(), ()> {
+    let block_size = repo.block_size();
+    let disk = &disks[piece.disk];
+    let first = piece.extent.offset / block_size.bytes();
+    for (block, plain) in (first..).zip(data.chunks(block_size.as_usize())) {
+        let done = base_entry(disk, block).and_then(|base| {
+            let expected = if let Entry::Data(id) = base { Some(id) } else { None };
+            let encoded = repo.encode(plain, expected).map_err(anyhow::Error::from)?;
+            Ok(match (&encoded, base) {
+                (Encoded::Zero, Entry::Zero) => same(piece.disk, block),
+                (Encoded::Known(id), Entry::Data(base)) if *id == base => same(piece.disk, block),
+                _ => Done::Block(piece.disk, block, encoded),
+            })
+        });
+        let failed = done.is_err();
+        let at = || format!("block {block} of disk {}", disk.key);
+        send(done.with_context(at))?;
+        if failed {
+            return Err(());
+        }
+    }
+    Ok(())
+}
+
+fn same(disk: usize, block: u64) -> Done {
+    Done::Run(disk, BlockRun { first: block, count: 1 }, Content::Same)
+}
+
+fn base_entry(disk: &CopyDisk, block: u64) -> Result<Entry> {
+    match &disk.base {
+        Some(base) => Ok(base.get(block)?),
+        None => Ok(Entry::Unset),
+    }
+}
+
+/// A run of zeros is one proof, whatever its length, where there is no base to compare with.
+fn zeros(
+    repo: &Repository,
+    disks: &[CopyDisk],
+    piece: &Piece,
+    send: &Send<'_>,
+) -> Result<(), ()> {
+    let run = repo.block_size().cover(piece.extent);
+    let disk = &disks[piece.disk];
+    if disk.base.is_none() {
+        return send(Ok(Done::Run(piece.disk, run, Content::Zero)));
+    }
+    for block in run.first..run.end() {
+        let done = base_entry(disk, block).map(|base| match base {
+            Entry::Zero => same(piece.disk, block),
+            _ => Done::Run(piece.disk, BlockRun { first: block, count: 1 }, Content::Zero),
+        });
+        let failed = done.is_err();
+        send(done)?;
+        if failed {
+            return Err(());
+        }
+    }
+    Ok(())
+}
+
+fn write(
+    repo: &Repository,
+    disks: &[CopyDisk],
+    label: &str,
+    results: Receiver<Result<Done>>,
+) -> Result<Copied> {
+    let mut packs: Vec<PackWriter> =
+        disks.iter().map(|disk| repo.pack_writer(&format!("{} {label}", disk.key))).collect();
+    let mut copied =
+        Copied { proofs: disks.iter().map(|_| Vec::new()).collect(), ..Copied::default() };
+    for done in results {
+        match done? {
+            Done::Run(disk, run, content) => push(&mut copied.proofs[disk], run, content),
+            Done::Block(disk, block, encoded) => {
+                let content = packs[disk].put(encoded)?;
+                push(&mut copied.proofs[disk], BlockRun { first: block, count: 1 }, content);
+            }
+        }
+    }
+    for pack in packs.drain(..) {
+        copied.stored += pack.seal()?.stored_bytes;
+    }
+    Ok(copied)
+}
+
+/// Joins a run to the one before it where both say the same of neighbours.
+fn push(proofs: &mut Vec<Proof>, run: BlockRun, content: Content) {
+    if let Some((last, before)) = proofs.last_mut()
+        && *before == content
+        && !matches!(content, Content::Data(_))
+        && last.end() == run.first
+    {
+        last.count += run.count;
+        return;
+    }
+    proofs.push((run, content));
+}
+
+/// The rate at which something goes, for reports.
+#[must_use]
+pub fn rate(bytes: u64, took: Duration) -> u64 {
+    let millis = u64::try_from(took.as_millis()).unwrap_or(u64::MAX).max(1);
+    bytes.saturating_mul(1000) / millis
+}

@@ -1,0 +1,142 @@
+//! Why a command ended as it did, and the exit code for it: the one table between the two.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::{hoststate, image, nbd, qmp};
+
+/// What kind of end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Done, with warnings.
+    Warned,
+    /// Something failed.
+    Failed,
+    /// The command line is wrong.
+    Usage,
+    /// A limit of the window or the residual was missed.
+    Missed,
+    /// Stored data is not what it was.
+    Corrupt,
+    /// Somebody else holds the target.
+    Busy,
+    /// The target needs an operator.
+    Attention,
+    /// No space, or out of quota.
+    NoSpace,
+    /// A signal asked for the end.
+    Interrupted,
+}
+
+impl Kind {
+    /// The exit code.
+    #[must_use]
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Failed => 1,
+            Self::Usage => 2,
+            Self::Warned => 3,
+            Self::Missed => 4,
+            Self::Corrupt => 5,
+            Self::Busy => 6,
+            Self::Attention => 7,
+            Self::NoSpace => 8,
+            Self::Interrupted => 130,
+        }
+    }
+}
+
+/// An end with a reason for the operator and the way out.
+#[derive(Debug)]
+pub struct Failure {
+    /// Its kind.
+    pub kind: Kind,
+    /// What happened, lower case, naming the thing.
+    pub message: String,
+    /// What to do.
+    pub hint: Option<String>,
+}
+
+impl Failure {
+    /// A failure with a way out.
+    pub fn hinted(kind: Kind, message: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
+        Self { kind, message: message.into(), hint: Some(hint.into()) }.into()
+    }
+
+    /// A failure that says it all.
+    pub fn plain(kind: Kind, message: impl Into<String>) -> anyhow::Error {
+        Self { kind, message: message.into(), hint: None }.into()
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// The kind and the hint of an error: the first cause in its chain that knows.
+#[must_use]
+pub fn classify(error: &anyhow::Error) -> (Kind, Option<String>) {
+    for cause in error.chain() {
+        if let Some(failure) = cause.downcast_ref::<Failure>() {
+            return (failure.kind, failure.hint.clone());
+        }
+        if let Some(hoststate::Error::Held { .. }) = cause.downcast_ref() {
+            let hint = "wait for it, or end it: its work goes on in the next run";
+            return (Kind::Busy, Some(hint.to_owned()));
+        }
+        if let Some(found) = cause.downcast_ref::<qmp::Error>().and_then(of_qmp) {
+            return found;
+        }
+        if let Some(found) = cause.downcast_ref::<image::Error>().and_then(of_image) {
+            return found;
+        }
+        if let Some(nbd::Error::Io { source, .. }) = cause.downcast_ref()
+            && no_space(source)
+        {
+            return (Kind::NoSpace, None);
+        }
+        if cause.downcast_ref::<std::io::Error>().is_some_and(no_space) {
+            return (Kind::NoSpace, None);
+        }
+    }
+    (Kind::Failed, None)
+}
+
+fn of_qmp(error: &qmp::Error) -> Option<(Kind, Option<String>)> {
+    let found = match error {
+        qmp::Error::Busy { .. } => (
+            Kind::Busy,
+            "a QMP socket serves one client: give forerun a socket of its own (`-qmp unix:PATH,server=on,wait=off`)",
+        ),
+        qmp::Error::Unreachable { .. } => {
+            (Kind::Failed, "is the VM running, and may you open its socket?")
+        }
+        _ => return None,
+    };
+    Some((found.0, Some(found.1.to_owned())))
+}
+
+fn of_image(error: &image::Error) -> Option<(Kind, Option<String>)> {
+    let found = match error {
+        image::Error::Corrupt { .. } => (Kind::Corrupt, "run `forerun verify` for all that is hurt"),
+        image::Error::NoSpace { .. } => {
+            (Kind::NoSpace, "free space in the repository and run the command again: it goes on from where it was")
+        }
+        image::Error::Busy { .. } => (Kind::Busy, "wait for it, or end it"),
+        _ => return None,
+    };
+    Some((found.0, Some(found.1.to_owned())))
+}
+
+fn no_space(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
+    )
+}

@@ -1,0 +1,30 @@
+//! How far a run is: numbers that the phases count up, and whoever shows them reads.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The progress of a run.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Bytes done in this phase.
+    pub done: AtomicU64,
+    /// Bytes to do in this phase, as far as it is known.
+    pub total: AtomicU64,
+    phase: Mutex<String>,
+}
+
+impl Progress {
+    /// Begins a phase.
+    pub fn begin(&self, phase: &str, total: u64) {
+        self.done.store(0, Ordering::Relaxed);
+        self.total.store(total, Ordering::Relaxed);
+        let mut name = self.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        phase.clone_into(&mut name);
+    }
+
+    /// What is being done.
+    #[must_use]
+    pub fn phase(&self) -> String {
+        self.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+}

@@ -1,0 +1,193 @@
+//! The next recovery point of a target while it is incomplete: the tracking state, the proofs, and what they build on.
+//!
+//! The log is the repository's ([`image::Session`]); what it means is [`bitmap::track`](crate::bitmap::track)'s. A target
+//! without a session begins one at its first rotation.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::bitmap::blocks::BlockSet;
+use crate::bitmap::dirty::Proofs;
+use crate::bitmap::rotate::Journal;
+use crate::bitmap::track::{Base, Named, Record, State, Tracked};
+use crate::copy::Proof;
+use crate::image::{self, Item, Manifest, MapRef, Repository, SegmentHeader, SegmentRef};
+use crate::units::BlockSize;
+
+/// A target's session, open.
+pub struct Session {
+    repo: Repository,
+    key: String,
+    log: Option<image::Session>,
+    /// What the log's records add up to.
+    pub state: State,
+    /// The newest point of each disk, as if it were tracked.
+    pub bases: BTreeMap<String, Tracked>,
+    /// The newest point of the target.
+    pub parent: Option<image::PointId>,
+    segments: Vec<SegmentRef>,
+    pass: u64,
+}
+
+impl Session {
+    /// Opens the session of a target, or what it would begin from.
+    pub fn open(repo: &Repository, key: &str) -> Result<Self> {
+        let mut session = Self {
+            repo: repo.clone(),
+            key: key.to_owned(),
+            log: image::Session::find(repo, key)?,
+            state: State::default(),
+            bases: BTreeMap::new(),
+            parent: None,
+            segments: Vec::new(),
+            pass: 0,
+        };
+        session.find_bases()?;
+        if let Some(log) = &session.log {
+            for item in log.items()? {
+                match item {
+                    Item::Record(value) => {
+                        let record: Record = serde_json::from_value(value)
+                            .context("a record of the session cannot be understood")?;
+                        session.state.apply(&record);
+                    }
+                    Item::Segment(segment) => {
+                        session.state.apply_proof(segment.header.epoch);
+                        session.pass = session.pass.max(segment.header.pass);
+                        session.segments.push(segment);
+                    }
+                }
+            }
+        }
+        Ok(session)
+    }
+
+    /// Per disk the newest point that has it; what an older point recorded is stale once a newer one was made.
+    fn find_bases(&mut self) -> Result<()> {
+        let points = self.repo.points()?;
+        for point in points.points.iter().filter(|point| point.target.key == self.key) {
+            self.parent = Some(point.id);
+            for retired in &point.retired_bitmaps {
+                self.state.retired.push((retired.disk.clone(), retired.name.clone()));
+            }
+            for disk in &point.disks {
+                let based = base_of(point, disk)?;
+                self.bases.insert(disk.key.clone(), based);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether anything has been recorded yet.
+    #[must_use]
+    pub fn begun(&self) -> bool {
+        self.log.is_some()
+    }
+
+    /// The session's id, once it has begun.
+    #[must_use]
+    pub fn id(&self) -> Option<String> {
+        self.log.as_ref().map(|log| log.id().to_string())
+    }
+
+    /// The number of the pass that comes next.
+    pub fn next_pass(&mut self) -> u64 {
+        self.pass += 1;
+        self.pass
+    }
+
+    /// Makes proofs durable: the blocks themselves must be so already.
+    pub fn prove(&mut self, disk: &str, epoch: u64, proofs: &[Proof]) -> Result<()> {
+        if proofs.is_empty() {
+            return Ok(());
+        }
+        let log = self.log.as_ref().context("proofs without a session")?;
+        let header = SegmentHeader { disk: disk.to_owned(), epoch, pass: self.pass };
+        let segment = log.append_segment(&header, proofs)?;
+        self.segments.push(segment);
+        self.state.apply_proof(epoch);
+        Ok(())
+    }
+
+    /// The segments of a disk, in the order of the log.
+    #[must_use]
+    pub fn segments_of(&self, disk: &str) -> Vec<SegmentRef> {
+        self.segments.iter().filter(|segment| segment.header.disk == disk).cloned().collect()
+    }
+
+    /// The proofs that a disk has against its pending bitmaps, and the blocks that have any.
+    pub fn proofs(&self, disk: &Tracked, block_size: BlockSize) -> Result<(Proofs, BlockSet)> {
+        let blocks = block_size.blocks(disk.size);
+        let mut proofs =
+            Proofs::new(blocks, disk.pending_epochs()).map_err(anyhow::Error::msg)?;
+        let mut proved = BlockSet::new(blocks);
+        for segment in self.segments.iter().filter(|segment| segment.header.disk == disk.key) {
+            let log = self.log.as_ref().context("segments without a session")?;
+            for run in log.segment_runs(segment)? {
+                let run = run?;
+                proofs.prove(segment.header.epoch, run);
+                proved.insert(run);
+            }
+        }
+        Ok((proofs, proved))
+    }
+
+    /// Builds the map of a disk from its base and all its proofs.
+    pub fn build_map(&self, disk: &Tracked) -> Result<(MapRef, image::MapStats)> {
+        let base = disk.base.as_ref().map(base_map).transpose()?;
+        let log = self.log.as_ref().context("a map without a session")?;
+        let segments = self.segments_of(&disk.key);
+        Ok(image::build_map(&self.repo, base.as_ref(), log, &segments, disk.size)?)
+    }
+
+    /// The point is published: the session's work is done.
+    pub fn remove(&mut self) -> Result<()> {
+        if let Some(log) = self.log.take() {
+            log.remove()?;
+        }
+        Ok(())
+    }
+}
+
+impl Journal for Session {
+    fn append(&mut self, record: &Record) -> Result<()> {
+        let value = serde_json::to_value(record).context("encode a record")?;
+        match &self.log {
+            Some(log) => {
+                log.append(&value)?;
+            }
+            None => {
+                let header = json!({ "begun": crate::clock::utc_now().to_string() });
+                let log = image::Session::create(&self.repo, &self.key, &header)?;
+                log.append(&value)?;
+                self.log = Some(log);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The map that a base refers to.
+pub fn base_map(base: &Base) -> Result<MapRef> {
+    serde_json::from_value(base.map.clone()).context("the base's map cannot be understood")
+}
+
+fn base_of(point: &Manifest, disk: &image::DiskPoint) -> Result<Tracked> {
+    let map: Value = serde_json::to_value(&disk.map).context("encode a map reference")?;
+    let base = Base { point: point.id.to_string(), size: disk.size, map };
+    let tracking = disk.tracking.as_ref();
+    Ok(Tracked {
+        key: disk.key.clone(),
+        size: disk.size,
+        identity: tracking.map_or(Value::Null, |tracking| tracking.identity.clone()),
+        persistent: tracking.is_some_and(|tracking| tracking.persistent),
+        granularity: tracking.map_or(0, |tracking| tracking.granularity),
+        base: Some(base),
+        needed: Vec::new(),
+        new: tracking.map(|tracking| Named { epoch: tracking.epoch, name: tracking.bitmap.clone() }),
+        whole: None,
+        doubt: None,
+    })
+}

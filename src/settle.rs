@@ -1,0 +1,110 @@
+//! Settling what a dead run left: through the VM's monitor while its QEMU lives, and what is on the file system after.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::exit::{Failure, Kind};
+use crate::hoststate::Journal;
+use crate::qmp::Monitor;
+use crate::qmp::agent;
+use crate::qmp::release::{FileVersion, Leftover, Overlay};
+
+/// Takes back what a journal lists, then removes the journal. Returns what was found. Without a monitor the VM is off.
+pub fn take_back(journal: &mut Journal, monitor: Option<&mut dyn Monitor>) -> Result<Vec<String>> {
+    let mut removed = match monitor {
+        Some(monitor) => journal.release(monitor)?.removed,
+        None => {
+            for item in journal.left() {
+                if let Leftover::Frozen { agent } = item {
+                    agent::thaw_until_thawed(agent).ok();
+                }
+            }
+            Vec::new()
+        }
+    };
+    for item in journal.left().to_vec() {
+        match item {
+            Leftover::Overlay(overlay) if overlay.file.exists() => {
+                settle_overlay(&overlay)?;
+                removed.push(format!("overlay file {}", overlay.file.display()));
+            }
+            Leftover::Server { socket, .. } => {
+                std::fs::remove_file(&socket).ok();
+            }
+            _ => {}
+        }
+    }
+    journal.close()?;
+    if !removed.is_empty() {
+        tracing::warn!(?removed, "took back what a dead run left in the VM");
+    }
+    Ok(removed)
+}
+
+/// An overlay's file whose QEMU is gone: the guest's last writes are in it. It is committed only onto a base that
+/// nobody has touched since; else everything stays as it is.
+fn settle_overlay(overlay: &Overlay) -> Result<()> {
+    let stays = |why: &str| {
+        Err(Failure::hinted(
+            Kind::Attention,
+            format!(
+                "disk `{}`: the guest's last writes are in the overlay {} and {why}",
+                overlay.disk,
+                overlay.file.display()
+            ),
+            format!(
+                "its base is {}: decide which of both states is wanted (`qemu-img commit` joins them while the VM is off), then remove the overlay",
+                overlay.base_file
+            ),
+        ))
+    };
+    let Some(recorded) = &overlay.base_version else {
+        // It was never seen in place; it holds something only if it was, just before the end.
+        if holds_data(&overlay.file)? {
+            return stays("how its base looked is not known");
+        }
+        return remove(&overlay.file);
+    };
+    if overlay.committing {
+        return stays("its commit had begun");
+    }
+    if FileVersion::of(Path::new(&overlay.base_file)).as_ref() != Some(recorded) {
+        return stays("its base has been written to since");
+    }
+    let output = Command::new("qemu-img")
+        .args(["commit", "-q", "-f", "qcow2", "--"])
+        .arg(&overlay.file)
+        .output()
+        .context("run qemu-img commit")?;
+    if !output.status.success() {
+        return stays(&format!(
+            "it could not be committed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        ));
+    }
+    remove(&overlay.file)
+}
+
+fn holds_data(file: &Path) -> Result<bool> {
+    let output = Command::new("qemu-img")
+        .args(["map", "--output=json", "-f", "qcow2", "-U", "--"])
+        .arg(file)
+        .output()
+        .context("run qemu-img map")?;
+    if !output.status.success() {
+        // Not even a qcow2 header: it was never formatted.
+        return Ok(std::fs::metadata(file).is_ok_and(|meta| meta.len() > 0));
+    }
+    let map: Vec<serde_json::Value> =
+        serde_json::from_slice(&output.stdout).context("understand qemu-img map")?;
+    Ok(map.iter().any(|extent| {
+        extent.get("depth").and_then(serde_json::Value::as_u64) == Some(0)
+            && extent.get("present").and_then(serde_json::Value::as_bool).unwrap_or(true)
+    }))
+}
+
+fn remove(file: &Path) -> Result<()> {
+    std::fs::remove_file(file).with_context(|| format!("remove {}", file.display()))
+}

@@ -1,0 +1,177 @@
+//! What the operator names: a VM, and which of its disks.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use sha2::{Digest, Sha256};
+
+use crate::exit::{Failure, Kind};
+use crate::qmp::graph::{Disk, LeftOut, Machine};
+
+/// A VM, as it is spelled on the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// A QEMU without libvirt, by its QMP socket.
+    Qmp(PathBuf),
+    /// An image of a VM that is off.
+    Disk(PathBuf),
+    /// A name: of a libvirt domain, or of a target that a repository knows.
+    Name(String),
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let path = |rest: &str| {
+            if rest.is_empty() {
+                return Err(format!("`{text}` names no path"));
+            }
+            std::path::absolute(rest).map_err(|error| format!("`{rest}`: {error}"))
+        };
+        if let Some(rest) = text.strip_prefix("qmp:") {
+            Ok(Self::Qmp(path(rest)?))
+        } else if let Some(rest) = text.strip_prefix("disk:") {
+            Ok(Self::Disk(path(rest)?))
+        } else if text.is_empty() {
+            Err("an empty target".to_owned())
+        } else {
+            Ok(Self::Name(text.to_owned()))
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Qmp(path) => write!(f, "qmp:{}", path.display()),
+            Self::Disk(path) => write!(f, "disk:{}", path.display()),
+            Self::Name(name) => f.write_str(name),
+        }
+    }
+}
+
+/// The key of a target without a UUID: the name that it was given, else one made of this machine's id and the path.
+pub fn key_without_uuid(path: &Path, given: Option<&str>) -> anyhow::Result<String> {
+    if let Some(name) = given {
+        return checked_key(name);
+    }
+    let machine = std::fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+    let digest = Sha256::new()
+        .chain_update(machine.trim())
+        .chain_update([0])
+        .chain_update(path.as_os_str().as_encoded_bytes())
+        .finalize();
+    let hex: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    Ok(format!("path-{hex}"))
+}
+
+/// A key is a directory's name: letters, digits, `.`, `_` and `-`.
+fn checked_key(name: &str) -> anyhow::Result<String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if name.is_empty() || name.len() > 100 || name.starts_with('.') || !name.chars().all(good) {
+        let message = format!("`{name}` is no name for a target");
+        return Err(Failure::hinted(Kind::Usage, message, "use letters, digits, `.`, `_` and `-`"));
+    }
+    Ok(name.to_owned())
+}
+
+/// Which disks of a target.
+#[derive(Debug, Clone, Default)]
+pub struct Choice {
+    /// Only these, when there are any.
+    pub include: Vec<String>,
+    /// Not these.
+    pub exclude: Vec<String>,
+    /// Store what QEMU decrypts, as plain text.
+    pub allow_plaintext: bool,
+}
+
+/// The chosen disks, and what was left out with the reasons.
+#[derive(Debug, Clone)]
+pub struct Chosen {
+    /// To be backed up.
+    pub disks: Vec<Disk>,
+    /// Not to be.
+    pub left_out: Vec<LeftOut>,
+}
+
+impl Choice {
+    fn wants(&self, name: &str) -> bool {
+        (self.include.is_empty() || self.include.iter().any(|key| key == name))
+            && !self.exclude.iter().any(|key| key == name)
+    }
+
+    /// Applies the choice to what was found. A device that may hold data and cannot be backed up must be excluded by
+    /// name, or the command fails: it is never left out in silence.
+    pub fn apply(&self, machine: &Machine) -> anyhow::Result<Chosen> {
+        for name in self.include.iter().chain(&self.exclude) {
+            let known = machine.disks.iter().any(|disk| &disk.key == name)
+                || machine.left_out.iter().any(|left| &left.device == name);
+            if !known {
+                let keys: Vec<&str> = machine.disks.iter().map(|disk| disk.key.as_str()).collect();
+                let message = format!("the VM has no disk `{name}`");
+                return Err(Failure::hinted(
+                    Kind::Usage,
+                    message,
+                    format!("its disks are: {}", keys.join(", ")),
+                ));
+            }
+        }
+        if let Some(left) =
+            machine.left_out.iter().find(|left| left.refused && self.wants(&left.device))
+        {
+            let message = format!("device `{}` cannot be backed up: {}", left.device, left.reason);
+            let hint = format!("leave it out knowingly with `--exclude '{}'`", left.device);
+            return Err(Failure::hinted(Kind::Attention, message, hint));
+        }
+        let mut left_out = machine.left_out.clone();
+        let mut disks = Vec::new();
+        for disk in &machine.disks {
+            if !self.wants(&disk.key) {
+                let reason = "not chosen".to_owned();
+                left_out.push(LeftOut { device: disk.key.clone(), reason, refused: false });
+            } else if disk.decrypted && !self.allow_plaintext {
+                return Err(Failure::hinted(
+                    Kind::Attention,
+                    format!("disk `{}` is encrypted, and QEMU hands it out decrypted", disk.key),
+                    "store it as plain text with `--allow-plaintext`, or leave it out with `--exclude`",
+                ));
+            } else {
+                disks.push(disk.clone());
+            }
+        }
+        if disks.is_empty() {
+            return Err(Failure::hinted(
+                Kind::Attention,
+                "the VM has no disk to back up",
+                "`forerun inspect` lists its devices with the reasons",
+            ));
+        }
+        Ok(Chosen { disks, left_out })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_is_read_as_it_is_spelled() {
+        assert_eq!("qmp:/run/vm.sock".parse(), Ok(Target::Qmp("/run/vm.sock".into())));
+        assert_eq!("disk:/a.qcow2".parse(), Ok(Target::Disk("/a.qcow2".into())));
+        assert_eq!("web-1".parse(), Ok(Target::Name("web-1".into())));
+        assert!("qmp:".parse::<Target>().is_err());
+        assert_eq!(Target::Qmp("/x".into()).to_string(), "qmp:/x");
+    }
+
+    #[test]
+    fn a_name_that_would_leave_its_directory_is_refused() {
+        for bad in ["..", ".x", "a/b", "", "a b"] {
+            assert!(key_without_uuid(Path::new("/x"), Some(bad)).is_err(), "{bad}");
+        }
+        assert_eq!(key_without_uuid(Path::new("/x"), Some("web-1")).unwrap(), "web-1");
+    }
+}
