@@ -52,6 +52,11 @@ impl ExportInfo {
         self.has(wire::EXPORT_READ_ONLY)
     }
 
+    /// Reads may ask for their data in one chunk.
+    pub(super) fn can_read_whole(self) -> bool {
+        self.has(wire::EXPORT_SEND_DF)
+    }
+
     /// Several connections see one another's writes, and a flush on one covers all.
     pub fn multi_conn(self) -> bool {
         self.has(wire::EXPORT_CAN_MULTI_CONN)

@@ -18,7 +18,7 @@ use super::{
     client::{Client, Reply, stray},
     error::{Command, Error},
     reassembly::{Outcome, Reassembly},
-    wire::{Chunk, ChunkKind},
+    wire::{self, Chunk, ChunkKind},
 };
 use crate::units::Extent;
 
@@ -35,6 +35,10 @@ pub struct ReadOptions {
     /// Buffers beyond those in flight, for a consumer that keeps some while it works on them. When all are out, the
     /// reader waits: a consumer that never lets one go stops it for ever.
     pub spare_buffers: usize,
+    /// Lets the server leave out the zeros that it knows of. Its price with QEMU: it looks up the block status for
+    /// every read, and answers a read error by closing the connection. Without it, where the server can, a read comes
+    /// in one piece and its error is an answer; so skip what block status calls zero instead.
+    pub holes: bool,
 }
 
 impl Default for ReadOptions {
@@ -43,6 +47,7 @@ impl Default for ReadOptions {
             request_bytes: 256 << 10,
             depth: 16,
             spare_buffers: 16,
+            holes: false,
         }
     }
 }
@@ -146,6 +151,7 @@ impl Client {
             request_bytes: self.info().min_block.max(64 << 10),
             depth: 4,
             spare_buffers: 0,
+            holes: false,
         };
         self.read_all(
             [extent],
@@ -166,10 +172,13 @@ impl Client {
 
     pub(super) fn run_reads(&mut self, work: Work<'_>) -> Result<ReadSummary, Error> {
         work.options.check(self)?;
+        let whole = !work.options.holes && self.info().can_read_whole();
+        let flags = if whole { wire::CMD_FLAG_DF } else { 0 };
         self.exchange(|client| {
             Run {
                 client,
                 work,
+                flags,
                 flight: Vec::new(),
                 ended: false,
                 failed: None,
@@ -200,6 +209,8 @@ struct Slot {
 struct Run<'c, 'w> {
     client: &'c mut Client,
     work: Work<'w>,
+    /// Of every request.
+    flags: u16,
     flight: Vec<Slot>,
     /// No more is sent.
     ended: bool,
@@ -263,7 +274,7 @@ impl Run<'_, '_> {
         buffer.set_length(length as usize);
         let cookie = self
             .client
-            .send(0, Command::Read, extent.offset, length, &[])?;
+            .send(self.flags, Command::Read, extent.offset, length, &[])?;
         self.flight.push(Slot {
             cookie,
             extent,

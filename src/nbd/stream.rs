@@ -13,6 +13,7 @@ use std::{
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    io::retry_on_intr,
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt},
 };
 
@@ -57,7 +58,7 @@ impl Stream {
         if sockopt::set_socket_send_buffer_size_force(&socket, SEND_BUFFER).is_err() {
             sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER).map_err(failed)?;
         }
-        connect(&socket, &address).map_err(failed)?;
+        retry_on_intr(|| connect(&socket, &address)).map_err(failed)?;
         Ok(Self::new(UnixStream::from(socket), timeout))
     }
 

@@ -45,10 +45,13 @@ pub(super) const EXPORT_SEND_FLUSH: u16 = 1 << 2;
 pub(super) const EXPORT_SEND_FUA: u16 = 1 << 3;
 pub(super) const EXPORT_SEND_TRIM: u16 = 1 << 5;
 pub(super) const EXPORT_SEND_WRITE_ZEROES: u16 = 1 << 6;
+pub(super) const EXPORT_SEND_DF: u16 = 1 << 7;
 pub(super) const EXPORT_CAN_MULTI_CONN: u16 = 1 << 8;
 pub(super) const EXPORT_SEND_FAST_ZERO: u16 = 1 << 11;
 
 pub(super) const CMD_FLAG_NO_HOLE: u16 = 1 << 1;
+/// The data of a read comes in one chunk.
+pub(super) const CMD_FLAG_DF: u16 = 1 << 2;
 pub(super) const CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
 
 /// The last chunk of a reply.
