@@ -2,6 +2,7 @@
 
 pub mod bitmap;
 pub mod clock;
+pub mod fault;
 pub mod image;
 pub mod nbd;
 pub mod qmp;
