@@ -1,11 +1,20 @@
 //! `forerun` backs up running KVM/QEMU virtual machines so that almost nothing is left to do when the backup is due.
 
+pub mod backup;
 pub mod bitmap;
 pub mod clock;
+pub mod copy;
+pub mod exit;
 pub mod fault;
 pub mod guard;
 pub mod hoststate;
 pub mod image;
 pub mod nbd;
+pub mod progress;
 pub mod qmp;
+pub mod session;
+pub mod settle;
+pub mod target;
+pub mod throttle;
 pub mod units;
+pub mod vm;

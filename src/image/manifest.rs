@@ -1,0 +1,113 @@
+//! The manifest of a recovery point: everything that is needed to restore it and to build the next one on it. Unknown fields
+//! are kept out of the way, so that later versions may add some; what changes the meaning raises the version.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::ids::{PointId, SessionId};
+use super::map::MapRef;
+
+/// A finished backup of all chosen disks of a target at one instant.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Its name.
+    pub id: PointId,
+    /// Whose backup it is.
+    pub target: Target,
+    /// The instant of the disks' content, UTC.
+    pub instant: Timestamp,
+    /// The host's offset from UTC then, in seconds.
+    pub utc_offset: i32,
+    /// The version of forerun that made it.
+    pub forerun: String,
+    /// The point it was built on; informative.
+    pub parent: Option<PointId>,
+    /// The session it came from, which a later run finds committed by this.
+    pub session: SessionId,
+    /// How the instant was taken.
+    pub freeze: String,
+    /// What the guest knew of it.
+    pub quiesce: Quiesce,
+    /// The disks.
+    pub disks: Vec<DiskPoint>,
+    /// The machine's configuration.
+    pub machine: Value,
+    /// What it took.
+    pub statistics: Value,
+    /// Bitmaps that are of no use once the point is published.
+    pub retired_bitmaps: Vec<RetiredBitmap>,
+}
+
+/// A VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Target {
+    /// What it is known by, whatever it was called.
+    pub key: String,
+    /// What it was called.
+    pub spellings: Vec<String>,
+}
+
+impl Target {
+    /// Whether it goes by this name.
+    pub fn is_called(&self, name: &str) -> bool {
+        self.key == name || self.spellings.iter().any(|spelling| spelling == name)
+    }
+}
+
+/// What the guest knew of the instant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Quiesce {
+    /// Its file systems were frozen.
+    Quiesced,
+    /// Nothing: the disks are as after a power loss.
+    CrashConsistent,
+    /// It was off.
+    Offline,
+}
+
+/// A disk of a point.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DiskPoint {
+    /// What it is known by in its target.
+    pub key: String,
+    /// The guest device.
+    pub device: String,
+    /// The block node it was read from.
+    pub node: String,
+    /// The image format it had.
+    pub format: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// What its blocks hold.
+    pub map: MapRef,
+    /// From where the next increment can go on.
+    pub tracking: Option<Tracking>,
+    /// Why it was read in full.
+    pub rescanned: Option<String>,
+}
+
+/// From where the next increment of a disk can go on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Tracking {
+    /// The epoch that began with the point.
+    pub epoch: u64,
+    /// The bitmap that was live from then on.
+    pub bitmap: String,
+    /// Whether it survives the QEMU process.
+    pub persistent: bool,
+    /// Its granularity in bytes.
+    pub granularity: u32,
+    /// What the disk's chain of files looked like.
+    pub identity: Value,
+}
+
+/// A bitmap that is of no use any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RetiredBitmap {
+    /// The disk's key.
+    pub disk: String,
+    /// Its name.
+    pub name: String,
+}

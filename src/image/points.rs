@@ -1,0 +1,173 @@
+//! Recovery points: publishing one is the only commit, and naming one.
+
+use jiff::Timestamp;
+use jiff::civil::DateTime;
+
+use super::envelope;
+use super::error::{Error, Result};
+use super::ids::PointId;
+use super::manifest::Manifest;
+use super::repo::Repository;
+use crate::clock;
+
+/// The points of a repository.
+#[derive(Debug, Default)]
+pub struct Points {
+    /// The ones that can be read, oldest first.
+    pub points: Vec<Manifest>,
+    /// For each one that cannot, why. It hides no other.
+    pub damaged: Vec<Error>,
+}
+
+fn name(id: PointId) -> String {
+    format!("points/{id}")
+}
+
+impl Repository {
+    /// Publishes a point under the id in its manifest: from now on it exists. Its packs, index and layers are durable before.
+    pub fn publish(&self, manifest: &Manifest) -> Result<PointId> {
+        for disk in &manifest.disks {
+            if disk.map.size != disk.size {
+                return Err(Error::Invalid(format!(
+                    "the map of {} is of {} bytes, the disk has {}",
+                    disk.key, disk.map.size, disk.size
+                )));
+            }
+            for layer in &disk.map.layers {
+                self.store().size(&layer.object())?;
+            }
+        }
+        let bytes = envelope::seal("point", manifest)?;
+        self.store().put(&name(manifest.id), &bytes)?;
+        Ok(manifest.id)
+    }
+
+    /// A point by its id.
+    pub fn point(&self, id: PointId) -> Result<Manifest> {
+        let object = name(id);
+        let manifest: Manifest = envelope::open("point", &object, &self.store().get(&object)?)?;
+        if manifest.id == id {
+            Ok(manifest)
+        } else {
+            Err(Error::corrupt(
+                object,
+                format!("it is the point {}", manifest.id),
+            ))
+        }
+    }
+
+    /// All points.
+    pub fn points(&self) -> Result<Points> {
+        let mut points = Points::default();
+        for object in self.store().list("points/")? {
+            let id = object.strip_prefix("points/").map(str::parse);
+            let point = match id {
+                Some(Ok(id)) => self.point(id),
+                _ => Err(Error::corrupt(&*object, "its name is no point's")),
+            };
+            match point {
+                Ok(manifest) => points.points.push(manifest),
+                // Forgotten meanwhile.
+                Err(error) if error.is_not_found() => {}
+                Err(error @ (Error::Corrupt { .. } | Error::Unsupported(_))) => {
+                    points.damaged.push(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        points.points.sort_by_key(|point| (point.instant, point.id));
+        Ok(points)
+    }
+
+    /// The point that a person names: the beginning of an id, `TARGET@latest`, or `TARGET@TIME` for the newest one that is not
+    /// later; a time without an offset is local.
+    pub fn resolve(&self, text: &str) -> Result<Manifest> {
+        match text.rsplit_once('@') {
+            None => self.resolve_prefix(text),
+            Some((target, "latest")) => self.resolve_time(target, Timestamp::MAX, text),
+            Some((target, time)) => self.resolve_time(target, parse_time(time)?, text),
+        }
+    }
+
+    fn resolve_prefix(&self, prefix: &str) -> Result<Manifest> {
+        let names = self.store().list("points/")?;
+        let matching: Vec<PointId> = names
+            .iter()
+            .filter_map(|name| name.strip_prefix("points/"))
+            .filter(|id| !prefix.is_empty() && id.starts_with(prefix))
+            .filter_map(|id| id.parse().ok())
+            .collect();
+        match matching[..] {
+            [] => Err(Error::NotFound {
+                object: format!("a point {prefix}"),
+            }),
+            [id] => self.point(id),
+            _ => {
+                let ids: Vec<String> = matching.iter().map(PointId::to_string).collect();
+                let ids = ids.join(", ");
+                Err(Error::Invalid(format!("{prefix} is ambiguous: {ids}")))
+            }
+        }
+    }
+
+    fn resolve_time(&self, target: &str, not_after: Timestamp, text: &str) -> Result<Manifest> {
+        let Points { points, damaged } = self.points()?;
+        // It could be the one that is asked for; an older one in its place would be a wrong answer.
+        if let Some(error) = damaged.into_iter().next() {
+            return match error {
+                Error::Corrupt { object, what } => Err(Error::Corrupt {
+                    object,
+                    what: format!("{what}; it may be {text}: name a point by its id"),
+                }),
+                other => Err(other),
+            };
+        }
+        let mut matching: Vec<Manifest> = points
+            .into_iter()
+            .filter(|point| point.target.is_called(target))
+            .collect();
+        if let (Some(first), Some(other)) = (
+            matching.first(),
+            matching
+                .iter()
+                .find(|point| point.target.key != matching[0].target.key),
+        ) {
+            return Err(Error::Invalid(format!(
+                "{target} is the name of two targets, {} and {}",
+                first.target.key, other.target.key
+            )));
+        }
+        matching.retain(|point| point.instant <= not_after);
+        matching.pop().ok_or_else(|| Error::NotFound {
+            object: format!("a point {text}"),
+        })
+    }
+}
+
+fn parse_time(text: &str) -> Result<Timestamp> {
+    if let Ok(instant) = text.parse::<Timestamp>() {
+        return Ok(instant);
+    }
+    let bad = || {
+        Error::Invalid(format!(
+            "`{text}` is neither latest nor a time such as 2026-11-22T02:00"
+        ))
+    };
+    let local: DateTime = text.parse().map_err(|_| bad())?;
+    let zone = clock::local_now().time_zone().clone();
+    zone.to_timestamp(local).map_err(|_| bad())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_has_an_offset_or_is_local() {
+        let utc = parse_time("2026-11-22T02:00Z").unwrap();
+        assert_eq!(utc, parse_time("2026-11-22T04:00+02:00").unwrap());
+        assert!(parse_time("2026-11-22T02:00").is_ok());
+        assert!(parse_time("2026-11-22").is_ok());
+        assert!(parse_time("yesterday").is_err());
+    }
+}

@@ -1,0 +1,319 @@
+//! Reading: single blocks, and whole disks with parallel fetching, decompression and re-hashing. Nothing is handed out that
+//! does not hash to the id that the map names.
+//!
+//! ```text
+//! map runs -> batches of neighbouring blocks -> workers: locate, read packs, decode, hash -> the caller's sink
+//! ```
+//!
+//! A few batches are on their way at a time; that bounds the memory and by how much the order is disturbed.
+
+use std::collections::VecDeque;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use super::block::{Location, decode_entry};
+use super::bytes::{narrow, wide};
+use super::error::{Error, Result};
+use super::ids::BlockId;
+use super::manifest::DiskPoint;
+use super::map::{MapReader, MapRuns, Run, RunContent};
+use super::pack::{self, entry_length};
+use super::repo::Repository;
+use crate::units::BlockSize;
+
+/// Plain bytes of a batch at most.
+const BATCH: u64 = 2 << 20;
+/// Batches on their way for each worker.
+const IN_FLIGHT: usize = 3;
+/// Entries that lie so near each other in a pack are read at once.
+const GAP: u64 = 64 << 10;
+/// Bytes of one read of a pack at most.
+const READ: u64 = 4 << 20;
+
+/// Where the content of a disk goes. Every byte of the disk comes exactly once, not strictly in order.
+pub trait BlockSink {
+    /// Data.
+    fn data(&mut self, offset: u64, data: &[u8]) -> std::io::Result<()>;
+    /// Zeros, which must replace whatever is there.
+    fn zero(&mut self, offset: u64, length: u64) -> std::io::Result<()>;
+}
+
+impl Repository {
+    /// A stored block, proved by its id.
+    pub fn read_block(&self, id: BlockId) -> Result<Vec<u8>> {
+        let location = self.index().locate_stored(id)?;
+        let object = pack::name(location.pack);
+        let mut entry = vec![0; entry_length(&location)];
+        self.store()
+            .get_range(&object, u64::from(location.offset), &mut entry)
+            .map_err(Error::missing_is_corrupt)?;
+        let mut plain = vec![0; narrow(u64::from(location.plain))];
+        decode_entry(&entry, id, &mut plain)
+            .map_err(|damage| Error::corrupt(object, format!("block {id}: {}", damage.0)))?;
+        Ok(plain)
+    }
+
+    /// Reads a whole disk of a point with `threads` workers.
+    pub fn read_disk(
+        &self,
+        disk: &DiskPoint,
+        threads: usize,
+        sink: &mut dyn BlockSink,
+    ) -> Result<()> {
+        let map = MapReader::open(self, &disk.map)?;
+        let plan = Plan {
+            runs: map.runs(),
+            rest: None,
+            size: disk.map.size,
+            block_size: self.block_size(),
+        };
+        let threads = threads.max(1);
+        let (jobs, work) = bounded::<Batch>(threads * IN_FLIGHT);
+        let (done, results) = bounded::<Result<Batch>>(threads * IN_FLIGHT);
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                let (work, done) = (work.clone(), done.clone());
+                scope.spawn(move || fetch_all(self, &work, &done));
+            }
+            drop((work, done));
+            let disk = &*disk.key;
+            let limit = threads * IN_FLIGHT;
+            let pumped = pump(plan, &jobs, &results, limit, &mut Output { sink, disk });
+            // This is what ends the workers.
+            drop((jobs, results));
+            pumped
+        })
+    }
+}
+
+/// The caller's sink, with the disk's name for errors.
+struct Output<'a> {
+    sink: &'a mut dyn BlockSink,
+    disk: &'a str,
+}
+
+impl Output<'_> {
+    fn failed(&self, offset: u64, length: u64, source: std::io::Error) -> Error {
+        let object = format!("{length} bytes at offset {offset:#x} of {}", self.disk);
+        match source.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                Error::NoSpace { object, source }
+            }
+            _ => Error::Io {
+                action: "write",
+                object,
+                source,
+            },
+        }
+    }
+}
+
+/// Feeds the workers and hands on what they did, on the caller's thread.
+fn pump(
+    mut plan: Plan,
+    jobs: &Sender<Batch>,
+    results: &Receiver<Result<Batch>>,
+    limit: usize,
+    output: &mut Output<'_>,
+) -> Result<()> {
+    let mut in_flight = 0;
+    let mut spare = Vec::new();
+    let gone = || Error::Invalid("a restore worker ended early".into());
+    loop {
+        while in_flight < limit {
+            match plan.next_step(&mut spare)? {
+                Some(Step::Zero { offset, length }) => output
+                    .sink
+                    .zero(offset, length)
+                    .map_err(|error| output.failed(offset, length, error))?,
+                Some(Step::Fetch(batch)) => {
+                    jobs.send(batch).map_err(|_| gone())?;
+                    in_flight += 1;
+                }
+                None if in_flight == 0 => return Ok(()),
+                None => break,
+            }
+        }
+        let batch = results.recv().map_err(|_| gone())??;
+        in_flight -= 1;
+        output
+            .sink
+            .data(batch.offset, &batch.plain)
+            .map_err(|error| output.failed(batch.offset, wide(batch.plain.len()), error))?;
+        spare.push(batch.plain);
+    }
+}
+
+/// What comes next of a disk.
+enum Step {
+    Zero { offset: u64, length: u64 },
+    Fetch(Batch),
+}
+
+/// Neighbouring blocks of data.
+struct Batch {
+    offset: u64,
+    /// Their content, once it is fetched; from the beginning of this length.
+    plain: Vec<u8>,
+    ids: Vec<BlockId>,
+    block_size: BlockSize,
+}
+
+/// The disk cut into steps.
+struct Plan {
+    runs: MapRuns,
+    rest: Option<Run>,
+    size: u64,
+    block_size: BlockSize,
+}
+
+impl Plan {
+    fn next_run(&mut self) -> Result<Option<Run>> {
+        match self.rest.take() {
+            Some(run) => Ok(Some(run)),
+            None => self.runs.next().transpose(),
+        }
+    }
+
+    fn next_step(&mut self, spare: &mut Vec<Vec<u8>>) -> Result<Option<Step>> {
+        let Some(run) = self.next_run()? else {
+            return Ok(None);
+        };
+        let extent = self.block_size.run_extent(run.blocks(), self.size);
+        if !matches!(run.content, RunContent::Data(_)) {
+            return Ok(Some(Step::Zero {
+                offset: extent.offset,
+                length: extent.length,
+            }));
+        }
+        let limit = BATCH / self.block_size.bytes();
+        let mut ids = Vec::with_capacity(narrow(limit));
+        let mut next = Some(run);
+        let mut end = extent.offset;
+        while let Some(mut run) = next.take() {
+            let room = limit.saturating_sub(wide(ids.len()));
+            if room == 0 || !matches!(run.content, RunContent::Data(_)) {
+                self.rest = Some(run);
+                break;
+            }
+            let taken = if run.count() > room {
+                let taken = run.split_before(run.first.saturating_add(room));
+                self.rest = Some(run);
+                taken
+            } else {
+                run
+            };
+            let extent = self.block_size.run_extent(taken.blocks(), self.size);
+            end = extent.end();
+            if let RunContent::Data(more) = &taken.content {
+                ids.extend_from_slice(more.as_slice());
+            }
+            if self.rest.is_some() {
+                break;
+            }
+            next = self.runs.next().transpose()?;
+        }
+        let mut plain = spare.pop().unwrap_or_default();
+        plain.resize(narrow(end.saturating_sub(extent.offset)), 0);
+        Ok(Some(Step::Fetch(Batch {
+            offset: extent.offset,
+            plain,
+            ids,
+            block_size: self.block_size,
+        })))
+    }
+}
+
+fn fetch_all(repo: &Repository, work: &Receiver<Batch>, done: &Sender<Result<Batch>>) {
+    let mut buffer = Vec::new();
+    for mut batch in work {
+        let fetched = batch.fetch(repo, &mut buffer).map(|()| batch);
+        if done.send(fetched).is_err() {
+            return;
+        }
+    }
+}
+
+/// A block to be read and where its plain bytes go.
+struct Wanted<'a> {
+    id: BlockId,
+    location: Location,
+    plain: &'a mut [u8],
+}
+
+impl Batch {
+    fn fetch(&mut self, repo: &Repository, buffer: &mut Vec<u8>) -> Result<()> {
+        let mut wanted = Vec::with_capacity(self.ids.len());
+        let places = self.plain.chunks_mut(self.block_size.as_usize());
+        for (id, plain) in self.ids.iter().zip(places) {
+            let location = repo.index().locate_stored(*id)?;
+            if wide(plain.len()) != u64::from(location.plain) {
+                return Err(Error::corrupt(
+                    format!("block {id}"),
+                    format!("it has {} bytes, the disk {}", location.plain, plain.len()),
+                ));
+            }
+            wanted.push(Wanted {
+                id: *id,
+                location,
+                plain,
+            });
+        }
+        wanted.sort_unstable_by_key(|block| (block.location.pack, block.location.offset));
+        let mut rest: VecDeque<Wanted<'_>> = wanted.into();
+        while let Some(first) = rest.pop_front() {
+            let mut group = vec![first];
+            while let Some(next) = rest.pop_front() {
+                if goes_with(&group, &next) {
+                    group.push(next);
+                } else {
+                    rest.push_front(next);
+                    break;
+                }
+            }
+            read_group(repo, group, buffer)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a block is read at once with a group that lies before it in its pack.
+fn goes_with(group: &[Wanted<'_>], next: &Wanted<'_>) -> bool {
+    let (Some(first), Some(last)) = (group.first(), group.last()) else {
+        return false;
+    };
+    let start = u64::from(first.location.offset);
+    let at = u64::from(next.location.offset);
+    next.location.pack == first.location.pack
+        && at <= last.location.end().saturating_add(GAP)
+        && next.location.end().saturating_sub(start) <= READ
+}
+
+fn read_group(repo: &Repository, group: Vec<Wanted<'_>>, buffer: &mut Vec<u8>) -> Result<()> {
+    let Some(first) = group.first() else {
+        return Ok(());
+    };
+    let object = pack::name(first.location.pack);
+    let start = u64::from(first.location.offset);
+    let end = group
+        .iter()
+        .map(|block| block.location.end())
+        .max()
+        .unwrap_or(start);
+    let length = narrow(end.saturating_sub(start));
+    if buffer.len() < length {
+        buffer.resize(length, 0);
+    }
+    let bytes = &mut buffer[..length];
+    repo.store()
+        .get_range(&object, start, bytes)
+        .map_err(Error::missing_is_corrupt)?;
+    for block in group {
+        let skip = narrow(u64::from(block.location.offset).saturating_sub(start));
+        let entry = bytes.get(skip..).unwrap_or_default();
+        decode_entry(entry, block.id, block.plain).map_err(|damage| {
+            Error::corrupt(&*object, format!("block {}: {}", block.id, damage.0))
+        })?;
+    }
+    Ok(())
+}

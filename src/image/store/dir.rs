@@ -1,0 +1,424 @@
+//! The store in a directory.
+//!
+//! An object is published so: temporary file in `tmp/`, write, fsync, link to its name (which fails when that is taken),
+//! fsync of the directory, unlink of the temporary name. A failed fsync means that the object is lost: it is removed and the
+//! error returned, since asking the kernel again would be answered with success for data that never reached the disk.
+//! Objects have mode 0600, directories 0700. Who writes a temporary file holds a `flock` on it, so that the ones that dead
+//! writers left can be told and are removed when the store is opened.
+
+use std::collections::HashSet;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::fs::{FlockOperation, flock};
+
+use super::super::bytes::{narrow, wide};
+use super::super::ids::{hex, random};
+use super::open_files::OpenFiles;
+use super::{Error, ObjectWriter, Result, Store, StoreLock, WHOLE_LIMIT, check_name, kind};
+use crate::clock;
+use crate::fault::step_of;
+
+/// Pieces smaller than this are gathered before they are written.
+const WRITE_BUFFER: usize = 256 << 10;
+
+/// How often a publication is tried again when its directory is removed under it.
+const DIRECTORY_TRIES: usize = 5;
+
+/// A store in a directory of a local or network file system.
+pub struct DirStore {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    root: PathBuf,
+    open: OpenFiles,
+    /// Directories that are known to be durable.
+    made: Mutex<HashSet<PathBuf>>,
+}
+
+/// The directories that every store has, made before anything else.
+const DIRECTORIES: [&str; 7] = [
+    "index", "locks", "maps", "packs", "points", "sessions", "tmp",
+];
+
+impl DirStore {
+    /// Makes the directories of a new store. The path may be missing, empty, or left half-made by an earlier try.
+    pub fn init(root: &Path) -> Result<Self> {
+        let shown = root.display().to_string();
+        let made = match DirBuilder::new().mode(0o700).create(root) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+            Err(error) => return Err(Error::io("make", shown, error)),
+        };
+        if made {
+            let parent = match root.parent() {
+                Some(parent) if parent != Path::new("") => parent,
+                _ => Path::new("."),
+            };
+            sync_directory(parent).map_err(|error| Error::io("sync", shown.clone(), error))?;
+        }
+        refuse_foreign(root, &shown)?;
+        for name in DIRECTORIES {
+            make_directory(&root.join(name)).map_err(|error| Error::io("make", name, error))?;
+        }
+        sync_directory(root).map_err(|error| Error::io("sync", shown, error))?;
+        Ok(Self::at(root))
+    }
+
+    /// Opens a store and removes the temporary files of dead writers.
+    pub fn open(root: &Path) -> Result<Self> {
+        let store = Self::at(root);
+        store.inner.sweep();
+        Ok(store)
+    }
+
+    fn at(root: &Path) -> Self {
+        let inner = Inner {
+            root: root.to_owned(),
+            open: OpenFiles::default(),
+            made: Mutex::default(),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+}
+
+/// A directory that holds anything but the beginnings of a store is somebody else's.
+fn refuse_foreign(root: &Path, shown: &str) -> Result<()> {
+    let entries = std::fs::read_dir(root).map_err(|error| Error::io("list", shown, error))?;
+    for entry in entries {
+        let entry = entry.map_err(|error| Error::io("list", shown, error))?;
+        let name = entry.file_name();
+        if name == "config" {
+            return Err(Error::Exists {
+                object: format!("the repository {shown}"),
+            });
+        }
+        let ours = DIRECTORIES.iter().any(|ours| name == *ours) || name == "lost+found";
+        if !ours {
+            return Err(Error::Invalid(format!(
+                "{shown} is not empty: it holds {}",
+                name.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn make_directory(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    }
+}
+
+fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+impl Inner {
+    fn path(&self, name: &str) -> Result<PathBuf> {
+        check_name(name)?;
+        Ok(self.root.join(name))
+    }
+
+    /// A new temporary file, locked by us.
+    fn temporary(&self, name: &str) -> Result<(PathBuf, File)> {
+        let failed = |error: io::Error| match error.kind() {
+            io::ErrorKind::NotFound => Error::NotFound {
+                object: format!("the directory {}/tmp", self.root.display()),
+            },
+            _ => Error::io("begin", name, error),
+        };
+        loop {
+            let path = self.root.join("tmp").join(hex(&random::<16>()?));
+            let file = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&path)
+                .map_err(failed)?;
+            let locked = flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+            // A sweep may have taken it for a dead writer's before we had the lock.
+            if locked && file.metadata().map_err(failed)?.nlink() == 1 {
+                return Ok((path, file));
+            }
+        }
+    }
+
+    /// Removes what dead writers left. Failing to is no reason not to work.
+    fn sweep(&self) {
+        let Ok(entries) = std::fs::read_dir(self.root.join("tmp")) else {
+            return;
+        };
+        for path in entries.flatten().map(|entry| entry.path()) {
+            let dead = File::open(&path)
+                .is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok());
+            if dead && let Err(error) = std::fs::remove_file(&path) {
+                tracing::debug!(path = %path.display(), %error, "a stale temporary file stays");
+            }
+        }
+    }
+
+    /// Makes the directory of an object and sees that it is durable, once a process.
+    fn ensure_directory(&self, directory: &Path) -> io::Result<()> {
+        let known = |made: &Mutex<HashSet<PathBuf>>| {
+            made.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .contains(directory)
+        };
+        // The store's own directories were durable before its first object was.
+        if directory.parent() == Some(&self.root) || directory == self.root || known(&self.made) {
+            return Ok(());
+        }
+        if let Some(parent) = directory.parent() {
+            self.ensure_directory(parent)?;
+            make_directory(directory)?;
+            sync_directory(parent)?;
+        }
+        self.made
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(directory.to_owned());
+        Ok(())
+    }
+
+    /// Gives a finished temporary file its name, durably.
+    fn publish(&self, name: &str, temporary: &Path) -> Result<()> {
+        let path = self.path(name)?;
+        let directory = path.parent().unwrap_or(&self.root).to_owned();
+        let mut tries = 0;
+        loop {
+            self.ensure_directory(&directory)
+                .map_err(|error| Error::io("make the directory of", name, error))?;
+            step_of("store", "link", kind(name));
+            match std::fs::hard_link(temporary, &path) {
+                Ok(()) => break,
+                // Whoever emptied the directory removed it.
+                Err(error)
+                    if error.kind() == io::ErrorKind::NotFound && tries < DIRECTORY_TRIES =>
+                {
+                    tries += 1;
+                    self.made
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .remove(&directory);
+                }
+                Err(error) => return Err(Error::io("publish", name, error)),
+            }
+        }
+        step_of("store", "link", kind(name));
+        step_of("store", "dirsync", kind(name));
+        if let Err(error) = sync_directory(&directory) {
+            // Nobody may find an object that a power loss would take away again.
+            std::fs::remove_file(&path).ok();
+            return Err(Error::io("sync the directory of", name, error));
+        }
+        step_of("store", "dirsync", kind(name));
+        Ok(())
+    }
+
+    fn file(&self, name: &str) -> Result<Arc<File>> {
+        let path = self.path(name)?;
+        self.open.get(name, || {
+            File::open(path).map_err(|error| Error::io("open", name, error))
+        })
+    }
+
+    fn list_into(&self, directory: &Path, prefix: &str, names: &mut Vec<String>) -> Result<()> {
+        let failed = |error| Error::io("list", prefix, error);
+        let entries = match std::fs::read_dir(directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other.map_err(failed)?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(failed)?;
+            let Ok(part) = entry.file_name().into_string() else {
+                continue;
+            };
+            let name = format!("{prefix}{part}");
+            if entry.file_type().map_err(failed)?.is_dir() {
+                self.list_into(&entry.path(), &format!("{name}/"), names)?;
+            } else if check_name(&name).is_ok() {
+                names.push(name);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Store for DirStore {
+    fn put(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let mut writer = self.create(name)?;
+        writer.write(bytes)?;
+        writer.finish()
+    }
+
+    fn create(&self, name: &str) -> Result<Box<dyn ObjectWriter>> {
+        check_name(name)?;
+        let (temporary, file) = self.inner.temporary(name)?;
+        Ok(Box::new(DirWriter {
+            inner: Arc::clone(&self.inner),
+            name: name.to_owned(),
+            temporary,
+            file: BufWriter::with_capacity(WRITE_BUFFER, file),
+        }))
+    }
+
+    fn get(&self, name: &str) -> Result<Vec<u8>> {
+        let path = self.inner.path(name)?;
+        let failed = |error| Error::io("read", name, error);
+        let file = File::open(path).map_err(failed)?;
+        let length = file.metadata().map_err(failed)?.len();
+        if length > WHOLE_LIMIT {
+            return Err(Error::corrupt(
+                name,
+                format!("its {length} bytes are too many"),
+            ));
+        }
+        let mut bytes = Vec::with_capacity(narrow(length));
+        file.take(WHOLE_LIMIT)
+            .read_to_end(&mut bytes)
+            .map_err(failed)?;
+        Ok(bytes)
+    }
+
+    fn get_range(&self, name: &str, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let file = self.inner.file(name)?;
+        file.read_exact_at(buffer, offset)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => Error::corrupt(
+                    name,
+                    format!(
+                        "it ends before byte {}",
+                        offset.saturating_add(wide(buffer.len()))
+                    ),
+                ),
+                _ => Error::io("read", name, error),
+            })
+    }
+
+    fn size(&self, name: &str) -> Result<u64> {
+        let file = self.inner.file(name)?;
+        let failed = |error| Error::io("look at", name, error);
+        Ok(file.metadata().map_err(failed)?.len())
+    }
+
+    fn list(&self, prefix: &str) -> Result<Vec<String>> {
+        let directory = self.inner.path(prefix.trim_end_matches('/'))?;
+        let mut names = Vec::new();
+        self.inner.list_into(&directory, prefix, &mut names)?;
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn delete(&self, names: &[String]) -> Result<()> {
+        let mut directories = HashSet::new();
+        for name in names {
+            let path = self.inner.path(name)?;
+            self.inner.open.forget(name);
+            step_of("store", "unlink", kind(name));
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io("delete", name, error));
+                }
+                _ => directories.extend(path.parent().map(Path::to_owned)),
+            }
+            step_of("store", "unlink", kind(name));
+        }
+        for directory in directories {
+            match sync_directory(&directory) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    let shown = directory.display().to_string();
+                    return Err(Error::io("sync", shown, error));
+                }
+                _ => {}
+            }
+            // Only the store's own directories stay when they are empty; one that is not empty refuses.
+            if directory.parent() != Some(&self.inner.root) && directory != self.inner.root {
+                std::fs::remove_dir(&directory).ok();
+                self.inner
+                    .made
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .remove(&directory);
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(&self, name: &str, who: &str) -> Result<StoreLock> {
+        let object = format!("locks/{name}");
+        let path = self.inner.path(&object)?;
+        let failed = |error| Error::io("lock", &*object, error);
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(failed)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let mut holder = String::new();
+                let mut limited = (&file).take(4096);
+                limited.read_to_string(&mut holder).map_err(failed)?;
+                return Err(Error::Busy { object, holder });
+            }
+            Err(error) => return Err(failed(error.into())),
+        }
+        let host = rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned();
+        let pid = std::process::id();
+        let text = format!("{who}, pid {pid} on {host} since {}", clock::utc_now());
+        file.set_len(0).map_err(failed)?;
+        file.write_all(text.as_bytes()).map_err(failed)?;
+        Ok(StoreLock::new(file))
+    }
+}
+
+/// An object in the making: a locked temporary file.
+struct DirWriter {
+    inner: Arc<Inner>,
+    name: String,
+    temporary: PathBuf,
+    file: BufWriter<File>,
+}
+
+impl ObjectWriter for DirWriter {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file
+            .write_all(bytes)
+            .map_err(|error| Error::io("write", &*self.name, error))
+    }
+
+    fn finish(mut self: Box<Self>) -> Result<()> {
+        let failed = |error| Error::io("write", &*self.name, error);
+        let kind = kind(&self.name);
+        step_of("store", "write", kind);
+        self.file.flush().map_err(failed)?;
+        step_of("store", "write", kind);
+        step_of("store", "fsync", kind);
+        self.file.get_ref().sync_all().map_err(failed)?;
+        step_of("store", "fsync", kind);
+        self.inner.publish(&self.name, &self.temporary)?;
+        step_of("store", "untemp", kind);
+        Ok(())
+    }
+}
+
+impl Drop for DirWriter {
+    /// The temporary name goes in every case; when the object is published it is its second name.
+    fn drop(&mut self) {
+        std::fs::remove_file(&self.temporary).ok();
+    }
+}

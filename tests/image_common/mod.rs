@@ -1,0 +1,232 @@
+//! A repository in a temporary directory, a disk in memory, and backups of it, for the tests of the repository.
+#![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use forerun::image::store::Store;
+use forerun::image::{
+    BlockSink, Content, DiskPoint, Error, InitOptions, Item, Manifest, MapRef, PointId, Quiesce,
+    Repository, SegmentHeader, Session, Target, build_map,
+};
+use forerun::units::BlockSize;
+use serde_json::{Value, json};
+
+/// Bytes of a block.
+pub const BLOCK: usize = 64 << 10;
+
+/// The key of the only target.
+pub const KEY: &str = "uuid-of-the-vm";
+
+/// A repository and a disk.
+pub struct Bench {
+    /// Where the repository is.
+    pub directory: tempfile::TempDir,
+    /// The repository.
+    pub repo: Repository,
+    /// The disk's content.
+    pub disk: Vec<u8>,
+    /// Blocks written since the last backup.
+    pub dirty: BTreeSet<u64>,
+    /// The last backup.
+    pub last: Option<Manifest>,
+}
+
+impl Bench {
+    /// A new repository and a disk of zeros, all of it dirty.
+    pub fn new(size: usize) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let options = InitOptions {
+            block_size: BlockSize::DEFAULT,
+        };
+        let repo = Repository::init(&directory.path().join("repo"), options).unwrap();
+        Self {
+            directory,
+            repo,
+            disk: vec![0; size],
+            dirty: (0..size.div_ceil(BLOCK) as u64).collect(),
+            last: None,
+        }
+    }
+
+    /// Where the repository is.
+    pub fn path(&self) -> PathBuf {
+        self.directory.path().join("repo")
+    }
+
+    /// Writes to the disk.
+    pub fn write(&mut self, offset: usize, data: &[u8]) {
+        let end = offset + data.len();
+        self.disk[offset..end].copy_from_slice(data);
+        self.dirty
+            .extend((offset / BLOCK) as u64..end.div_ceil(BLOCK) as u64);
+    }
+
+    /// Makes a point of the disk as it is.
+    pub fn backup(&mut self) -> Manifest {
+        let point = backup(&self.repo, &self.disk, &self.dirty, self.last.as_ref()).unwrap();
+        self.dirty.clear();
+        self.last = Some(point.clone());
+        point
+    }
+
+    /// The names of objects.
+    pub fn objects(&self, prefix: &str) -> Vec<String> {
+        self.repo.store().list(prefix).unwrap()
+    }
+
+    /// Builds a map from blocks, in a session of its own.
+    pub fn commit_blocks(
+        &self,
+        base: Option<&MapRef>,
+        blocks: &[(u64, Content)],
+        size: usize,
+    ) -> Result<MapRef, Error> {
+        let session = Session::create(&self.repo, "blocks", &Value::Null)?;
+        session.append_segment(&segment_header(), blocks)?;
+        let segments = segments(&session)?;
+        let map = build_map(&self.repo, base, &session, &segments, size as u64);
+        session.remove()?;
+        map.map(|(map, _)| map)
+    }
+}
+
+/// The header of all segments here.
+pub fn segment_header() -> SegmentHeader {
+    SegmentHeader {
+        disk: "vda".into(),
+        epoch: 1,
+        pass: 1,
+    }
+}
+
+/// The segments of a session.
+pub fn segments(session: &Session) -> Result<Vec<forerun::image::SegmentRef>, Error> {
+    let only_segments = |item| match item {
+        Item::Segment(segment) => Some(segment),
+        Item::Record(_) => None,
+    };
+    Ok(session
+        .items()?
+        .into_iter()
+        .filter_map(only_segments)
+        .collect())
+}
+
+/// Backs up the dirty blocks of a disk: goes on with a session that is there, publishes a point, removes the session.
+pub fn backup(
+    repo: &Repository,
+    disk: &[u8],
+    dirty: &BTreeSet<u64>,
+    last: Option<&Manifest>,
+) -> Result<Manifest, Error> {
+    let session = match Session::find(repo, KEY)? {
+        Some(session) => session,
+        None => Session::create(repo, KEY, &json!({"base": last.map(|last| last.id)}))?,
+    };
+    session.append(&json!({"intent": "copy"}))?;
+    let mut writer = repo.pack_writer("vda pass 1");
+    let mut blocks = Vec::new();
+    for block in dirty {
+        let start = *block as usize * BLOCK;
+        let plain = &disk[start..disk.len().min(start + BLOCK)];
+        blocks.push((*block, writer.put(repo.encode(plain)?)?));
+    }
+    writer.seal()?;
+    if !blocks.is_empty() {
+        let middle = blocks.len() / 2;
+        session.append_segment(&segment_header(), &blocks[middle..])?;
+        session.append_segment(&segment_header(), &blocks[..middle])?;
+    }
+    let base = last.map(|last| &last.disks[0].map);
+    let size = disk.len() as u64;
+    let (map, _) = build_map(repo, base, &session, &segments(&session)?, size)?;
+    let manifest = manifest(map, &session, last)?;
+    repo.publish(&manifest)?;
+    session.remove()?;
+    Ok(manifest)
+}
+
+/// A manifest of one disk.
+pub fn manifest(
+    map: MapRef,
+    session: &Session,
+    last: Option<&Manifest>,
+) -> Result<Manifest, Error> {
+    let seconds = last.map_or(1_700_000_000, |last| last.instant.as_second() + 60);
+    Ok(Manifest {
+        id: PointId::random()?,
+        target: Target {
+            key: KEY.into(),
+            spellings: vec!["web".into()],
+        },
+        instant: jiff::Timestamp::from_second(seconds).unwrap(),
+        utc_offset: 3600,
+        forerun: "0.1.0".into(),
+        parent: last.map(|last| last.id),
+        session: session.id(),
+        freeze: "fleece".into(),
+        quiesce: Quiesce::CrashConsistent,
+        disks: vec![DiskPoint {
+            key: "vda".into(),
+            device: "virtio0".into(),
+            node: "node0".into(),
+            format: "raw".into(),
+            size: map.size,
+            map,
+            tracking: None,
+            rescanned: None,
+        }],
+        machine: json!({"xml": "<domain/>"}),
+        statistics: json!({"residual": 0}),
+        retired_bitmaps: vec![],
+    })
+}
+
+/// A disk in memory that notices bytes that come twice or never.
+pub struct Memory {
+    bytes: Vec<u8>,
+    written: u64,
+}
+
+impl Memory {
+    fn put(&mut self, offset: u64, length: u64, fill: impl FnOnce(&mut [u8])) -> io::Result<()> {
+        let place = self
+            .bytes
+            .get_mut(offset as usize..(offset + length) as usize)
+            .ok_or_else(|| io::Error::other("beyond the end"))?;
+        fill(place);
+        self.written += length;
+        Ok(())
+    }
+}
+
+impl BlockSink for Memory {
+    fn data(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.put(offset, data.len() as u64, |place| {
+            place.copy_from_slice(data)
+        })
+    }
+
+    fn zero(&mut self, offset: u64, length: u64) -> io::Result<()> {
+        self.put(offset, length, |place| place.fill(0))
+    }
+}
+
+/// The content of a disk of a point.
+pub fn restore(repo: &Repository, disk: &DiskPoint) -> Result<Vec<u8>, Error> {
+    let mut memory = Memory {
+        bytes: vec![0xee; disk.size as usize],
+        written: 0,
+    };
+    repo.read_disk(disk, 2, &mut memory)?;
+    assert_eq!(memory.written, disk.size);
+    Ok(memory.bytes)
+}
+
+/// Opens the repository in a store.
+pub fn open_store(store: Arc<dyn Store>) -> Result<Repository, Error> {
+    Repository::open_store(store)
+}
