@@ -110,7 +110,13 @@ fn work_on(
     out: &Sender<Result<Done>>,
 ) {
     for piece in pieces {
-        let send = |done| if out.send(done).is_err() { Err(()) } else { Ok(()) };
+        let send = |done| {
+            if out.send(done).is_err() {
+                Err(())
+            } else {
+                Ok(())
+            }
+        };
         let ended = match &piece.data {
             Some(data) => encode(repo, disks, &piece, data, &send),
             None => zeros(repo, disks, &piece, &send),
@@ -121,22 +127,28 @@ fn work_on(
     }
 }
 
-type Send<'a> = dyn Fn(Result<Done>) -> Result<(), ()> + 'a;
+type Out<'a> = dyn Fn(Result<Done>) -> Result<(), ()> + 'a;
 
 fn encode(
     repo: &Repository,
     disks: &[CopyDisk],
     piece: &Piece,
     data: &[u8],
-    send: &Send<'_>,
+    send: &Out<'_>,
 ) -> Result<(), ()> {
     let block_size = repo.block_size();
     let disk = &disks[piece.disk];
     let first = piece.extent.offset / block_size.bytes();
     for (block, plain) in (first..).zip(data.chunks(block_size.as_usize())) {
         let done = base_entry(disk, block).and_then(|base| {
-            let expected = if let Entry::Data(id) = base { Some(id) } else { None };
-            let encoded = repo.encode(plain, expected).map_err(anyhow::Error::from)?;
+            let expected = if let Entry::Data(id) = base {
+                Some(id)
+            } else {
+                None
+            };
+            let encoded = repo
+                .encode_expecting(plain, expected)
+                .map_err(anyhow::Error::from)?;
             Ok(match (&encoded, base) {
                 (Encoded::Zero, Entry::Zero) => same(piece.disk, block),
                 (Encoded::Known(id), Entry::Data(base)) if *id == base => same(piece.disk, block),
@@ -154,7 +166,14 @@ fn encode(
 }
 
 fn same(disk: usize, block: u64) -> Done {
-    Done::Run(disk, BlockRun { first: block, count: 1 }, Content::Same)
+    Done::Run(
+        disk,
+        BlockRun {
+            first: block,
+            count: 1,
+        },
+        Content::Same,
+    )
 }
 
 fn base_entry(disk: &CopyDisk, block: u64) -> Result<Entry> {
@@ -165,12 +184,7 @@ fn base_entry(disk: &CopyDisk, block: u64) -> Result<Entry> {
 }
 
 /// A run of zeros is one proof, whatever its length, where there is no base to compare with.
-fn zeros(
-    repo: &Repository,
-    disks: &[CopyDisk],
-    piece: &Piece,
-    send: &Send<'_>,
-) -> Result<(), ()> {
+fn zeros(repo: &Repository, disks: &[CopyDisk], piece: &Piece, send: &Out<'_>) -> Result<(), ()> {
     let run = repo.block_size().cover(piece.extent);
     let disk = &disks[piece.disk];
     if disk.base.is_none() {
@@ -179,7 +193,14 @@ fn zeros(
     for block in run.first..run.end() {
         let done = base_entry(disk, block).map(|base| match base {
             Entry::Zero => same(piece.disk, block),
-            _ => Done::Run(piece.disk, BlockRun { first: block, count: 1 }, Content::Zero),
+            _ => Done::Run(
+                piece.disk,
+                BlockRun {
+                    first: block,
+                    count: 1,
+                },
+                Content::Zero,
+            ),
         });
         let failed = done.is_err();
         send(done)?;
@@ -196,16 +217,27 @@ fn write(
     label: &str,
     results: Receiver<Result<Done>>,
 ) -> Result<Copied> {
-    let mut packs: Vec<PackWriter> =
-        disks.iter().map(|disk| repo.pack_writer(&format!("{} {label}", disk.key))).collect();
-    let mut copied =
-        Copied { proofs: disks.iter().map(|_| Vec::new()).collect(), ..Copied::default() };
+    let mut packs: Vec<PackWriter> = disks
+        .iter()
+        .map(|disk| repo.pack_writer(&format!("{} {label}", disk.key)))
+        .collect();
+    let mut copied = Copied {
+        proofs: disks.iter().map(|_| Vec::new()).collect(),
+        ..Copied::default()
+    };
     for done in results {
         match done? {
             Done::Run(disk, run, content) => push(&mut copied.proofs[disk], run, content),
             Done::Block(disk, block, encoded) => {
                 let content = packs[disk].put(encoded)?;
-                push(&mut copied.proofs[disk], BlockRun { first: block, count: 1 }, content);
+                push(
+                    &mut copied.proofs[disk],
+                    BlockRun {
+                        first: block,
+                        count: 1,
+                    },
+                    content,
+                );
             }
         }
     }

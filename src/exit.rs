@@ -61,13 +61,27 @@ pub struct Failure {
 
 impl Failure {
     /// A failure with a way out.
-    pub fn hinted(kind: Kind, message: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
-        Self { kind, message: message.into(), hint: Some(hint.into()) }.into()
+    pub fn hinted(
+        kind: Kind,
+        message: impl Into<String>,
+        hint: impl Into<String>,
+    ) -> anyhow::Error {
+        Self {
+            kind,
+            message: message.into(),
+            hint: Some(hint.into()),
+        }
+        .into()
     }
 
     /// A failure that says it all.
     pub fn plain(kind: Kind, message: impl Into<String>) -> anyhow::Error {
-        Self { kind, message: message.into(), hint: None }.into()
+        Self {
+            kind,
+            message: message.into(),
+            hint: None,
+        }
+        .into()
     }
 }
 
@@ -114,9 +128,10 @@ fn of_qmp(error: &qmp::Error) -> Option<(Kind, Option<String>)> {
             Kind::Busy,
             "a QMP socket serves one client: give forerun a socket of its own (`-qmp unix:PATH,server=on,wait=off`)",
         ),
-        qmp::Error::Unreachable { .. } => {
-            (Kind::Failed, "is the VM running, and may you open its socket?")
-        }
+        qmp::Error::Unreachable { .. } => (
+            Kind::Failed,
+            "is the VM running, and may you open its socket?",
+        ),
         _ => return None,
     };
     Some((found.0, Some(found.1.to_owned())))
@@ -124,10 +139,13 @@ fn of_qmp(error: &qmp::Error) -> Option<(Kind, Option<String>)> {
 
 fn of_image(error: &image::Error) -> Option<(Kind, Option<String>)> {
     let found = match error {
-        image::Error::Corrupt { .. } => (Kind::Corrupt, "run `forerun verify` for all that is hurt"),
-        image::Error::NoSpace { .. } => {
-            (Kind::NoSpace, "free space in the repository and run the command again: it goes on from where it was")
+        image::Error::Corrupt { .. } => {
+            (Kind::Corrupt, "run `forerun verify` for all that is hurt")
         }
+        image::Error::NoSpace { .. } => (
+            Kind::NoSpace,
+            "free space in the repository and run the command again: it goes on from where it was",
+        ),
         image::Error::Busy { .. } => (Kind::Busy, "wait for it, or end it"),
         _ => return None,
     };

@@ -228,6 +228,12 @@ impl Journal {
         &self.path
     }
 
+    /// The monitor's socket, or the image.
+    #[must_use]
+    pub fn monitor(&self) -> &Path {
+        &self.content.monitor
+    }
+
     /// The QEMU process that it was written for.
     #[must_use]
     pub fn process(&self) -> &Process {

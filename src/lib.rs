@@ -2,7 +2,9 @@
 
 pub mod backup;
 pub mod bitmap;
+pub mod cli;
 pub mod clock;
+pub mod commands;
 pub mod copy;
 pub mod exit;
 pub mod fault;
@@ -12,6 +14,9 @@ pub mod image;
 pub mod nbd;
 pub mod progress;
 pub mod qmp;
+pub mod report;
+pub mod restore;
+pub mod schedule;
 pub mod session;
 pub mod settle;
 pub mod target;

@@ -18,13 +18,19 @@ impl Progress {
     pub fn begin(&self, phase: &str, total: u64) {
         self.done.store(0, Ordering::Relaxed);
         self.total.store(total, Ordering::Relaxed);
-        let mut name = self.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut name = self
+            .phase
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         phase.clone_into(&mut name);
     }
 
     /// What is being done.
     #[must_use]
     pub fn phase(&self) -> String {
-        self.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        self.phase
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone()
     }
 }

@@ -29,6 +29,8 @@ pub struct Session {
     pub parent: Option<image::PointId>,
     segments: Vec<SegmentRef>,
     pass: u64,
+    /// The sessions that the target's points came from.
+    published: Vec<image::SessionId>,
 }
 
 impl Session {
@@ -43,8 +45,12 @@ impl Session {
             parent: None,
             segments: Vec::new(),
             pass: 0,
+            published: Vec::new(),
         };
         session.find_bases()?;
+        if session.committed() {
+            session.remove()?;
+        }
         if let Some(log) = &session.log {
             for item in log.items()? {
                 match item {
@@ -64,13 +70,27 @@ impl Session {
         Ok(session)
     }
 
+    /// Whether the session's point is published already: only its removal was cut off.
+    fn committed(&self) -> bool {
+        self.log
+            .as_ref()
+            .is_some_and(|log| self.published.contains(&log.id()))
+    }
+
     /// Per disk the newest point that has it; what an older point recorded is stale once a newer one was made.
     fn find_bases(&mut self) -> Result<()> {
         let points = self.repo.points()?;
-        for point in points.points.iter().filter(|point| point.target.key == self.key) {
+        for point in points
+            .points
+            .iter()
+            .filter(|point| point.target.key == self.key)
+        {
             self.parent = Some(point.id);
+            self.published.push(point.session);
             for retired in &point.retired_bitmaps {
-                self.state.retired.push((retired.disk.clone(), retired.name.clone()));
+                self.state
+                    .retired
+                    .push((retired.disk.clone(), retired.name.clone()));
             }
             for disk in &point.disks {
                 let based = base_of(point, disk)?;
@@ -88,8 +108,8 @@ impl Session {
 
     /// The session's id, once it has begun.
     #[must_use]
-    pub fn id(&self) -> Option<String> {
-        self.log.as_ref().map(|log| log.id().to_string())
+    pub fn id(&self) -> Option<image::SessionId> {
+        self.log.as_ref().map(image::Session::id)
     }
 
     /// The number of the pass that comes next.
@@ -104,8 +124,12 @@ impl Session {
             return Ok(());
         }
         let log = self.log.as_ref().context("proofs without a session")?;
-        let header = SegmentHeader { disk: disk.to_owned(), epoch, pass: self.pass };
-        let segment = log.append_segment(&header, proofs)?;
+        let header = SegmentHeader {
+            disk: disk.to_owned(),
+            epoch,
+            pass: self.pass,
+        };
+        let segment = log.append_runs(&header, proofs)?;
         self.segments.push(segment);
         self.state.apply_proof(epoch);
         Ok(())
@@ -114,16 +138,23 @@ impl Session {
     /// The segments of a disk, in the order of the log.
     #[must_use]
     pub fn segments_of(&self, disk: &str) -> Vec<SegmentRef> {
-        self.segments.iter().filter(|segment| segment.header.disk == disk).cloned().collect()
+        self.segments
+            .iter()
+            .filter(|segment| segment.header.disk == disk)
+            .cloned()
+            .collect()
     }
 
     /// The proofs that a disk has against its pending bitmaps, and the blocks that have any.
     pub fn proofs(&self, disk: &Tracked, block_size: BlockSize) -> Result<(Proofs, BlockSet)> {
         let blocks = block_size.blocks(disk.size);
-        let mut proofs =
-            Proofs::new(blocks, disk.pending_epochs()).map_err(anyhow::Error::msg)?;
+        let mut proofs = Proofs::new(blocks, disk.pending_epochs()).map_err(anyhow::Error::msg)?;
         let mut proved = BlockSet::new(blocks);
-        for segment in self.segments.iter().filter(|segment| segment.header.disk == disk.key) {
+        for segment in self
+            .segments
+            .iter()
+            .filter(|segment| segment.header.disk == disk.key)
+        {
             let log = self.log.as_ref().context("segments without a session")?;
             for run in log.segment_runs(segment)? {
                 let run = run?;
@@ -139,7 +170,13 @@ impl Session {
         let base = disk.base.as_ref().map(base_map).transpose()?;
         let log = self.log.as_ref().context("a map without a session")?;
         let segments = self.segments_of(&disk.key);
-        Ok(image::build_map(&self.repo, base.as_ref(), log, &segments, disk.size)?)
+        Ok(image::build_map(
+            &self.repo,
+            base.as_ref(),
+            log,
+            &segments,
+            disk.size,
+        )?)
     }
 
     /// The point is published: the session's work is done.
@@ -176,7 +213,11 @@ pub fn base_map(base: &Base) -> Result<MapRef> {
 
 fn base_of(point: &Manifest, disk: &image::DiskPoint) -> Result<Tracked> {
     let map: Value = serde_json::to_value(&disk.map).context("encode a map reference")?;
-    let base = Base { point: point.id.to_string(), size: disk.size, map };
+    let base = Base {
+        point: point.id.to_string(),
+        size: disk.size,
+        map,
+    };
     let tracking = disk.tracking.as_ref();
     Ok(Tracked {
         key: disk.key.clone(),
@@ -186,7 +227,10 @@ fn base_of(point: &Manifest, disk: &image::DiskPoint) -> Result<Tracked> {
         granularity: tracking.map_or(0, |tracking| tracking.granularity),
         base: Some(base),
         needed: Vec::new(),
-        new: tracking.map(|tracking| Named { epoch: tracking.epoch, name: tracking.bitmap.clone() }),
+        new: tracking.map(|tracking| Named {
+            epoch: tracking.epoch,
+            name: tracking.bitmap.clone(),
+        }),
         whole: None,
         doubt: None,
     })

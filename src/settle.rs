@@ -101,7 +101,10 @@ fn holds_data(file: &Path) -> Result<bool> {
         serde_json::from_slice(&output.stdout).context("understand qemu-img map")?;
     Ok(map.iter().any(|extent| {
         extent.get("depth").and_then(serde_json::Value::as_u64) == Some(0)
-            && extent.get("present").and_then(serde_json::Value::as_bool).unwrap_or(true)
+            && extent
+                .get("present")
+                .and_then(serde_json::Value::as_bool)
+                .unwrap_or(true)
     }))
 }
 

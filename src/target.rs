@@ -64,7 +64,11 @@ pub fn key_without_uuid(path: &Path, given: Option<&str>) -> anyhow::Result<Stri
         .chain_update([0])
         .chain_update(path.as_os_str().as_encoded_bytes())
         .finalize();
-    let hex: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    let hex: String = digest
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     Ok(format!("path-{hex}"))
 }
 
@@ -73,7 +77,11 @@ fn checked_key(name: &str) -> anyhow::Result<String> {
     let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     if name.is_empty() || name.len() > 100 || name.starts_with('.') || !name.chars().all(good) {
         let message = format!("`{name}` is no name for a target");
-        return Err(Failure::hinted(Kind::Usage, message, "use letters, digits, `.`, `_` and `-`"));
+        return Err(Failure::hinted(
+            Kind::Usage,
+            message,
+            "use letters, digits, `.`, `_` and `-`",
+        ));
     }
     Ok(name.to_owned())
 }
@@ -120,10 +128,15 @@ impl Choice {
                 ));
             }
         }
-        if let Some(left) =
-            machine.left_out.iter().find(|left| left.refused && self.wants(&left.device))
+        if let Some(left) = machine
+            .left_out
+            .iter()
+            .find(|left| left.refused && self.wants(&left.device))
         {
-            let message = format!("device `{}` cannot be backed up: {}", left.device, left.reason);
+            let message = format!(
+                "device `{}` cannot be backed up: {}",
+                left.device, left.reason
+            );
             let hint = format!("leave it out knowingly with `--exclude '{}'`", left.device);
             return Err(Failure::hinted(Kind::Attention, message, hint));
         }
@@ -132,11 +145,18 @@ impl Choice {
         for disk in &machine.disks {
             if !self.wants(&disk.key) {
                 let reason = "not chosen".to_owned();
-                left_out.push(LeftOut { device: disk.key.clone(), reason, refused: false });
+                left_out.push(LeftOut {
+                    device: disk.key.clone(),
+                    reason,
+                    refused: false,
+                });
             } else if disk.decrypted && !self.allow_plaintext {
                 return Err(Failure::hinted(
                     Kind::Attention,
-                    format!("disk `{}` is encrypted, and QEMU hands it out decrypted", disk.key),
+                    format!(
+                        "disk `{}` is encrypted, and QEMU hands it out decrypted",
+                        disk.key
+                    ),
                     "store it as plain text with `--allow-plaintext`, or leave it out with `--exclude`",
                 ));
             } else {
@@ -160,7 +180,10 @@ mod tests {
 
     #[test]
     fn a_target_is_read_as_it_is_spelled() {
-        assert_eq!("qmp:/run/vm.sock".parse(), Ok(Target::Qmp("/run/vm.sock".into())));
+        assert_eq!(
+            "qmp:/run/vm.sock".parse(),
+            Ok(Target::Qmp("/run/vm.sock".into()))
+        );
         assert_eq!("disk:/a.qcow2".parse(), Ok(Target::Disk("/a.qcow2".into())));
         assert_eq!("web-1".parse(), Ok(Target::Name("web-1".into())));
         assert!("qmp:".parse::<Target>().is_err());
@@ -170,8 +193,14 @@ mod tests {
     #[test]
     fn a_name_that_would_leave_its_directory_is_refused() {
         for bad in ["..", ".x", "a/b", "", "a b"] {
-            assert!(key_without_uuid(Path::new("/x"), Some(bad)).is_err(), "{bad}");
+            assert!(
+                key_without_uuid(Path::new("/x"), Some(bad)).is_err(),
+                "{bad}"
+            );
         }
-        assert_eq!(key_without_uuid(Path::new("/x"), Some("web-1")).unwrap(), "web-1");
+        assert_eq!(
+            key_without_uuid(Path::new("/x"), Some("web-1")).unwrap(),
+            "web-1"
+        );
     }
 }

@@ -22,7 +22,10 @@ pub struct Pace {
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { rate: None, in_flight: 16 }
+        Self {
+            rate: None,
+            in_flight: 16,
+        }
     }
 }
 
@@ -37,15 +40,22 @@ impl Throttle {
     /// A throttle of this many bytes a second.
     #[must_use]
     pub fn new(rate: Option<u64>) -> Self {
-        Self { rate, free_at: Mutex::new(clock::now()) }
+        Self {
+            rate,
+            free_at: Mutex::new(clock::now()),
+        }
     }
 
     /// Waits until `bytes` more may go; `keep_on` is asked now and then whether to wait on. Returns whether they may.
     pub fn wait(&self, bytes: u64, keep_on: &dyn Fn() -> bool) -> bool {
-        let Some(rate) = self.rate else { return keep_on() };
+        let Some(rate) = self.rate else {
+            return keep_on();
+        };
         let mine = {
-            let mut free_at =
-                self.free_at.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut free_at = self
+                .free_at
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
             let (begin, next) = schedule(*free_at, clock::now(), bytes, rate);
             *free_at = next;
             begin

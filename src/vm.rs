@@ -53,7 +53,8 @@ impl Vm {
                 }
             }
             Target::Disk(path) => {
-                std::fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?;
+                std::fs::metadata(path)
+                    .with_context(|| format!("cannot open {}", path.display()))?;
                 key_without_uuid(path, given)?
             }
             Target::Name(name) => {
@@ -65,7 +66,12 @@ impl Vm {
             }
         };
         let state = TargetState::open(&key)?;
-        Ok(Self { target: target.clone(), key, state, choice })
+        Ok(Self {
+            target: target.clone(),
+            key,
+            state,
+            choice,
+        })
     }
 
     /// Takes the target: lock, monitor, and what a dead run left is taken back.
@@ -83,15 +89,16 @@ impl Vm {
         for mut journal in self.state.journals()? {
             recovered.extend(settle::take_back(&mut journal, Some(&mut monitor))?);
         }
-        let journal = self.state.journal(&run.run, self.monitor_path(), monitor.process());
+        let journal = self
+            .state
+            .journal(&run.run, self.monitor_path(), monitor.process());
         Ok(Hold {
             monitor,
             journal,
             lock,
             recovered,
-            machine: None,
+            seen: None,
             choice: self.choice.clone(),
-            persistent_names: Vec::new(),
             granularity: 0,
             daemon,
         })
@@ -122,37 +129,44 @@ pub struct Hold {
     pub lock: Lock,
     /// What was left by dead runs and has been taken back.
     pub recovered: Vec<String>,
-    machine: Option<(Machine, Chosen)>,
+    seen: Option<(Machine, Chosen)>,
     choice: Choice,
-    persistent_names: Vec<String>,
     /// Bytes a bit of the bitmaps that are added.
     pub granularity: u32,
     daemon: Option<Daemon>,
 }
 
 impl Hold {
+    /// What the VM is and has, just now.
+    pub fn machine(&mut self) -> Result<Machine> {
+        match &self.daemon {
+            None => Ok(graph::identify(&mut self.monitor)?),
+            Some(daemon) => daemon.machine(&mut self.monitor),
+        }
+    }
+
     /// Looks at the VM anew and applies the choice of disks.
     pub fn look(&mut self) -> Result<(&Machine, &Chosen)> {
-        let machine = match &self.daemon {
-            None => graph::identify(&mut self.monitor)?,
-            Some(daemon) => daemon.machine(&mut self.monitor)?,
-        };
+        let machine = self.machine()?;
         if NOT_ITS_OWN.contains(&machine.state.as_str()) {
             return Err(Failure::hinted(
                 Kind::Attention,
-                format!("the VM is in state `{}`: its disks are not its own", machine.state),
+                format!(
+                    "the VM is in state `{}`: its disks are not its own",
+                    machine.state
+                ),
                 "back up the VM at the other end of the migration",
             ));
         }
         let chosen = self.choice.apply(&machine)?;
-        let kept = self.machine.insert((machine, chosen));
+        let kept = self.seen.insert((machine, chosen));
         Ok((&kept.0, &kept.1))
     }
 
     /// The chosen disks as they were last seen.
     #[must_use]
     pub fn disks(&self) -> &[Disk] {
-        self.machine.as_ref().map_or(&[], |(_, chosen)| &chosen.disks)
+        self.seen.as_ref().map_or(&[], |(_, chosen)| &chosen.disks)
     }
 
     /// A chosen disk by its key.
@@ -212,7 +226,9 @@ impl Port for Hold {
     }
 
     fn disable(&mut self, bitmaps: &[(String, String)]) -> Result<()> {
-        self.act(bitmaps, |disk, name| action_disable_bitmap(&disk.node, name))
+        self.act(bitmaps, |disk, name| {
+            action_disable_bitmap(&disk.node, name)
+        })
     }
 
     fn remove(&mut self, bitmaps: &[(String, String)]) -> Result<()> {
@@ -236,7 +252,11 @@ impl Daemon {
         let format = image_format(path)?;
         let socket = state.directory().join(format!("{run}.qsd"));
         std::fs::remove_file(&socket).ok();
-        let protocol = if std::fs::metadata(path)?.is_file() { "file" } else { "host_device" };
+        let protocol = if std::fs::metadata(path)?.is_file() {
+            "file"
+        } else {
+            "host_device"
+        };
         let node = serde_json::json!({
             "driver": format, "node-name": OFFLINE_NODE, "read-only": false,
             "file": { "driver": protocol, "filename": path, "locking": "on" },
@@ -244,7 +264,12 @@ impl Daemon {
         let chardev = format!("socket,id=qmp,server=on,wait=off,path={}", socket.display());
         let mut command = Command::new("qemu-storage-daemon");
         command
-            .args(["--chardev", &chardev.replace(",,", ","), "--monitor", "chardev=qmp"])
+            .args([
+                "--chardev",
+                &chardev.replace(",,", ","),
+                "--monitor",
+                "chardev=qmp",
+            ])
             .arg("--blockdev")
             .arg(node.to_string())
             .stdin(Stdio::null())
@@ -260,8 +285,14 @@ impl Daemon {
             anyhow::ensure!(!deadline.passed(), "qemu-storage-daemon does not start");
             clock::sleep(Duration::from_millis(2));
         }
-        let key = path.file_stem().map_or_else(|| "disk".into(), |stem| stem.to_string_lossy());
-        let daemon = Self { child, socket, key: key.into_owned() };
+        let key = path
+            .file_stem()
+            .map_or_else(|| "disk".into(), |stem| stem.to_string_lossy());
+        let daemon = Self {
+            child,
+            socket,
+            key: key.into_owned(),
+        };
         let monitor = QmpSocket::connect(&daemon.socket)?;
         Ok((monitor, daemon))
     }
@@ -299,7 +330,10 @@ impl Drop for Daemon {
 }
 
 fn refused_image(path: &Path, child: Child) -> anyhow::Error {
-    let output = child.wait_with_output().map(|out| out.stderr).unwrap_or_default();
+    let output = child
+        .wait_with_output()
+        .map(|out| out.stderr)
+        .unwrap_or_default();
     let words = String::from_utf8_lossy(&output).trim().to_owned();
     let message = format!("cannot open {}: {words}", path.display());
     if words.contains("lock") {

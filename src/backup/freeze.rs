@@ -16,7 +16,8 @@ use super::pass::{Reading, pending_names, release, start_server};
 use super::spool::Spool;
 use super::{Quiesce, Runner};
 use crate::bitmap::blocks::BlockSet;
-use crate::bitmap::rotate::{self, Rotation, Settings};
+use crate::bitmap::rotate::{self, Settings};
+use crate::bitmap::track::Rotation;
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
 use crate::guard::Guard;
@@ -80,7 +81,9 @@ impl Runner {
             // Whatever was put into the VM comes out; the error that is reported is the first one.
             if let Err(error) = release(&mut hold) {
                 tracing::error!(error = format!("{error:#}"), "the VM could not be released");
-                self.warnings.push(format!("the VM could not be released: {error:#}; run `forerun recover`"));
+                self.warnings.push(format!(
+                    "the VM could not be released: {error:#}; run `forerun recover`"
+                ));
             }
             for disk in &mut self.disks {
                 disk.open = None;
@@ -100,7 +103,12 @@ impl Runner {
         let before = hold.look()?.0.clone();
         let disks = self.freeze_disks(hold, &rotation)?;
         self.check_space(hold, &disks, &directory)?;
-        let mut freeze = Freeze::new(self.options.method, self.run.clone(), disks, directory.clone());
+        let mut freeze = Freeze::new(
+            self.options.method,
+            self.run.clone(),
+            disks,
+            directory.clone(),
+        );
         let listening = Listening::place(self.vm.state.directory(), &self.run);
         let mut left = freeze.leftovers();
         left.push(listening.leftover());
@@ -109,7 +117,12 @@ impl Runner {
         }
         let agent = self.agent()?;
         if let Some((_, socket)) = &agent {
-            left.insert(0, Leftover::Frozen { agent: socket.clone() });
+            left.insert(
+                0,
+                Leftover::Frozen {
+                    agent: socket.clone(),
+                },
+            );
         }
         hold.journal.write(left)?;
         freeze.prepare(&mut hold.monitor)?;
@@ -129,17 +142,24 @@ impl Runner {
         let mut released = Released::default();
         hold.journal.free_guest(&mut hold.monitor, &mut released)?;
         if freeze.method() == Method::Snapshot {
-            hold.journal.release_rest(&mut hold.monitor, &mut released)?;
+            hold.journal
+                .release_rest(&mut hold.monitor, &mut released)?;
         }
         instant.released_ms = instant.freeze_ms + millis(clock::now() - begin);
-        hold.journal.release_rest(&mut hold.monitor, &mut released)?;
+        hold.journal
+            .release_rest(&mut hold.monitor, &mut released)?;
         if released.resumed {
-            self.warnings.push("the VM was stopped by a full scratch and was let go on".to_owned());
+            self.warnings
+                .push("the VM was stopped by a full scratch and was let go on".to_owned());
         }
         guard.dismiss()?;
         hold.journal.close()?;
         let machine = machine_record(&before);
-        Ok(Residual { instant, spool, machine })
+        Ok(Residual {
+            instant,
+            spool,
+            machine,
+        })
     }
 
     fn intend_freeze(&mut self, hold: &mut Hold) -> Result<Rotation> {
@@ -167,8 +187,16 @@ impl Runner {
         self.take_in_disks(hold)?;
         // A disk that came into doubt only now is read whole: its open blocks are to be worked out anew.
         for disk in &mut self.disks {
-            let now = self.session.state.disks.get(&disk.key).and_then(|tracked| tracked.whole);
-            let before = known.iter().find(|(key, _)| key == &disk.key).and_then(|(_, whole)| *whole);
+            let now = self
+                .session
+                .state
+                .disks
+                .get(&disk.key)
+                .and_then(|tracked| tracked.whole);
+            let before = known
+                .iter()
+                .find(|(key, _)| key == &disk.key)
+                .and_then(|(_, whole)| *whole);
             if now != before {
                 disk.open = None;
             }
@@ -178,7 +206,10 @@ impl Runner {
 
     fn freeze_disks(&self, hold: &Hold, rotation: &Rotation) -> Result<Vec<FreezeDisk>> {
         let named = |list: &[(String, String)], key: &str| -> Vec<String> {
-            list.iter().filter(|(disk, _)| disk == key).map(|(_, name)| name.clone()).collect()
+            list.iter()
+                .filter(|(disk, _)| disk == key)
+                .map(|(_, name)| name.clone())
+                .collect()
         };
         let writes = self.writes_per_second(hold);
         self.disks
@@ -215,23 +246,35 @@ impl Runner {
             return reserve;
         }
         let seconds = self.options.deadline.as_secs().max(1);
-        let could = writes_per_second.saturating_mul(seconds).saturating_mul(64 << 10);
+        let could = writes_per_second
+            .saturating_mul(seconds)
+            .saturating_mul(64 << 10);
         // A scratch holds the disk and its own tables at most; half of the limit is the end.
         let most = (size + size / 64 + (4 << 20)) * 2;
         could.max(SCRATCH_LEAST).min(most)
     }
 
     fn writes_per_second(&self, hold: &Hold) -> u64 {
-        let Some((since, before)) = self.writes else { return 0 };
+        let Some((since, before)) = self.writes else {
+            return 0;
+        };
         let _ = hold;
         let seconds = (clock::now() - since).as_secs_f64().max(0.1);
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "an estimate")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "an estimate"
+        )]
         let rate = (before as f64 / seconds) as u64;
         rate
     }
 
     fn scratch_directory(&self) -> PathBuf {
-        self.options.scratch.clone().unwrap_or_else(|| self.vm.state.directory().to_path_buf())
+        self.options
+            .scratch
+            .clone()
+            .unwrap_or_else(|| self.vm.state.directory().to_path_buf())
     }
 
     /// A freeze is not begun where the scratches and the spool have no room, or would leave their file system less than a
@@ -251,7 +294,11 @@ impl Runner {
                 Kind::NoSpace,
                 format!(
                     "{} has {} free; the freeze needs {} for scratches and {} for the residual, and leaves a tenth ({}) free",
-                    directory.display(), Bytes(free), Bytes(scratch), Bytes(spool), Bytes(tenth)
+                    directory.display(),
+                    Bytes(free),
+                    Bytes(scratch),
+                    Bytes(spool),
+                    Bytes(tenth)
                 ),
                 "name a larger place with `--scratch DIR`, or a smaller limit with `--scratch-reserve`",
             ));
@@ -268,7 +315,10 @@ impl Runner {
             None => Ok(()),
             Some(disk) => Err(Failure::hinted(
                 Kind::Attention,
-                format!("disk `{}` reports write errors to the guest (werror=report), so a full scratch would be its error", disk.key),
+                format!(
+                    "disk `{}` reports write errors to the guest (werror=report), so a full scratch would be its error",
+                    disk.key
+                ),
                 "use `--freeze snapshot`, or accept the risk with a limit of your own, `--scratch-reserve SIZE`",
             )),
         }
@@ -281,7 +331,11 @@ impl Runner {
             (_, Quiesce::Never) | (None, Quiesce::Auto) => return Ok(None),
             (None, Quiesce::Always) => {
                 let message = "the guest is to be quiesced, but no agent is named";
-                return Err(Failure::hinted(Kind::Usage, message, "name its socket with `--agent SOCKET`"));
+                return Err(Failure::hinted(
+                    Kind::Usage,
+                    message,
+                    "name its socket with `--agent SOCKET`",
+                ));
             }
             (Some(socket), _) => socket.clone(),
         };
@@ -292,11 +346,17 @@ impl Runner {
                 Ok((Status::Thawed, agent)) => return Ok(Some((agent, socket))),
                 Ok((Status::Frozen, _)) if deadline.passed() => {
                     let message = "the guest's file systems are frozen by somebody else";
-                    return Err(Failure::hinted(Kind::Busy, message, "thaw them, or wait for the one who froze them"));
+                    return Err(Failure::hinted(
+                        Kind::Busy,
+                        message,
+                        "thaw them, or wait for the one who froze them",
+                    ));
                 }
                 Ok((Status::Frozen, _)) => clock::sleep(Duration::from_millis(500)),
                 Err(error) if wanted == Quiesce::Auto => {
-                    self.warnings.push(format!("the guest agent does not answer, so the guest is not quiesced: {error}"));
+                    self.warnings.push(format!(
+                        "the guest agent does not answer, so the guest is not quiesced: {error}"
+                    ));
                     return Ok(None);
                 }
                 Err(error) => return Err(error).context("the guest agent does not answer"),
@@ -333,11 +393,20 @@ impl Runner {
             }
             self.warnings.push(message.to_owned());
         }
-        Ok(Cut { at, freeze_ms: millis(took), released_ms: 0, quiesced_ms, scratch_bytes: 0, quiesced })
+        Ok(Cut {
+            at,
+            freeze_ms: millis(took),
+            released_ms: 0,
+            quiesced_ms,
+            scratch_bytes: 0,
+            quiesced,
+        })
     }
 
     fn quiesce(&mut self, agent: Option<(Agent, PathBuf)>) -> Result<Option<(Agent, PathBuf)>> {
-        let Some((mut agent, socket)) = agent else { return Ok(None) };
+        let Some((mut agent, socket)) = agent else {
+            return Ok(None);
+        };
         match agent.freeze(QUIESCE) {
             Ok(_) => Ok(Some((agent, socket))),
             Err(error) => {
@@ -347,9 +416,12 @@ impl Runner {
                 if self.options.quiesce == Quiesce::Always {
                     return Err(error).context("freeze the guest's file systems");
                 }
-                self.warnings.push(format!("the guest is not quiesced: {error}"));
+                self.warnings
+                    .push(format!("the guest is not quiesced: {error}"));
                 if let Err(error) = thawed {
-                    self.warnings.push(format!("the guest agent does not say that its file systems are thawed: {error}"));
+                    self.warnings.push(format!(
+                        "the guest agent does not say that its file systems are thawed: {error}"
+                    ));
                 }
                 Ok(None)
             }
@@ -400,7 +472,10 @@ impl Runner {
                 block_size: self.repo.block_size(),
                 options: self.read_options(),
                 permit: &|_| {
-                    if deadline.passed() || freeze.filling().is_some() || interrupted.load(Ordering::Relaxed) {
+                    if deadline.passed()
+                        || freeze.filling().is_some()
+                        || interrupted.load(Ordering::Relaxed)
+                    {
                         ControlFlow::Break(())
                     } else {
                         ControlFlow::Continue(())
@@ -408,14 +483,19 @@ impl Runner {
                 },
             };
             for (index, (disk, client)) in disks.iter().zip(&mut clients).enumerate() {
-                let open = disk.open.as_ref().map_or_else(|| BlockSet::new(0), Clone::clone);
-                let mut give = |piece: crate::copy::Piece| {
-                    match spool.put(piece.disk, piece.extent, piece.data.as_deref().map(|data| &**data)) {
-                        Ok(()) => ControlFlow::Continue(()),
-                        Err(error) => {
-                            *failure.borrow_mut() = Some(error);
-                            ControlFlow::Break(())
-                        }
+                let open = disk
+                    .open
+                    .as_ref()
+                    .map_or_else(|| BlockSet::new(0), Clone::clone);
+                let mut give = |piece: crate::copy::Piece| match spool.put(
+                    piece.disk,
+                    piece.extent,
+                    piece.data.as_deref().map(|data| &**data),
+                ) {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(error) => {
+                        *failure.borrow_mut() = Some(error);
+                        ControlFlow::Break(())
                     }
                 };
                 let ended = reading.read_open(client, index, disk.size, &open, &mut give);
@@ -426,7 +506,8 @@ impl Runner {
                         break;
                     }
                     Err(error) => {
-                        result = Err(error).with_context(|| format!("read the residual of disk `{}`", disk.key));
+                        result = Err(error)
+                            .with_context(|| format!("read the residual of disk `{}`", disk.key));
                         break;
                     }
                 }
@@ -453,7 +534,11 @@ impl Runner {
         }
         let held = self.options.deadline;
         debug_assert!(deadline.passed());
-        GivenUp(format!("the residual was not read within {} s", held.as_secs())).into()
+        GivenUp(format!(
+            "the residual was not read within {} s",
+            held.as_secs()
+        ))
+        .into()
     }
 
     fn open_residual(
@@ -468,18 +553,28 @@ impl Runner {
         let tracked = self.tracked(&disk.key)?;
         // What was worked out before the freeze holds; the bitmap that ended with it comes on top.
         let bitmaps = match &disk.open {
-            Some(_) => tracked.needed.last().map(|named| (named.epoch, named.name.clone())).into_iter().collect(),
+            Some(_) => tracked
+                .needed
+                .last()
+                .map(|named| (named.epoch, named.name.clone()))
+                .into_iter()
+                .collect(),
             None => pending_names(&tracked),
         };
         let node = freeze.disks()[index].node.clone();
         let export = Export {
             disk: index,
             node: freeze.frozen_node(index),
-            bitmaps: bitmaps.iter().map(|(_, name)| (node.clone(), name.clone())).collect(),
+            bitmaps: bitmaps
+                .iter()
+                .map(|(_, name)| (node.clone(), name.clone()))
+                .collect(),
         };
         export::add(&mut hold.monitor, &self.run, &export)?;
         let id = export::export_id(&self.run, index);
-        let mut endpoint = Endpoint::new(&listening.socket, id).allocation().timeout(self.options.deadline);
+        let mut endpoint = Endpoint::new(&listening.socket, id)
+            .allocation()
+            .timeout(self.options.deadline);
         for (_, name) in &bitmaps {
             endpoint = endpoint.bitmap(name);
         }
@@ -489,7 +584,10 @@ impl Runner {
             None => disk.open = Some(self.load(&tracked, disk, &mut client)?),
             Some(open) => {
                 let block_size = self.repo.block_size();
-                let whole = crate::units::Extent { offset: 0, length: disk.size };
+                let whole = crate::units::Extent {
+                    offset: 0,
+                    length: disk.size,
+                };
                 for (_, name) in &bitmaps {
                     client.dirty_extents(name, whole, &mut |extent| {
                         open.insert(block_size.cover(extent));
@@ -506,11 +604,20 @@ impl Runner {
         if !freeze.still_holds(&mut hold.monitor)? {
             return Err(GivenUp("the block snapshot was ended by somebody else".to_owned()).into());
         }
-        let running = |state: &str| matches!(state, "running" | "io-error" | "paused" | "prelaunch" | "suspended");
+        let running = |state: &str| {
+            matches!(
+                state,
+                "running" | "io-error" | "paused" | "prelaunch" | "suspended"
+            )
+        };
         let after = hold.look()?.0.clone();
         for disk in &self.disks {
             let pick = |machine: &Machine| {
-                let found = machine.disks.iter().find(|found| found.key == disk.key).map(seen);
+                let found = machine
+                    .disks
+                    .iter()
+                    .find(|found| found.key == disk.key)
+                    .map(seen);
                 found.map(|found| (found.size, chain_under(&found.identity, freeze.method())))
             };
             if pick(before) != pick(&after) {
@@ -521,7 +628,11 @@ impl Runner {
             return Err(GivenUp("a disk came or went meanwhile".to_owned()).into());
         }
         if running(&before.state) != running(&after.state) {
-            return Err(GivenUp(format!("the VM went from `{}` to `{}`", before.state, after.state)).into());
+            return Err(GivenUp(format!(
+                "the VM went from `{}` to `{}`",
+                before.state, after.state
+            ))
+            .into());
         }
         Ok(())
     }
@@ -541,7 +652,9 @@ impl Runner {
         let mut spool = Spool::new(&directory)?;
         let listening = Listening::place(self.vm.state.directory(), &self.run);
         let mut left = vec![listening.leftover()];
-        left.extend((0..self.disks.len()).map(|disk| Leftover::Export { id: export::export_id(&self.run, disk) }));
+        left.extend((0..self.disks.len()).map(|disk| Leftover::Export {
+            id: export::export_id(&self.run, disk),
+        }));
         hold.journal.write(left)?;
         start_server(&listening, hold)?;
         let disks = self.freeze_disks(hold, &rotation)?;
@@ -550,8 +663,19 @@ impl Runner {
         self.spool_residual(hold, &freeze, &listening, deadline, &mut spool)?;
         release(hold)?;
         let released_ms = millis(clock::now() - begin);
-        let instant = Cut { at, freeze_ms: 0, released_ms, quiesced_ms: None, scratch_bytes: 0, quiesced: false };
-        Ok(Residual { instant, spool, machine: machine_record(&before) })
+        let instant = Cut {
+            at,
+            freeze_ms: 0,
+            released_ms,
+            quiesced_ms: None,
+            scratch_bytes: 0,
+            quiesced: false,
+        };
+        Ok(Residual {
+            instant,
+            spool,
+            machine: machine_record(&before),
+        })
     }
 
     /// Counts the guest's writes since the first look, for the size of the scratches.
@@ -575,7 +699,10 @@ impl Runner {
 fn chain_under(identity: &Value, method: Method) -> Value {
     let mut layers = identity.as_array().cloned().unwrap_or_default();
     let ours = |layer: &Value| {
-        layer.get("filename").and_then(Value::as_str).is_some_and(|name| name.starts_with("/dev/fdset/"))
+        layer
+            .get("filename")
+            .and_then(Value::as_str)
+            .is_some_and(|name| name.starts_with("/dev/fdset/"))
     };
     if method == Method::Snapshot && layers.len() > 1 && layers.first().is_some_and(ours) {
         layers.remove(0);

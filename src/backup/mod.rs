@@ -8,6 +8,7 @@
 //!
 //! [`Runner`] owns what the phases share. Each phase is a file: [`pass`], [`freeze`], [`commit`].
 
+mod changed;
 mod commit;
 mod freeze;
 mod pass;
@@ -22,6 +23,7 @@ use anyhow::Result;
 use jiff::Timestamp;
 use serde::Serialize;
 
+pub use changed::Changed;
 pub use commit::Point;
 
 use crate::bitmap::blocks::BlockSet;
@@ -172,7 +174,9 @@ impl Runner {
         let mut hold = self.vm.hold(&self.run, &self.options.doing)?;
         hold.granularity = u32::from(self.repo.block_size());
         for what in std::mem::take(&mut hold.recovered) {
-            self.warnings.push(format!("took back what an earlier run left in the VM: {what}"));
+            self.warnings.push(format!(
+                "took back what an earlier run left in the VM: {what}"
+            ));
         }
         hold.look()?;
         Ok(hold)
@@ -204,20 +208,31 @@ impl Runner {
         let mut copy_disks = Vec::new();
         let mut before: Vec<RunDisk> = std::mem::take(&mut self.disks);
         for found in hold.disks() {
-            let Some(tracked) = self.session.state.disks.get(&found.key) else { continue };
+            let Some(tracked) = self.session.state.disks.get(&found.key) else {
+                continue;
+            };
             let blocks = block_size.blocks(tracked.size);
-            let at = before.iter().position(|disk| disk.key == tracked.key && disk.size == tracked.size);
-            disks.push(at.map(|at| before.swap_remove(at)).unwrap_or_else(|| RunDisk {
-                key: tracked.key.clone(),
-                size: tracked.size,
-                open: None,
-                proved: BlockSet::new(blocks),
-            }));
+            let at = before
+                .iter()
+                .position(|disk| disk.key == tracked.key && disk.size == tracked.size);
+            disks.push(
+                at.map(|at| before.swap_remove(at))
+                    .unwrap_or_else(|| RunDisk {
+                        key: tracked.key.clone(),
+                        size: tracked.size,
+                        open: None,
+                        proved: BlockSet::new(blocks),
+                    }),
+            );
             let base = match &tracked.base {
                 Some(base) => Some(MapReader::open(&self.repo, &base_map(base)?)?),
                 None => None,
             };
-            copy_disks.push(CopyDisk { key: tracked.key.clone(), size: tracked.size, base });
+            copy_disks.push(CopyDisk {
+                key: tracked.key.clone(),
+                size: tracked.size,
+                base,
+            });
         }
         self.disks = disks;
         self.copy_disks = copy_disks;
@@ -237,7 +252,10 @@ impl Runner {
             };
             let open = self.disks.iter().find(|known| known.key == disk.key);
             let count = |name: &str| {
-                disk.bitmaps.iter().find(|bitmap| bitmap.name == name).map(|bitmap| bitmap.count)
+                disk.bitmaps
+                    .iter()
+                    .find(|bitmap| bitmap.name == name)
+                    .map(|bitmap| bitmap.count)
             };
             let live = tracked.new.as_ref().map(|new| count(&new.name));
             match (live, open.and_then(|disk| disk.open.as_ref())) {
@@ -261,7 +279,10 @@ impl Runner {
         disks
             .filter_map(|disk| {
                 let reason = disk.doubt.clone().filter(|_| disk.base.is_some())?;
-                Some(Rescan { disk: disk.key.clone(), reason })
+                Some(Rescan {
+                    disk: disk.key.clone(),
+                    reason,
+                })
             })
             .collect()
     }

@@ -64,7 +64,11 @@ impl Runner {
                 rotated = true;
             }
             self.batch(hold, pass, until)?;
-            if self.disks.iter().all(|disk| disk.open.as_ref().is_some_and(BlockSet::is_empty)) {
+            if self
+                .disks
+                .iter()
+                .all(|disk| disk.open.as_ref().is_some_and(BlockSet::is_empty))
+            {
                 self.strike()?;
                 return Ok(PassEnd::Complete);
             }
@@ -91,7 +95,10 @@ impl Runner {
             match track::trust(tracked, true, &found) {
                 Err(why) => Some(format!("disk {}: {why}", disk.key)),
                 Ok(_) => tracked.needed.iter().find_map(|named| {
-                    let has = found.bitmaps.iter().find(|bitmap| bitmap.name == named.name);
+                    let has = found
+                        .bitmaps
+                        .iter()
+                        .find(|bitmap| bitmap.name == named.name);
                     has.is_some_and(|bitmap| bitmap.recording)
                         .then(|| format!("disk {}: bitmap {} records", disk.key, named.name))
                 }),
@@ -108,13 +115,26 @@ impl Runner {
         let copy_disks = std::mem::take(&mut self.copy_disks);
         let label = format!("pass {pass}");
         let this = &*self;
-        let done = copy::copy(&this.repo, &copy_disks, &label, &this.progress.done, |give| {
-            let read = this.export_and_read(&mut hold, &mut disks, &copy_disks, &listening, ends, give);
-            let released = release(&mut hold);
-            drop(hold);
-            read?;
-            released
-        });
+        let done = copy::copy(
+            &this.repo,
+            &copy_disks,
+            &label,
+            &this.progress.done,
+            |give| {
+                let read = this.export_and_read(
+                    &mut hold,
+                    &mut disks,
+                    &copy_disks,
+                    &listening,
+                    ends,
+                    give,
+                );
+                let released = release(&mut hold);
+                drop(hold);
+                read?;
+                released
+            },
+        );
         let kept = done.and_then(|((), copied)| self.keep(&mut disks, copied, epoch));
         self.disks = disks;
         self.copy_disks = copy_disks;
@@ -135,7 +155,7 @@ impl Runner {
                 if *content != Content::Zero || run.count == 1 {
                     self.bytes.precopied += run.count * block_size.bytes();
                 }
-                self.bytes.superseded += superseded(&disk.proved, *run) * block_size.bytes();
+                self.bytes.superseded += disk.proved.count_in(*run) * block_size.bytes();
                 disk.proved.insert(*run);
             }
         }
@@ -153,7 +173,9 @@ impl Runner {
     ) -> Result<()> {
         let mut left = vec![listening.leftover()];
         for disk in 0..disks.len() {
-            left.push(Leftover::Export { id: export::export_id(&self.run, disk) });
+            left.push(Leftover::Export {
+                id: export::export_id(&self.run, disk),
+            });
         }
         hold.journal.write(left)?;
         start_server(listening, hold)?;
@@ -161,7 +183,11 @@ impl Runner {
         let mut clients = Vec::new();
         for (index, disk) in disks.iter_mut().enumerate() {
             let tracked = self.tracked(&disk.key)?;
-            let bitmaps = if disk.open.is_some() { Vec::new() } else { pending_names(&tracked) };
+            let bitmaps = if disk.open.is_some() {
+                Vec::new()
+            } else {
+                pending_names(&tracked)
+            };
             let mut client = self.connect(hold, listening, index, &disk.key, &bitmaps)?;
             if disk.open.is_none() {
                 disk.open = Some(self.load(&tracked, disk, &mut client)?);
@@ -170,7 +196,10 @@ impl Runner {
             clients.push(client);
         }
         self.progress.total.store(
-            self.progress.done.load(Ordering::Relaxed).saturating_add(total),
+            self.progress
+                .done
+                .load(Ordering::Relaxed)
+                .saturating_add(total),
             Ordering::Relaxed,
         );
         let interrupted = &self.interrupted;
@@ -179,7 +208,11 @@ impl Runner {
             options: self.read_options(),
             permit: &|bytes| {
                 let go_on = || !ends.passed() && !interrupted.load(Ordering::Relaxed);
-                if self.throttle.wait(bytes, &go_on) { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+                if self.throttle.wait(bytes, &go_on) {
+                    ControlFlow::Continue(())
+                } else {
+                    ControlFlow::Break(())
+                }
             },
         };
         for (index, (disk, client)) in disks.iter().zip(&mut clients).enumerate() {
@@ -198,7 +231,7 @@ impl Runner {
     }
 
     /// Adds the export of a disk with bitmaps and connects to it.
-    fn connect(
+    pub(super) fn connect(
         &self,
         hold: &mut Hold,
         listening: &Listening,
@@ -209,7 +242,10 @@ impl Runner {
         let node = hold.disk(key)?.node.clone();
         let export = Export {
             disk: index,
-            bitmaps: bitmaps.iter().map(|(_, name)| (node.clone(), name.clone())).collect(),
+            bitmaps: bitmaps
+                .iter()
+                .map(|(_, name)| (node.clone(), name.clone()))
+                .collect(),
             node,
         };
         export::add(&mut hold.monitor, &self.run, &export)?;
@@ -224,12 +260,20 @@ impl Runner {
     pub(super) fn read_options(&self) -> ReadOptions {
         let request_bytes = (256 << 10).max(u32::from(self.repo.block_size()));
         let depth = self.options.pace.in_flight;
-        ReadOptions { request_bytes, depth, spare_buffers: 64 }
+        // Hole chunks are not asked for: QEMU drops the connection on a read error when they are.
+        ReadOptions {
+            request_bytes,
+            depth,
+            spare_buffers: 64,
+            holes: false,
+        }
     }
 
     pub(super) fn tracked(&self, key: &str) -> Result<Tracked> {
         let tracked = self.session.state.disks.get(key);
-        tracked.cloned().with_context(|| format!("disk `{key}` is not tracked"))
+        tracked
+            .cloned()
+            .with_context(|| format!("disk `{key}` is not tracked"))
     }
 
     /// Works out the open blocks of a disk from its pending bitmaps, its marker and its proofs.
@@ -245,9 +289,19 @@ impl Runner {
         disk.proved = proved;
         let mut open = BlockSet::new(blocks);
         if let Some(epoch) = tracked.whole {
-            proofs.unsafe_of(epoch, BlockRun { first: 0, count: blocks }, &mut open);
+            proofs.unsafe_of(
+                epoch,
+                BlockRun {
+                    first: 0,
+                    count: blocks,
+                },
+                &mut open,
+            );
         }
-        let whole = Extent { offset: 0, length: tracked.size };
+        let whole = Extent {
+            offset: 0,
+            length: tracked.size,
+        };
         for (epoch, name) in pending_names(tracked) {
             client.dirty_extents(&name, whole, &mut |extent| {
                 proofs.unsafe_of(epoch, block_size.cover(extent), &mut open);
@@ -274,8 +328,7 @@ impl Runner {
         }
         let mut hold = self.hold()?;
         let mut state = std::mem::take(&mut self.session.state);
-        let struck =
-            rotate::strike(&mut state, &mut hold, &mut self.session, &disks, epoch - 1);
+        let struck = rotate::strike(&mut state, &mut hold, &mut self.session, &disks, epoch - 1);
         self.session.state = state;
         struck
     }
@@ -283,14 +336,11 @@ impl Runner {
 
 /// The pending bitmaps of a disk with their epochs.
 pub(super) fn pending_names(tracked: &Tracked) -> Vec<(u64, String)> {
-    tracked.needed.iter().map(|named| (named.epoch, named.name.clone())).collect()
-}
-
-fn superseded(proved: &BlockSet, run: BlockRun) -> u64 {
-    if run.count == 1 {
-        return u64::from(proved.contains(run.first));
-    }
-    (run.first..run.end()).filter(|block| proved.contains(*block)).count() as u64
+    tracked
+        .needed
+        .iter()
+        .map(|named| (named.epoch, named.name.clone()))
+        .collect()
 }
 
 /// Starts the VM's NBD server, waiting while somebody else's runs.
@@ -349,23 +399,38 @@ impl Reading<'_> {
                 let mut at = run.first;
                 for zero in zeros {
                     if zero.first > at {
-                        let data = BlockRun { first: at, count: zero.first - at };
+                        let data = BlockRun {
+                            first: at,
+                            count: zero.first - at,
+                        };
                         group.push(self.block_size.run_extent(data, size));
                     }
                     at = zero.end();
                     let extent = self.block_size.run_extent(zero, size);
-                    if (self.permit)(0).is_break() || give(Piece { disk, extent, data: None }).is_break() {
+                    if (self.permit)(0).is_break()
+                        || give(Piece {
+                            disk,
+                            extent,
+                            data: None,
+                        })
+                        .is_break()
+                    {
                         return Ok(ControlFlow::Break(()));
                     }
                 }
                 if at < run.end() {
-                    let data = BlockRun { first: at, count: run.end() - at };
+                    let data = BlockRun {
+                        first: at,
+                        count: run.end() - at,
+                    };
                     group.push(self.block_size.run_extent(data, size));
                 }
             }
             let bytes: u64 = group.iter().map(|extent| extent.length).sum();
             if (group.len() >= GROUP || bytes >= WINDOW * self.block_size.bytes())
-                && self.read(client, disk, std::mem::take(&mut group), give)?.is_break()
+                && self
+                    .read(client, disk, std::mem::take(&mut group), give)?
+                    .is_break()
             {
                 return Ok(ControlFlow::Break(()));
             }
@@ -379,9 +444,16 @@ impl Reading<'_> {
         let within = self.block_size.run_extent(run, size);
         client.zero_extents(within, &mut |extent| {
             let first = extent.offset.div_ceil(self.block_size.bytes());
-            let end = if extent.end() >= size { self.block_size.blocks(size) } else { extent.end() / self.block_size.bytes() };
+            let end = if extent.end() >= size {
+                self.block_size.blocks(size)
+            } else {
+                extent.end() / self.block_size.bytes()
+            };
             if end > first {
-                zeros.push(BlockRun { first, count: end - first });
+                zeros.push(BlockRun {
+                    first,
+                    count: end - first,
+                });
             }
             ControlFlow::Continue(())
         })?;
@@ -398,10 +470,27 @@ impl Reading<'_> {
         if extents.is_empty() {
             return Ok((self.permit)(0));
         }
-        let summary = client.read_all(extents, self.options, &|bytes| (self.permit)(bytes), &mut |done| {
-            let data = done.data.map(|buffer| -> Box<dyn std::ops::Deref<Target = [u8]> + Send> { Box::new(buffer) });
-            give(Piece { disk, extent: done.extent, data })
-        })?;
-        Ok(if summary.stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        let summary = client.read_all(
+            extents,
+            self.options,
+            &|bytes| (self.permit)(bytes),
+            &mut |done| {
+                let data =
+                    done.data
+                        .map(|buffer| -> Box<dyn std::ops::Deref<Target = [u8]> + Send> {
+                            Box::new(buffer)
+                        });
+                give(Piece {
+                    disk,
+                    extent: done.extent,
+                    data,
+                })
+            },
+        )?;
+        Ok(if summary.stopped {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        })
     }
 }

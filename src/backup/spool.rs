@@ -38,7 +38,12 @@ impl Spool {
     pub(super) fn new(directory: &Path) -> Result<Self> {
         let file = unnamed_file(directory)
             .with_context(|| format!("create a spool in {}", directory.display()))?;
-        Ok(Self { entries: Vec::new(), memory: Vec::new(), file, filled: 0 })
+        Ok(Self {
+            entries: Vec::new(),
+            memory: Vec::new(),
+            file,
+            filled: 0,
+        })
     }
 
     /// Keeps a piece.
@@ -50,7 +55,9 @@ impl Spool {
                 Place::Memory(self.memory.len() - data.len())
             }
             Some(data) => {
-                self.file.write_all_at(data, self.filled).context("write to the spool")?;
+                self.file
+                    .write_all_at(data, self.filled)
+                    .context("write to the spool")?;
                 self.filled += data.len() as u64;
                 Place::File(self.filled - data.len() as u64)
             }
@@ -61,7 +68,10 @@ impl Spool {
 
     /// How many bytes of disks it holds.
     pub(super) fn bytes(&self) -> u64 {
-        self.entries.iter().map(|(_, extent, _)| extent.length).sum()
+        self.entries
+            .iter()
+            .map(|(_, extent, _)| extent.length)
+            .sum()
     }
 
     /// Hands all of it on.
@@ -79,7 +89,9 @@ impl Spool {
                 Place::File(at) => {
                     anyhow::ensure!(extent.length <= PIECE, "a piece of {} bytes", extent.length);
                     let mut bytes = vec![0; usize::try_from(extent.length)?];
-                    self.file.read_exact_at(&mut bytes, at).context("read the spool")?;
+                    self.file
+                        .read_exact_at(&mut bytes, at)
+                        .context("read the spool")?;
                     Some(Box::new(bytes))
                 }
             };

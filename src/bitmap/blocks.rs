@@ -60,6 +60,16 @@ impl BlockSet {
             .is_some_and(|bits| bits >> bit & 1 == 1)
     }
 
+    /// How many blocks of a run are in it.
+    #[must_use]
+    pub fn count_in(&self, run: BlockRun) -> u64 {
+        let end = run.end().min(self.blocks);
+        let inside = self
+            .runs_from(run.first, u64::MAX)
+            .take_while(|found| found.first < end);
+        inside.map(|found| found.end().min(end) - found.first).sum()
+    }
+
     /// Adds a run; what lies beyond the disk is ignored.
     pub fn insert(&mut self, run: BlockRun) {
         self.change(run, |bits, mask| bits | mask);
@@ -180,6 +190,9 @@ mod tests {
                 listed.extend(run.first..run.end());
             }
             prop_assert_eq!(listed, model.iter().copied().collect::<Vec<_>>());
+            let run = BlockRun { first: blocks / 3, count: limit };
+            let inside = model.iter().filter(|block| (run.first..run.end()).contains(block));
+            prop_assert_eq!(set.count_in(run), inside.count() as u64);
             for block in 0..blocks {
                 prop_assert_eq!(set.contains(block), model.contains(&block));
             }

@@ -145,6 +145,11 @@ impl Repository {
     /// Looks at a block, hashes it, looks it up and compresses it; called from many threads at once. The last block of a disk
     /// may be short and is taken as it is.
     pub fn encode(&self, plain: &[u8]) -> Result<Encoded> {
+        self.encode_expecting(plain, None)
+    }
+
+    /// As [`Repository::encode`] for a block that probably is the stored block `expected`, which saves the look-up.
+    pub fn encode_expecting(&self, plain: &[u8], expected: Option<BlockId>) -> Result<Encoded> {
         let limit = self.block_size().as_usize();
         if plain.is_empty() || plain.len() > limit {
             return Err(Error::Invalid(format!(
@@ -156,6 +161,9 @@ impl Repository {
             return Ok(Encoded::Zero);
         }
         let id = BlockId::of(plain);
+        if expected == Some(id) {
+            return Ok(Encoded::Known(id));
+        }
         match self.index().locate(id) {
             Ok(Some(_)) => return Ok(Encoded::Known(id)),
             Ok(None) => {}

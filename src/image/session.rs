@@ -243,6 +243,37 @@ impl Session {
         })
     }
 
+    /// As [`Session::append_segment`], of runs that are in order and do not overlap; a run of more than one block is zero or
+    /// the same as the base.
+    pub fn append_runs(
+        &self,
+        header: &SegmentHeader,
+        runs: &[(BlockRun, Content)],
+    ) -> Result<SegmentRef> {
+        let meta = serde_json::to_vec(header)
+            .map_err(|error| Error::Invalid(format!("cannot write a segment header: {error}")))?;
+        let mut blocks = 0;
+        let mut data_blocks = 0;
+        let seq = self.add("segment", |object| {
+            let mut writer = LayerWriter::create(self.repo.store(), object, SEGMENT)?;
+            for run in joined(runs) {
+                blocks += run.count();
+                if let RunContent::Data(ids) = &run.content {
+                    data_blocks += ids.as_slice().len() as u64;
+                }
+                writer.push(run)?;
+            }
+            writer.finish(&meta).map(drop)
+        })?;
+        Ok(SegmentRef {
+            seq,
+            header: header.clone(),
+            blocks,
+            data_blocks,
+            object: format!("{}{seq:08}-segment", self.prefix()),
+        })
+    }
+
     fn add(&self, kind: &str, put: impl FnOnce(&str) -> Result<()>) -> Result<u64> {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let seq = match *next {
@@ -440,6 +471,30 @@ fn runs_of(blocks: &[(u64, Content)]) -> Vec<Run> {
         });
     }
     runs
+}
+
+/// Neighbouring data blocks as one run.
+fn joined(runs: &[(BlockRun, Content)]) -> impl Iterator<Item = Run> + '_ {
+    let groups = runs.chunk_by(|(a, left), (b, right)| {
+        let data = matches!((left, right), (Content::Data(_), Content::Data(_)));
+        data && a.end() == b.first
+    });
+    groups.filter_map(|group| {
+        let (first, content) = group.first()?;
+        let ids = group.iter().filter_map(|(_, content)| match content {
+            Content::Data(id) => Some(*id),
+            _ => None,
+        });
+        let content = match content {
+            Content::Zero => RunContent::Zero(first.count),
+            Content::Same => RunContent::Same(first.count),
+            Content::Data(_) => RunContent::Data(BlockIds::new(ids.collect())),
+        };
+        Some(Run {
+            first: first.first,
+            content,
+        })
+    })
 }
 
 /// The runs of blocks of a segment.

@@ -10,6 +10,7 @@ pub mod export;
 pub mod freeze;
 pub mod graph;
 pub mod names;
+pub mod orphans;
 pub mod release;
 pub mod socket;
 

@@ -1,0 +1,358 @@
+//! The end of a run: the residual is stored and proved, the maps are built, the point is published, and only then what it
+//! replaces is removed from the VM.
+
+use std::ops::ControlFlow;
+
+use anyhow::{Context, Result};
+use jiff::Timestamp;
+use serde::Serialize;
+use serde_json::json;
+
+use super::freeze::{GivenUp, Residual};
+use super::{Bytes, Rescan, Runner};
+use crate::bitmap::rotate;
+use crate::clock::{self, Deadline};
+use crate::copy;
+use crate::exit::{Failure, Kind};
+use crate::image::{self, DiskPoint, Manifest, PointId, RetiredBitmap, Tracking};
+use crate::qmp::freeze::Method;
+
+/// So much residual is not worth a live pass before the freeze.
+const SMALL: u64 = 64 << 20;
+/// More live passes than this do not make a residual smaller.
+const PASSES: u32 = 12;
+/// How often a freeze that was given up is tried again.
+const FREEZES: u32 = 3;
+
+/// A finished recovery point, for reports.
+#[derive(Debug, Clone, Serialize)]
+pub struct Point {
+    /// Its id.
+    pub id: PointId,
+    /// The instant.
+    pub instant: Timestamp,
+    /// `quiesced`, `crash-consistent` or `offline`.
+    pub quiesce: image::Quiesce,
+    /// `fleece`, `snapshot` or `offline`.
+    pub freeze: String,
+    /// The disks with their sizes.
+    pub disks: Vec<PointDisk>,
+    /// The transaction, milliseconds.
+    pub freeze_ms: u64,
+    /// From the transaction to the guest released, milliseconds.
+    pub released_ms: u64,
+    /// How long the file systems were frozen, milliseconds.
+    pub quiesced_ms: Option<u64>,
+    /// From when the backup was due to the guest released, milliseconds.
+    pub window_ms: u64,
+    /// What was copied.
+    pub bytes: Bytes,
+    /// The disks that were read in full, with the reasons.
+    pub rescanned: Vec<Rescan>,
+}
+
+/// A disk of a point, for reports.
+#[derive(Debug, Clone, Serialize)]
+pub struct PointDisk {
+    /// Its key.
+    pub key: String,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes of blocks that differ from the point before.
+    pub changed_bytes: u64,
+}
+
+impl Runner {
+    /// Copies ahead until what is left no longer shrinks, or until one of the limits. Returns the bytes that a freeze would
+    /// find now.
+    pub fn precopy(
+        &mut self,
+        once: bool,
+        until: Option<Deadline>,
+        converge: Option<u64>,
+    ) -> Result<u64> {
+        let mut before = u64::MAX;
+        let mut passes = 0;
+        loop {
+            let end = self.pass(until)?;
+            passes += 1;
+            let mut hold = self.hold()?;
+            self.sample_writes(&mut hold)?;
+            let left = self.estimate(&hold);
+            drop(hold);
+            let out_of_time =
+                end == super::pass::PassEnd::OutOfTime || until.is_some_and(Deadline::passed);
+            if once || out_of_time || converge.is_some_and(|converge| left <= converge) {
+                return Ok(left);
+            }
+            if let Some(until) = until {
+                // Until its time has come, it looks again now and then whether there is enough to copy.
+                let pause = std::time::Duration::from_secs(1);
+                let pause = if left <= SMALL { pause * 10 } else { pause };
+                self.pause(pause.min(until.left()))?;
+                continue;
+            }
+            let shrinks = left < before / 10 * 8;
+            if converge.is_none() && (!shrinks || left <= SMALL / 4) || passes >= PASSES {
+                return Ok(left);
+            }
+            before = left;
+        }
+    }
+
+    fn pause(&self, pause: std::time::Duration) -> Result<()> {
+        let deadline = Deadline::after(pause);
+        while !deadline.passed() {
+            self.check_interrupt()?;
+            clock::sleep(deadline.left().min(std::time::Duration::from_millis(50)));
+        }
+        Ok(())
+    }
+
+    /// Makes a recovery point: converges live when much is left, freezes, stores, commits. `due` is when it should have begun.
+    pub fn backup(&mut self, due: Timestamp) -> Result<Point> {
+        self.converge()?;
+        let mut tries = 0;
+        let residual = loop {
+            self.check_interrupt()?;
+            self.progress.begin("freeze and residual", 0);
+            tries += 1;
+            match self.freeze() {
+                Ok(residual) => break residual,
+                Err(error) if error.downcast_ref::<GivenUp>().is_some() => {
+                    if tries == FREEZES {
+                        return Err(Failure::hinted(
+                            Kind::Missed,
+                            format!("{error:#}, {tries} times"),
+                            "run `precopy` when the guest writes less, raise `--deadline`, or give a larger scratch with `--scratch-reserve`",
+                        ));
+                    }
+                    self.warnings
+                        .push(format!("{error:#}; trying again after another pass"));
+                    self.pass(None)?;
+                }
+                Err(error) => return Err(error),
+            }
+        };
+        let released = clock::utc_now();
+        let window_ms = u64::try_from(released.duration_since(due).as_millis()).unwrap_or(0);
+        let point = self.store(residual, window_ms)?;
+        self.sweep();
+        Ok(point)
+    }
+
+    fn converge(&mut self) -> Result<()> {
+        let mut hold = self.hold()?;
+        self.sample_writes(&mut hold)?;
+        let mut left = self.estimate(&hold);
+        drop(hold);
+        let mut passes = 0;
+        while left > SMALL && passes < PASSES {
+            self.progress.begin("copy ahead", left);
+            self.pass(None)?;
+            passes += 1;
+            let hold = self.hold()?;
+            let now = self.estimate(&hold);
+            drop(hold);
+            if now >= left / 10 * 8 {
+                break;
+            }
+            left = now;
+        }
+        Ok(())
+    }
+
+    /// Stores the residual and publishes the point.
+    fn store(&mut self, residual: Residual, window_ms: u64) -> Result<Point> {
+        let Residual {
+            instant,
+            spool,
+            machine,
+        } = residual;
+        self.bytes.residual = spool.bytes();
+        self.progress.begin("store the residual", spool.bytes());
+        let copy_disks = std::mem::take(&mut self.copy_disks);
+        let stored = copy::copy(
+            &self.repo,
+            &copy_disks,
+            "residual",
+            &self.progress.done,
+            |give| {
+                let ended = spool.hand_on(give)?;
+                anyhow::ensure!(
+                    ended == ControlFlow::Continue(()),
+                    "the residual was not stored whole"
+                );
+                Ok(())
+            },
+        );
+        self.copy_disks = copy_disks;
+        let ((), copied) = stored?;
+        self.bytes.stored += copied.stored;
+        // The snapshot is of the instant that this epoch began with: what it held is proved for everything older.
+        let epoch = self.session.state.epoch;
+        self.session.next_pass();
+        let keys: Vec<String> = self.disks.iter().map(|disk| disk.key.clone()).collect();
+        for (disk, mut proofs) in self.disks.iter().zip(copied.proofs) {
+            proofs.sort_unstable_by_key(|(run, _)| run.first);
+            let again: u64 = proofs
+                .iter()
+                .map(|(run, _)| disk.proved.count_in(*run))
+                .sum();
+            self.bytes.superseded += again * self.repo.block_size().bytes();
+            self.session.prove(&disk.key, epoch, &proofs)?;
+        }
+        let (disks, reported) = self.point_disks(&keys)?;
+        let quiesce = match (self.vm.offline(), instant.quiesced) {
+            (true, _) => image::Quiesce::Offline,
+            (_, true) => image::Quiesce::Quiesced,
+            (_, false) => image::Quiesce::CrashConsistent,
+        };
+        let freeze = match (self.vm.offline(), self.options.method) {
+            (true, _) => "offline",
+            (_, Method::Fleece) => "fleece",
+            (_, Method::Snapshot) => "snapshot",
+        };
+        let point = Point {
+            id: PointId::random()?,
+            instant: instant.at,
+            quiesce,
+            freeze: freeze.to_owned(),
+            disks: reported,
+            freeze_ms: instant.freeze_ms,
+            released_ms: instant.released_ms,
+            quiesced_ms: instant.quiesced_ms,
+            window_ms,
+            bytes: self.bytes,
+            rescanned: self.rescans(),
+        };
+        let manifest = self.manifest(&point, disks, machine, instant.scratch_bytes)?;
+        self.repo.publish(&manifest)?;
+        self.session.remove()?;
+        Ok(point)
+    }
+
+    fn point_disks(&self, keys: &[String]) -> Result<(Vec<DiskPoint>, Vec<PointDisk>)> {
+        let mut disks = Vec::new();
+        let mut reported = Vec::new();
+        for key in keys {
+            let tracked = self.tracked(key)?;
+            let (map, stats) = self.session.build_map(&tracked)?;
+            let new = tracked
+                .new
+                .as_ref()
+                .context("a frozen disk without a bitmap")?;
+            let transient_offline = self.vm.offline() && !tracked.persistent;
+            disks.push(DiskPoint {
+                key: key.clone(),
+                device: String::new(),
+                node: String::new(),
+                format: format_of(&tracked.identity),
+                size: tracked.size,
+                map,
+                tracking: (!transient_offline).then(|| Tracking {
+                    epoch: new.epoch,
+                    bitmap: new.name.clone(),
+                    persistent: tracked.persistent,
+                    granularity: tracked.granularity,
+                    identity: tracked.identity.clone(),
+                }),
+                rescanned: tracked.doubt.clone().filter(|_| tracked.base.is_some()),
+            });
+            let changed_bytes = stats.changed_blocks * self.repo.block_size().bytes();
+            reported.push(PointDisk {
+                key: key.clone(),
+                size: tracked.size,
+                changed_bytes,
+            });
+        }
+        Ok((disks, reported))
+    }
+
+    fn manifest(
+        &self,
+        point: &Point,
+        disks: Vec<DiskPoint>,
+        machine: serde_json::Value,
+        scratch_bytes: u64,
+    ) -> Result<Manifest> {
+        let mut retired: Vec<RetiredBitmap> = Vec::new();
+        for tracked in self.session.state.disks.values() {
+            for named in &tracked.needed {
+                retired.push(RetiredBitmap {
+                    disk: tracked.key.clone(),
+                    name: named.name.clone(),
+                });
+            }
+        }
+        let session = self.session.id().context("a point without a session")?;
+        Ok(Manifest {
+            id: point.id,
+            target: image::Target {
+                key: self.vm.key.clone(),
+                spellings: self.spellings()?,
+            },
+            instant: point.instant,
+            utc_offset: clock::local_now().offset().seconds(),
+            forerun: env!("CARGO_PKG_VERSION").to_owned(),
+            parent: self.session.parent,
+            session,
+            freeze: point.freeze.clone(),
+            quiesce: point.quiesce,
+            disks,
+            machine,
+            statistics: json!({
+                "bytes": point.bytes, "passes": self.passes, "freeze_ms": point.freeze_ms,
+                "released_ms": point.released_ms, "quiesced_ms": point.quiesced_ms,
+                "window_ms": point.window_ms, "scratch_bytes": scratch_bytes,
+                "begun": self.begun,
+            }),
+            retired_bitmaps: retired,
+        })
+    }
+
+    /// Every spelling that the target was ever named by in this repository; a spelling of two targets is refused.
+    fn spellings(&self) -> Result<Vec<String>> {
+        let own = self.vm.target.to_string();
+        let mut spellings = vec![own.clone()];
+        for point in self.repo.points()?.points {
+            if point.target.key == self.vm.key {
+                spellings.extend(point.target.spellings);
+            }
+        }
+        spellings.sort();
+        spellings.dedup();
+        Ok(spellings)
+    }
+
+    /// Removes from the VM what the point made needless. The point stands whether or not this works; what stays is
+    /// removed by the next run.
+    fn sweep(&mut self) {
+        for tracked in self.session.state.disks.values() {
+            for named in &tracked.needed {
+                self.session
+                    .state
+                    .retired
+                    .push((tracked.key.clone(), named.name.clone()));
+            }
+        }
+        let swept = self.hold().and_then(|mut hold| {
+            let mut state = std::mem::take(&mut self.session.state);
+            let swept = rotate::sweep(&mut state, &mut hold);
+            self.session.state = state;
+            swept
+        });
+        if let Err(error) = swept {
+            self.warnings.push(format!(
+                "old bitmaps stay in the VM until the next run: {error:#}"
+            ));
+        }
+    }
+}
+
+fn format_of(identity: &serde_json::Value) -> String {
+    let driver = identity
+        .pointer("/0/driver")
+        .and_then(serde_json::Value::as_str);
+    driver.unwrap_or("raw").to_owned()
+}

@@ -1,0 +1,305 @@
+//! The command line: `clap` types and nothing else.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::backup::Quiesce;
+use crate::target::Target;
+use crate::units::{parse_duration, parse_rate, parse_size};
+
+/// Backs up running KVM/QEMU virtual machines ahead of schedule.
+///
+/// Between backups it follows the blocks that the guest changes and copies them while the host has room; when the backup
+/// is due it takes a snapshot of all disks at one instant, copies the little that is left, and lets go.
+#[derive(Debug, Parser)]
+#[command(name = "forerun", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+
+    /// One JSON document on stdout, also on failure.
+    #[arg(long, global = true)]
+    pub json: bool,
+
+    /// Only errors.
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+
+    /// More words; twice: the monitor's conversation.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a new repository.
+    Init {
+        /// Its directory: missing or empty.
+        repo: PathBuf,
+        /// The unit of storage and tracking, a power of two from 64KiB to 1MiB; for ever.
+        #[arg(long, default_value = "64KiB", value_parser = parse_size)]
+        block_size: u64,
+    },
+    /// Show a VM's disks, how each can be followed, and what stands in the way.
+    Inspect(TargetArgs),
+    /// Start following a VM's changes (`precopy` and `backup` do it too).
+    Track(RepoTargetArgs),
+    /// Show the changed extents since the last point.
+    Changed(RepoTargetArgs),
+    /// Copy changes ahead, live, without a snapshot.
+    Precopy {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        target: RepoTargetArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        pace: PaceArgs,
+        /// One pass only.
+        #[arg(long, conflicts_with_all = ["until", "converge"])]
+        once: bool,
+        /// Go on until this time: HH:MM, or a date with a time.
+        #[arg(long)]
+        until: Option<String>,
+        /// Go on until no more than this is left.
+        #[arg(long, value_parser = parse_size)]
+        converge: Option<u64>,
+    },
+    /// Make a recovery point now.
+    Backup {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        target: RepoTargetArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        pace: PaceArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        freeze: FreezeArgs,
+    },
+    /// Copy ahead until a time, then make a recovery point.
+    Run {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        target: RepoTargetArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        pace: PaceArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        freeze: FreezeArgs,
+        /// When the backup is due: HH:MM (its next occurrence), or a date with a time.
+        #[arg(long)]
+        at: String,
+    },
+    /// Show what is not copied yet, the session, and what was left behind.
+    Status(RepoTargetArgs),
+    /// List the recovery points.
+    List {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Only those of this target.
+        target: Option<String>,
+    },
+    /// Show a recovery point.
+    Show {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        point: String,
+    },
+    /// Show which extents differ between two points.
+    Diff {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The one.
+        a: String,
+        /// The other.
+        b: String,
+    },
+    /// Read and re-hash everything that points need.
+    Verify {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Only these points.
+        points: Vec<String>,
+        /// Stop after this time.
+        #[arg(long, value_parser = parse_duration)]
+        max_duration: Option<Duration>,
+    },
+    /// Write a point's disks to new images.
+    Restore {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        point: String,
+        /// All disks, as files in this directory.
+        #[arg(long, required_unless_present = "disk", conflicts_with = "disk")]
+        output: Option<PathBuf>,
+        /// One disk to this file or device: `vda=/path`. May be repeated.
+        #[arg(long)]
+        disk: Vec<String>,
+        /// The image format.
+        #[arg(long, value_enum, default_value_t = Format::Raw)]
+        format: Format,
+        /// Overwrite what is there.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Remove this repository's bitmaps from a VM.
+    Untrack(RepoTargetArgs),
+    /// Take back whatever a dead run left in a VM.
+    Recover {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        target: TargetArgs,
+        /// Also what no journal lists, of this repository's runs.
+        #[arg(long, env = "FORERUN_REPO")]
+        repo: Option<PathBuf>,
+    },
+    /// Give up a target's unfinished session; its published points stay.
+    DropSession {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The target's key or one of its spellings.
+        target: String,
+    },
+    /// The process that frees a guest for a dead run.
+    #[command(hide = true)]
+    Guard {
+        /// What the run has in the VM.
+        #[arg(long)]
+        journal: PathBuf,
+        /// After so long the run counts as hung.
+        #[arg(long)]
+        deadline_ms: u64,
+        /// The run's process id.
+        #[arg(long)]
+        main: i32,
+    },
+}
+
+/// Where the repository is.
+#[derive(Debug, Args)]
+pub struct RepoArgs {
+    /// The repository.
+    #[arg(long, env = "FORERUN_REPO")]
+    pub repo: PathBuf,
+}
+
+/// Which VM.
+#[derive(Debug, Args)]
+pub struct TargetArgs {
+    /// qmp:SOCKET of a running QEMU, or disk:PATH of an image of a VM that is off.
+    pub target: Target,
+    /// The name of a target without a UUID, the same wherever it runs.
+    #[arg(long = "as", value_name = "NAME")]
+    pub name: Option<String>,
+    /// Only these disks.
+    #[arg(long, value_name = "DISK")]
+    pub include: Vec<String>,
+    /// Not these disks.
+    #[arg(long, value_name = "DISK")]
+    pub exclude: Vec<String>,
+    /// Store a disk that QEMU decrypts as plain text.
+    #[arg(long)]
+    pub allow_plaintext: bool,
+}
+
+/// Which VM and which repository.
+#[derive(Debug, Args)]
+pub struct RepoTargetArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub target: TargetArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub repo: RepoArgs,
+}
+
+/// How fast to copy live.
+#[derive(Debug, Args)]
+pub struct PaceArgs {
+    /// Read at most this much a second: 100MiB/s.
+    #[arg(long, value_parser = parse_rate)]
+    pub rate: Option<u64>,
+    /// Keep at most so many requests in flight.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub in_flight: u8,
+}
+
+/// How to freeze.
+#[derive(Debug, Args)]
+pub struct FreezeArgs {
+    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back.
+    #[arg(long = "freeze", value_enum, default_value_t = FreezeMethod::Fleece)]
+    pub method: FreezeMethod,
+    /// Freeze the guest's file systems around the instant.
+    #[arg(long, value_enum, default_value_t = Quiesce::Auto)]
+    pub quiesce: Quiesce,
+    /// The guest agent's socket.
+    #[arg(long, value_name = "SOCKET")]
+    pub agent: Option<PathBuf>,
+    /// Where scratches, overlays and the spool go; by default in the host state directory.
+    #[arg(long, value_name = "DIR")]
+    pub scratch: Option<PathBuf>,
+    /// What each disk's scratch may take, instead of the computed limit.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub scratch_reserve: Option<u64>,
+    /// How long the snapshot may be held.
+    #[arg(long, default_value = "10s", value_parser = parse_duration)]
+    pub deadline: Duration,
+}
+
+/// The methods of freezing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FreezeMethod {
+    /// Image fleecing.
+    Fleece,
+    /// External snapshot.
+    Snapshot,
+}
+
+/// The formats of restored images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Sparse raw.
+    Raw,
+    /// qcow2 version 3.
+    Qcow2,
+}
+
+impl Command {
+    /// The command's name, for reports.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Init { .. } => "init",
+            Self::Inspect(_) => "inspect",
+            Self::Track(_) => "track",
+            Self::Changed(_) => "changed",
+            Self::Precopy { .. } => "precopy",
+            Self::Backup { .. } => "backup",
+            Self::Run { .. } => "run",
+            Self::Status(_) => "status",
+            Self::List { .. } => "list",
+            Self::Show { .. } => "show",
+            Self::Diff { .. } => "diff",
+            Self::Verify { .. } => "verify",
+            Self::Restore { .. } => "restore",
+            Self::Untrack(_) => "untrack",
+            Self::Recover { .. } => "recover",
+            Self::DropSession { .. } => "drop-session",
+            Self::Guard { .. } => "guard",
+        }
+    }
+}

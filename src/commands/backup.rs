@@ -1,0 +1,233 @@
+//! `track`, `changed`, `precopy`, `backup` and `run`.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::Result;
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use crate::backup::{Options, Point, Quiesce, Runner};
+use crate::cli::{FreezeArgs, FreezeMethod, PaceArgs, RepoTargetArgs};
+use crate::clock;
+use crate::image::Repository;
+use crate::progress::Progress;
+use crate::qmp::freeze::Method;
+use crate::report::{Bar, Outcome, Style};
+use crate::schedule;
+use crate::throttle::Pace;
+use crate::units::Bytes;
+
+/// What ends a `precopy`.
+pub(super) struct Limits {
+    pub(super) once: bool,
+    pub(super) until: Option<String>,
+    pub(super) converge: Option<u64>,
+}
+
+fn options(pace: Option<&PaceArgs>, freeze: Option<&FreezeArgs>, doing: &str) -> Options {
+    let default = Pace::default();
+    Options {
+        pace: Pace {
+            rate: pace.and_then(|pace| pace.rate),
+            in_flight: pace.map_or(default.in_flight, |pace| usize::from(pace.in_flight)),
+        },
+        method: match freeze.map(|freeze| freeze.method) {
+            Some(FreezeMethod::Snapshot) => Method::Snapshot,
+            _ => Method::Fleece,
+        },
+        quiesce: freeze.map_or(Quiesce::Never, |freeze| freeze.quiesce),
+        agent: freeze.and_then(|freeze| freeze.agent.clone()),
+        scratch: freeze.and_then(|freeze| freeze.scratch.clone()),
+        scratch_reserve: freeze.and_then(|freeze| freeze.scratch_reserve),
+        deadline: freeze.map_or(std::time::Duration::from_secs(10), |freeze| freeze.deadline),
+        doing: format!("forerun {doing}"),
+    }
+}
+
+struct Begun {
+    runner: Runner,
+    target: String,
+    key: String,
+    progress: Arc<Progress>,
+}
+
+fn begin(args: &RepoTargetArgs, options: Options, interrupted: Arc<AtomicBool>) -> Result<Begun> {
+    let repo = Repository::open(&args.repo.repo)?;
+    let vm = super::find(&args.target)?;
+    let progress = Arc::new(Progress::default());
+    let (target, key) = (vm.target.to_string(), vm.key.clone());
+    let runner = Runner::begin(vm, repo, options, Arc::clone(&progress), interrupted)?;
+    Ok(Begun {
+        runner,
+        target,
+        key,
+        progress,
+    })
+}
+
+/// `track`.
+pub(super) fn track(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Result<Outcome> {
+    let mut begun = begin(args, options(None, None, "track"), interrupted)?;
+    let started = begun.runner.track()?;
+    let mut outcome = Outcome::default();
+    let state = if started {
+        "following changes from now on"
+    } else {
+        "changes are followed already"
+    };
+    outcome.line(format!("{}: {state}", begun.target));
+    for note in std::mem::take(&mut begun.runner.warnings) {
+        outcome.line(format!("  {note}"));
+    }
+    outcome
+        .targets
+        .push(json!({ "target": begun.target, "key": begun.key, "started": started }));
+    Ok(outcome)
+}
+
+/// `changed`.
+pub(super) fn changed(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Result<Outcome> {
+    let mut begun = begin(args, options(None, None, "changed"), interrupted)?;
+    let changed = begun.runner.changed()?;
+    let mut outcome = Outcome::default();
+    for disk in &changed {
+        let bytes: u64 = disk.extents.iter().map(|extent| extent.length).sum();
+        let why = disk
+            .whole
+            .as_ref()
+            .map(|why| format!(" (all of it: {why})"))
+            .unwrap_or_default();
+        outcome.line(format!(
+            "{}: {} in {} extents{why}",
+            disk.disk,
+            Bytes(bytes),
+            disk.extents.len()
+        ));
+    }
+    outcome
+        .targets
+        .push(json!({ "target": begun.target, "key": begun.key, "disks": changed }));
+    outcome.warnings.append(&mut begun.runner.warnings);
+    Ok(outcome)
+}
+
+/// `precopy`.
+pub(super) fn precopy(
+    args: &RepoTargetArgs,
+    pace: &PaceArgs,
+    limits: &Limits,
+    style: Style,
+    interrupted: Arc<AtomicBool>,
+) -> Result<Outcome> {
+    let until = limits.until.as_deref().map(schedule::parse).transpose()?;
+    let mut begun = begin(args, options(Some(pace), None, "precopy"), interrupted)?;
+    let bar = Bar::show(Arc::clone(&begun.progress), style);
+    begun.progress.begin("copy ahead", 0);
+    let until = until.map(|until| until.deadline());
+    let left = begun.runner.precopy(limits.once, until, limits.converge)?;
+    drop(bar);
+    let mut outcome = Outcome::default();
+    let bytes = begun.runner.bytes;
+    let rescanned = begun.runner.rescans();
+    outcome.line(format!(
+        "{}: copied {} ahead ({} for nothing), about {} left",
+        begun.target,
+        Bytes(bytes.precopied),
+        Bytes(bytes.superseded),
+        Bytes(left)
+    ));
+    for disk in &rescanned {
+        outcome.line(format!("  {} is read in full: {}", disk.disk, disk.reason));
+    }
+    outcome.targets.push(json!({
+        "target": begun.target, "key": begun.key, "bytes": bytes, "residual": left,
+        "rescanned": rescanned,
+    }));
+    outcome.warnings.append(&mut begun.runner.warnings);
+    Ok(outcome)
+}
+
+/// `backup`.
+pub(super) fn backup(
+    args: &RepoTargetArgs,
+    pace: &PaceArgs,
+    freeze: &FreezeArgs,
+    style: Style,
+    interrupted: Arc<AtomicBool>,
+) -> Result<Outcome> {
+    let due = clock::utc_now();
+    let mut begun = begin(
+        args,
+        options(Some(pace), Some(freeze), "backup"),
+        interrupted,
+    )?;
+    let bar = Bar::show(Arc::clone(&begun.progress), style);
+    let point = begun.runner.backup(due)?;
+    drop(bar);
+    Ok(finished(begun, &point, None))
+}
+
+/// `run`.
+pub(super) fn run(
+    args: &RepoTargetArgs,
+    pace: &PaceArgs,
+    freeze: &FreezeArgs,
+    at: &str,
+    style: Style,
+    interrupted: Arc<AtomicBool>,
+) -> Result<Outcome> {
+    let at = schedule::parse(at)?;
+    let mut begun = begin(args, options(Some(pace), Some(freeze), "run"), interrupted)?;
+    let bar = Bar::show(Arc::clone(&begun.progress), style);
+    let deadline = at.deadline();
+    if !deadline.passed() {
+        begun.progress.begin("copy ahead", 0);
+        begun.runner.precopy(false, Some(deadline), None)?;
+    }
+    let point = begun.runner.backup(at.due)?;
+    drop(bar);
+    let late = at.late.then_some(at.due);
+    Ok(finished(begun, &point, late))
+}
+
+fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome {
+    let mut outcome = Outcome::default();
+    let bytes = point.bytes;
+    outcome.line(format!(
+        "{}: point {} of {}",
+        begun.target, point.id, point.instant
+    ));
+    outcome.line(format!(
+        "  precopied {}, superseded {}, residual {}, stored {}",
+        Bytes(bytes.precopied),
+        Bytes(bytes.superseded),
+        Bytes(bytes.residual),
+        Bytes(bytes.stored)
+    ));
+    outcome.line(format!(
+        "  freeze {} ms, guest released after {} ms, window {:.1} s",
+        point.freeze_ms,
+        point.released_ms,
+        seconds(point.window_ms)
+    ));
+    for disk in &point.rescanned {
+        outcome.line(format!("  {} was read in full: {}", disk.disk, disk.reason));
+    }
+    let point_json = serde_json::to_value(point).unwrap_or(Value::Null);
+    outcome.targets.push(json!({
+        "target": begun.target, "key": begun.key, "point": point_json, "late": late.is_some(),
+    }));
+    outcome.warnings.append(&mut begun.runner.warnings);
+    if let Some(due) = late {
+        outcome
+            .warnings
+            .push(format!("the backup was due at {due} and began late"));
+    }
+    outcome
+}
+
+#[expect(clippy::cast_precision_loss, reason = "one decimal is shown")]
+fn seconds(millis: u64) -> f64 {
+    millis as f64 / 1000.0
+}

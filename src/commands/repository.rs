@@ -1,0 +1,261 @@
+//! `init`, `list`, `show`, `diff`, `verify` and `drop-session`.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use crate::exit::{Failure, Kind};
+use crate::image::{self, InitOptions, Manifest, PointId, Repository, Session, VerifyOptions};
+use crate::report::Outcome;
+use crate::units::{BlockSize, Bytes};
+
+/// `init`.
+pub(super) fn init(path: &Path, block_size: u64) -> Result<Outcome> {
+    let block_size = u32::try_from(block_size)
+        .map_err(|_| format!("block size {block_size} is too large"))
+        .and_then(BlockSize::try_from)
+        .map_err(|message| Failure::plain(Kind::Usage, message))?;
+    let repo = Repository::init(path, InitOptions { block_size })?;
+    let mut outcome = Outcome::default();
+    outcome.line(format!(
+        "repository {} with blocks of {block_size} in {}",
+        repo.id(),
+        path.display()
+    ));
+    outcome.more.insert(
+        "repository".to_owned(),
+        json!({
+            "id": repo.id(), "path": path, "block_size": block_size.bytes(),
+        }),
+    );
+    Ok(outcome)
+}
+
+/// `list`.
+pub(super) fn list(path: &Path, target: Option<&str>) -> Result<Outcome> {
+    let repo = Repository::open(path)?;
+    let points = repo.points()?;
+    let mut outcome = Outcome::default();
+    let mut listed = Vec::new();
+    for point in &points.points {
+        if target.is_some_and(|target| !point.target.is_called(target)) {
+            continue;
+        }
+        let size: u64 = point.disks.iter().map(|disk| disk.size).sum();
+        outcome.line(format!(
+            "{}  {}  {}  {} in {} disks  {}",
+            point.id,
+            point.instant,
+            name_of(point),
+            Bytes(size),
+            point.disks.len(),
+            quiesce(point)
+        ));
+        listed.push(summary(point));
+    }
+    for error in &points.damaged {
+        outcome
+            .warnings
+            .push(format!("a point cannot be read: {error}"));
+        outcome.kind = Some(Kind::Corrupt);
+    }
+    outcome
+        .more
+        .insert("points".to_owned(), Value::from(listed));
+    Ok(outcome)
+}
+
+fn name_of(point: &Manifest) -> &str {
+    point
+        .target
+        .spellings
+        .first()
+        .map_or(point.target.key.as_str(), String::as_str)
+}
+
+fn quiesce(point: &Manifest) -> String {
+    serde_json::to_value(point.quiesce)
+        .ok()
+        .and_then(|value| value.as_str().map(str::to_owned))
+        .unwrap_or_default()
+}
+
+fn summary(point: &Manifest) -> Value {
+    json!({
+        "id": point.id, "target": point.target, "instant": point.instant, "parent": point.parent,
+        "freeze": point.freeze, "quiesce": point.quiesce,
+        "disks": point.disks.iter().map(|disk| json!({
+            "key": disk.key, "size": disk.size, "format": disk.format, "rescanned": disk.rescanned,
+        })).collect::<Vec<_>>(),
+        "statistics": point.statistics,
+    })
+}
+
+/// `show`.
+pub(super) fn show(path: &Path, point: &str) -> Result<Outcome> {
+    let repo = Repository::open(path)?;
+    let point = repo.resolve(point)?;
+    let mut outcome = Outcome::default();
+    outcome.line(format!("point {}", point.id));
+    outcome.line(format!(
+        "  target {} ({})",
+        point.target.key,
+        point.target.spellings.join(", ")
+    ));
+    outcome.line(format!("  instant {}", point.instant));
+    outcome.line(format!("  {} by {}", quiesce(&point), point.freeze));
+    for disk in &point.disks {
+        outcome.line(format!(
+            "  disk {}  {}  {}",
+            disk.key,
+            disk.format,
+            Bytes(disk.size)
+        ));
+        if let Some(why) = &disk.rescanned {
+            outcome.line(format!("    read in full: {why}"));
+        }
+    }
+    outcome.line(format!("  {}", point.statistics));
+    let mut full = summary(&point);
+    full["machine"] = point.machine.clone();
+    outcome.more.insert("point".to_owned(), full);
+    Ok(outcome)
+}
+
+/// `diff`.
+pub(super) fn diff(path: &Path, a: &str, b: &str) -> Result<Outcome> {
+    let repo = Repository::open(path)?;
+    let (a, b) = (repo.resolve(a)?, repo.resolve(b)?);
+    let mut outcome = Outcome::default();
+    let mut disks = Vec::new();
+    for disk in &b.disks {
+        let Some(other) = a.disks.iter().find(|other| other.key == disk.key) else {
+            outcome.line(format!("{}: only in {}", disk.key, b.id));
+            disks.push(json!({ "disk": disk.key, "only_in": b.id }));
+            continue;
+        };
+        let mut extents = Vec::new();
+        let mut bytes = 0;
+        let size = disk.size.max(other.size);
+        for run in image::diff(&repo, &other.map, &disk.map)? {
+            let extent = repo.block_size().run_extent(run?, size);
+            bytes += extent.length;
+            extents.push(extent);
+        }
+        outcome.line(format!(
+            "{}: {} in {} extents",
+            disk.key,
+            Bytes(bytes),
+            extents.len()
+        ));
+        disks.push(json!({ "disk": disk.key, "bytes": bytes, "extents": extents }));
+    }
+    for disk in a
+        .disks
+        .iter()
+        .filter(|disk| !b.disks.iter().any(|other| other.key == disk.key))
+    {
+        outcome.line(format!("{}: only in {}", disk.key, a.id));
+        disks.push(json!({ "disk": disk.key, "only_in": a.id }));
+    }
+    outcome.more.insert("a".to_owned(), json!(a.id));
+    outcome.more.insert("b".to_owned(), json!(b.id));
+    outcome.more.insert("disks".to_owned(), Value::from(disks));
+    Ok(outcome)
+}
+
+/// `verify`.
+pub(super) fn verify(
+    path: &Path,
+    points: &[String],
+    max_duration: Option<Duration>,
+) -> Result<Outcome> {
+    let repo = Repository::open(path)?;
+    let chosen: Vec<PointId> = points
+        .iter()
+        .map(|point| Ok(repo.resolve(point)?.id))
+        .collect::<Result<_>>()?;
+    let report = repo.verify(&VerifyOptions {
+        points: (!chosen.is_empty()).then_some(chosen),
+        threads: std::thread::available_parallelism().map_or(1, usize::from),
+        max_duration,
+    })?;
+    let mut outcome = Outcome::default();
+    let extent = if report.complete {
+        "everything"
+    } else {
+        "a part, for lack of time"
+    };
+    outcome.line(format!(
+        "checked {extent}: {} points, {} blocks, {}",
+        report.points,
+        report.checked_blocks,
+        Bytes(report.checked_bytes)
+    ));
+    let mut damage = Vec::new();
+    for found in &report.damage {
+        outcome.line(format!("DAMAGED {}: {}", found.object, found.what));
+        for (point, disk) in &found.hurts {
+            let disk = disk
+                .as_deref()
+                .map(|disk| format!(", disk {disk}"))
+                .unwrap_or_default();
+            outcome.line(format!("  hurts point {point}{disk}"));
+        }
+        let hurts: Vec<Value> = found
+            .hurts
+            .iter()
+            .map(|(point, disk)| json!({ "point": point, "disk": disk }))
+            .collect();
+        damage.push(json!({ "object": found.object, "what": found.what, "hurts": hurts }));
+    }
+    outcome.more.insert(
+        "verify".to_owned(),
+        json!({
+            "points": report.points, "blocks": report.checked_blocks, "bytes": report.checked_bytes,
+            "complete": report.complete, "damage": damage,
+        }),
+    );
+    if !report.damage.is_empty() {
+        outcome.kind = Some(Kind::Corrupt);
+    }
+    Ok(outcome)
+}
+
+/// `drop-session`.
+pub(super) fn drop_session(path: &Path, target: &str) -> Result<Outcome> {
+    let repo = Repository::open(path)?;
+    let known = repo.points()?.points;
+    let key = known
+        .iter()
+        .find(|point| point.target.is_called(target))
+        .map_or(target, |point| point.target.key.as_str());
+    let Some(session) = Session::find(&repo, key)? else {
+        let sessions = Session::list(&repo)?;
+        let keys: Vec<&str> = sessions.sessions.iter().map(Session::key).collect();
+        let hint = if keys.is_empty() {
+            "there are no sessions".to_owned()
+        } else {
+            format!("sessions: {}", keys.join(", "))
+        };
+        return Err(Failure::hinted(
+            Kind::Failed,
+            format!("no session of `{target}`"),
+            hint,
+        ));
+    };
+    let mut outcome = Outcome::default();
+    outcome.line(format!(
+        "dropped session {} of {key}; the next backup reads its disks in full",
+        session.id()
+    ));
+    outcome
+        .targets
+        .push(json!({ "target": target, "key": key, "session": session.id() }));
+    let state = crate::hoststate::TargetState::open(key)?;
+    let _run = state.lock_run(&repo.id().short(), "forerun drop-session")?;
+    session.remove()?;
+    Ok(outcome)
+}

@@ -1,0 +1,85 @@
+//! `restore`.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Result;
+use serde_json::json;
+
+use crate::cli::Format;
+use crate::exit::{Failure, Kind};
+use crate::image::Repository;
+use crate::progress::Progress;
+use crate::report::{Bar, Outcome, Style};
+use crate::restore::{self, Task};
+use crate::units::Bytes;
+
+/// What is asked for.
+pub(super) struct Request {
+    pub(super) point: String,
+    pub(super) output: Option<PathBuf>,
+    pub(super) disks: Vec<String>,
+    pub(super) format: Format,
+    pub(super) force: bool,
+}
+
+/// Plans first: nothing is written before every target is known to be good.
+pub(super) fn restore(repo: &Path, request: &Request, style: Style) -> Result<Outcome> {
+    let repo = Repository::open(repo)?;
+    let point = repo.resolve(&request.point)?;
+    let qcow2 = request.format == Format::Qcow2;
+    let mut tasks = Vec::new();
+    if let Some(directory) = &request.output {
+        let ending = if qcow2 { "qcow2" } else { "raw" };
+        for disk in &point.disks {
+            let path = directory.join(format!("{}.{ending}", disk.key));
+            tasks.push(Task {
+                disk: disk.clone(),
+                path,
+                qcow2,
+            });
+        }
+    }
+    for named in &request.disks {
+        let Some((key, path)) = named.split_once('=') else {
+            let message = format!("`{named}` is not DISK=PATH");
+            return Err(Failure::plain(Kind::Usage, message));
+        };
+        let Some(disk) = point.disks.iter().find(|disk| disk.key == key) else {
+            let keys: Vec<&str> = point.disks.iter().map(|disk| disk.key.as_str()).collect();
+            return Err(Failure::hinted(
+                Kind::Usage,
+                format!("the point has no disk `{key}`"),
+                format!("its disks are: {}", keys.join(", ")),
+            ));
+        };
+        tasks.push(Task {
+            disk: disk.clone(),
+            path: path.into(),
+            qcow2,
+        });
+    }
+    restore::check(&tasks, request.force)?;
+    if let Some(directory) = &request.output {
+        restore::make_directory(directory)?;
+    }
+    let progress = Arc::new(Progress::default());
+    let bar = Bar::show(Arc::clone(&progress), style);
+    let mut outcome = Outcome::default();
+    let mut restored = Vec::new();
+    for task in &tasks {
+        progress.begin(&format!("restore {}", task.disk.key), task.disk.size);
+        restore::apply(&repo, task, request.force, &progress)?;
+        outcome.line(format!(
+            "{}  {}  {}",
+            task.disk.key,
+            Bytes(task.disk.size),
+            task.path.display()
+        ));
+        restored.push(json!({ "disk": task.disk.key, "size": task.disk.size, "path": task.path }));
+    }
+    drop(bar);
+    outcome.more.insert("point".to_owned(), json!(point.id));
+    outcome.more.insert("restored".to_owned(), restored.into());
+    Ok(outcome)
+}

@@ -1,0 +1,166 @@
+//! The only printer: results on stdout, words and progress on stderr, one JSON document when asked for, and the exit code.
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::{Map, Value, json};
+
+use crate::clock;
+use crate::exit::{Kind, classify};
+use crate::progress::Progress;
+
+/// How to print.
+#[derive(Debug, Clone, Copy)]
+pub struct Style {
+    /// One JSON document.
+    pub json: bool,
+    /// Only errors.
+    pub quiet: bool,
+}
+
+/// What a command came to, besides failing.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// One entry a target, for JSON.
+    pub targets: Vec<Value>,
+    /// More top-level members of the JSON document.
+    pub more: Map<String, Value>,
+    /// The result as people read it.
+    pub lines: Vec<String>,
+    /// What the operator should know.
+    pub warnings: Vec<String>,
+    /// How it ended when it did not end well.
+    pub kind: Option<Kind>,
+}
+
+impl Outcome {
+    /// Adds a line for people.
+    pub fn line(&mut self, line: impl Into<String>) {
+        self.lines.push(line.into());
+    }
+}
+
+/// Prints the end of a command and gives its exit code.
+#[must_use]
+pub fn finish(command: &str, style: Style, result: Result<Outcome, anyhow::Error>) -> ExitCode {
+    let (outcome, error) = match result {
+        Ok(outcome) => (outcome, None),
+        Err(error) => (Outcome::default(), Some(error)),
+    };
+    let failed = error.as_ref().map(|error| {
+        let (kind, hint) = classify(error);
+        (kind, format!("{error:#}"), hint)
+    });
+    let warned = (!outcome.warnings.is_empty()).then_some(Kind::Warned);
+    let kind = failed
+        .as_ref()
+        .map(|(kind, ..)| *kind)
+        .or(outcome.kind)
+        .or(warned);
+    if style.json {
+        print_json(command, &outcome, failed.as_ref());
+    } else {
+        for line in &outcome.lines {
+            out(line);
+        }
+    }
+    if !style.quiet {
+        for warning in &outcome.warnings {
+            words(&format!("warning: {warning}"));
+        }
+    }
+    if let Some((_, message, hint)) = &failed {
+        words(&format!("forerun: {message}"));
+        if let Some(hint) = hint {
+            words(&format!("  {hint}"));
+        }
+    }
+    kind.map_or(ExitCode::SUCCESS, |kind| ExitCode::from(kind.code()))
+}
+
+fn print_json(command: &str, outcome: &Outcome, failed: Option<&(Kind, String, Option<String>)>) {
+    let errors: Vec<Value> = failed
+        .iter()
+        .map(|(kind, message, hint)| json!({ "kind": kind, "message": message, "hint": hint }))
+        .collect();
+    let mut document = json!({
+        "schema": 1, "command": command, "targets": outcome.targets,
+        "warnings": outcome.warnings, "errors": errors,
+    });
+    if let Some(members) = document.as_object_mut() {
+        members.extend(outcome.more.clone());
+    }
+    out(&document.to_string());
+}
+
+/// A line of the result. A reader that has gone away is no error of ours.
+fn out(line: &str) {
+    writeln!(std::io::stdout(), "{line}").ok();
+}
+
+/// A line for people.
+fn words(line: &str) {
+    writeln!(std::io::stderr(), "{line}").ok();
+}
+
+/// A progress bar on a terminal, until it is dropped; nothing elsewhere.
+pub struct Bar {
+    ended: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Bar {
+    /// Shows a run's progress.
+    #[must_use]
+    pub fn show(progress: Arc<Progress>, style: Style) -> Self {
+        let ended = Arc::new(AtomicBool::new(false));
+        if style.quiet || style.json || !std::io::stderr().is_terminal() {
+            return Self {
+                ended,
+                thread: None,
+            };
+        }
+        let stop = Arc::clone(&ended);
+        let thread = std::thread::spawn(move || draw(&progress, &stop));
+        Self {
+            ended,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
+        }
+    }
+}
+
+fn draw(progress: &Progress, stop: &AtomicBool) {
+    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+    let template =
+        "{msg:20} {bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} ETA {eta}";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    let mut phase = String::new();
+    while !stop.load(Ordering::Relaxed) {
+        let now = progress.phase();
+        if now != phase {
+            bar.reset();
+            phase.clone_from(&now);
+            bar.set_message(now);
+        }
+        bar.set_length(progress.total.load(Ordering::Relaxed));
+        bar.set_position(progress.done.load(Ordering::Relaxed));
+        clock::sleep(Duration::from_millis(100));
+    }
+    bar.finish_and_clear();
+}

@@ -1,0 +1,340 @@
+//! Restoring: every target is checked before a byte is written, every block is re-hashed on its way, and a file that was
+//! not finished is removed.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::fs::FallocateFlags;
+
+use crate::clock::{self, Deadline};
+use crate::exit::{Failure, Kind};
+use crate::image::{BlockSink, DiskPoint, Repository};
+use crate::nbd::{Endpoint, Writer, ZeroMode};
+use crate::progress::Progress;
+use crate::units::{Bytes, Extent};
+
+/// Requests in flight to a qcow2 image's server.
+const IN_FLIGHT: usize = 8;
+
+/// One disk to one place.
+#[derive(Debug, Clone)]
+pub struct Task {
+    /// The disk.
+    pub disk: DiskPoint,
+    /// The file or device.
+    pub path: PathBuf,
+    /// As qcow2, else raw.
+    pub qcow2: bool,
+}
+
+/// Refuses what could not end well, before anything is written.
+pub fn check(tasks: &[Task], force: bool) -> Result<()> {
+    for (index, task) in tasks.iter().enumerate() {
+        let shown = task.path.display();
+        if tasks
+            .iter()
+            .take(index)
+            .any(|other| other.path == task.path)
+        {
+            return Err(Failure::plain(
+                Kind::Usage,
+                format!("two disks would go to {shown}"),
+            ));
+        }
+        let meta = match std::fs::metadata(&task.path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            Err(error) => return Err(error).with_context(|| format!("look at {shown}")),
+            Ok(meta) => meta,
+        };
+        if meta.file_type().is_block_device() {
+            check_device(task)?;
+        } else if !meta.is_file() {
+            return Err(Failure::plain(
+                Kind::Usage,
+                format!("{shown} is no file or block device"),
+            ));
+        }
+        if !force {
+            let hint = "overwrite it knowingly with `--force`";
+            return Err(Failure::hinted(
+                Kind::Failed,
+                format!("{shown} exists already"),
+                hint,
+            ));
+        }
+        if meta.is_file() && in_use(&task.path)? {
+            let hint = "stop the VM that uses it, or restore to another place";
+            return Err(Failure::hinted(
+                Kind::Busy,
+                format!("{shown} is in use"),
+                hint,
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_device(task: &Task) -> Result<()> {
+    use std::io::{Seek, SeekFrom};
+    let shown = task.path.display();
+    if task.qcow2 {
+        return Err(Failure::plain(
+            Kind::Usage,
+            format!("{shown} is a device: restore it as raw"),
+        ));
+    }
+    // Exclusive, so that a mounted or otherwise claimed device is refused.
+    let flags = i32::try_from(rustix::fs::OFlags::EXCL.bits()).unwrap_or(0);
+    let mut device = match OpenOptions::new()
+        .write(true)
+        .custom_flags(flags)
+        .open(&task.path)
+    {
+        Err(error) if error.kind() == ErrorKind::ResourceBusy => {
+            return Err(Failure::plain(Kind::Busy, format!("{shown} is in use")));
+        }
+        opened => opened.with_context(|| format!("open {shown}"))?,
+    };
+    let size = device
+        .seek(SeekFrom::End(0))
+        .with_context(|| format!("measure {shown}"))?;
+    if size < task.disk.size {
+        let message = format!(
+            "{shown} has {}, disk `{}` needs {}",
+            Bytes(size),
+            task.disk.key,
+            Bytes(task.disk.size)
+        );
+        return Err(Failure::plain(Kind::Failed, message));
+    }
+    Ok(())
+}
+
+/// Whether a QEMU has the image open for writing (its advisory locks say so).
+fn in_use(path: &Path) -> Result<bool> {
+    let output = Command::new("qemu-img")
+        .arg("info")
+        .arg("--")
+        .arg(path)
+        .output()
+        .context("run qemu-img info")?;
+    Ok(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("lock"))
+}
+
+/// Makes the directory of restored images: they are as secret as the disks.
+pub fn make_directory(path: &Path) -> Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("create {}", path.display()))
+}
+
+/// Restores one disk.
+pub fn apply(repo: &Repository, task: &Task, force: bool, progress: &Progress) -> Result<()> {
+    let existed = task.path.exists();
+    let done = if task.qcow2 {
+        apply_qcow2(repo, task, force, progress)
+    } else {
+        apply_raw(repo, task, force, progress)
+    };
+    // A half-written new image must not be taken for a restored one.
+    if done.is_err() && !existed {
+        std::fs::remove_file(&task.path).ok();
+    }
+    done.with_context(|| {
+        format!(
+            "restore disk `{}` to {}",
+            task.disk.key,
+            task.path.display()
+        )
+    })
+}
+
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn apply_raw(repo: &Repository, task: &Task, force: bool, progress: &Progress) -> Result<()> {
+    let mut options = OpenOptions::new();
+    options.write(true).mode(0o600);
+    if force {
+        options.create(true)
+    } else {
+        options.create_new(true)
+    };
+    let file = options.open(&task.path).context("open it")?;
+    let regular = file.metadata()?.is_file();
+    if regular {
+        // Nothing of an old image stays, its bitmaps included.
+        file.set_len(0)?;
+        file.set_len(task.disk.size)?;
+    }
+    let mut sink = RawSink {
+        file,
+        fresh: regular,
+        progress,
+    };
+    repo.read_disk(&task.disk, threads(), &mut sink)?;
+    sink.file.sync_all().context("sync it")?;
+    Ok(())
+}
+
+/// A raw file or device.
+struct RawSink<'a> {
+    file: File,
+    /// What is not written reads as zeros.
+    fresh: bool,
+    progress: &'a Progress,
+}
+
+impl BlockSink for RawSink<'_> {
+    fn data(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.progress
+            .done
+            .fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.file.write_all_at(data, offset)
+    }
+
+    fn zero(&mut self, offset: u64, length: u64) -> io::Result<()> {
+        self.progress.done.fetch_add(length, Ordering::Relaxed);
+        if self.fresh {
+            return Ok(());
+        }
+        match rustix::fs::fallocate(&self.file, FallocateFlags::ZERO_RANGE, offset, length) {
+            Ok(()) => Ok(()),
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NODEV) => {
+                let zeros = vec![0; 1 << 20];
+                let mut at = offset;
+                while at < offset + length {
+                    let part = (offset + length - at).min(zeros.len() as u64);
+                    let part = usize::try_from(part).unwrap_or(zeros.len());
+                    self.file.write_all_at(&zeros[..part], at)?;
+                    at += part as u64;
+                }
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn apply_qcow2(repo: &Repository, task: &Task, force: bool, progress: &Progress) -> Result<()> {
+    if !force {
+        // Claims the name; two restores at once cannot both have it.
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&task.path)
+            .context("create it")?;
+    }
+    let created = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "--"])
+        .arg(&task.path)
+        .arg(task.disk.size.to_string())
+        .output()
+        .context("run qemu-img create")?;
+    anyhow::ensure!(
+        created.status.success(),
+        "qemu-img create: {}",
+        String::from_utf8_lossy(&created.stderr).trim()
+    );
+    let server = ImageServer::start(&task.path)?;
+    let client = Endpoint::new(&server.socket, "").connect()?;
+    let writer = Writer::new(client, IN_FLIGHT)?;
+    let mut sink = NbdSink { writer, progress };
+    repo.read_disk(&task.disk, threads(), &mut sink)?;
+    sink.writer.flush()?;
+    sink.writer.finish()?.disconnect()?;
+    server.stop()?;
+    File::open(&task.path)?.sync_all().context("sync it")?;
+    Ok(())
+}
+
+/// An image behind an NBD server; a new qcow2 image reads as zeros where nothing is written.
+struct NbdSink<'a> {
+    writer: Writer,
+    progress: &'a Progress,
+}
+
+impl BlockSink for NbdSink<'_> {
+    fn data(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.progress
+            .done
+            .fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.writer.write(offset, data).map_err(io::Error::other)
+    }
+
+    fn zero(&mut self, offset: u64, length: u64) -> io::Result<()> {
+        self.progress.done.fetch_add(length, Ordering::Relaxed);
+        let extent = Extent { offset, length };
+        self.writer
+            .write_zeroes(extent, ZeroMode::MayPunch)
+            .map_err(io::Error::other)
+    }
+}
+
+/// A private `qemu-nbd` over one image.
+struct ImageServer {
+    child: Child,
+    socket: PathBuf,
+    directory: PathBuf,
+}
+
+impl ImageServer {
+    fn start(image: &Path) -> Result<Self> {
+        let directory =
+            std::env::temp_dir().join(format!("forerun-{}", crate::qmp::names::random_hex(8)));
+        std::fs::DirBuilder::new().mode(0o700).create(&directory)?;
+        let socket = directory.join("nbd");
+        let child = Command::new("qemu-nbd")
+            .args(["-f", "qcow2", "--cache=writeback", "-k"])
+            .arg(&socket)
+            .arg("--")
+            .arg(image)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("start qemu-nbd")?;
+        let mut server = Self {
+            child,
+            socket,
+            directory,
+        };
+        let deadline = Deadline::after(Duration::from_secs(20));
+        while !server.socket.exists() {
+            anyhow::ensure!(
+                server.child.try_wait()?.is_none(),
+                "qemu-nbd does not serve the image"
+            );
+            anyhow::ensure!(!deadline.passed(), "qemu-nbd does not start");
+            clock::sleep(Duration::from_millis(2));
+        }
+        Ok(server)
+    }
+
+    /// Waits for its end: it ends when its client has gone, with the image complete.
+    fn stop(mut self) -> Result<()> {
+        let status = self.child.wait().context("wait for qemu-nbd")?;
+        anyhow::ensure!(status.success(), "qemu-nbd failed: {status}");
+        Ok(())
+    }
+}
+
+impl Drop for ImageServer {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            self.child.kill().ok();
+            self.child.wait().ok();
+        }
+        std::fs::remove_dir_all(&self.directory).ok();
+    }
+}
