@@ -128,6 +128,10 @@ fn of_qmp(error: &qmp::Error) -> Option<(Kind, Option<String>)> {
             Kind::Busy,
             "a QMP socket serves one client: give forerun a socket of its own (`-qmp unix:PATH,server=on,wait=off`)",
         ),
+        qmp::Error::CannotReopen { .. } => (
+            Kind::Attention,
+            "an external snapshot would leave the disk unwritable: use `--freeze fleece`, or start QEMU with an absolute path that it may open at any time",
+        ),
         qmp::Error::Unreachable { .. } => (
             Kind::Failed,
             "is the VM running, and may you open its socket?",

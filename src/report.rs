@@ -64,7 +64,7 @@ pub fn finish(command: &str, style: Style, result: Result<Outcome, anyhow::Error
         .or(warned);
     if style.json {
         print_json(command, &outcome, failed.as_ref());
-    } else {
+    } else if !style.quiet || outcome.kind.is_some() {
         for line in &outcome.lines {
             out(line);
         }

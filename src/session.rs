@@ -16,6 +16,15 @@ use crate::copy::Proof;
 use crate::image::{self, Item, Manifest, MapRef, Repository, SegmentHeader, SegmentRef};
 use crate::units::BlockSize;
 
+/// What was read for proofs. Bytes of disks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Read {
+    /// All of it.
+    pub read: u64,
+    /// Of these, what had been read before.
+    pub again: u64,
+}
+
 /// A target's session, open.
 pub struct Session {
     repo: Repository,
@@ -119,20 +128,34 @@ impl Session {
     }
 
     /// Makes proofs durable: the blocks themselves must be so already.
-    pub fn prove(&mut self, disk: &str, epoch: u64, proofs: &[Proof]) -> Result<()> {
+    pub fn prove(&mut self, disk: &str, epoch: u64, proofs: &[Proof], read: Read) -> Result<()> {
         if proofs.is_empty() {
             return Ok(());
         }
         let log = self.log.as_ref().context("proofs without a session")?;
+        let Read { read, again } = read;
+        let pass = self.pass;
         let header = SegmentHeader {
             disk: disk.to_owned(),
             epoch,
-            pass: self.pass,
+            pass,
+            read,
+            again,
         };
         let segment = log.append_runs(&header, proofs)?;
         self.segments.push(segment);
         self.state.apply_proof(epoch);
         Ok(())
+    }
+
+    /// What the session has read so far, over all its runs.
+    #[must_use]
+    pub fn read_so_far(&self) -> Read {
+        let headers = self.segments.iter().map(|segment| &segment.header);
+        headers.fold(Read::default(), |sum, header| Read {
+            read: sum.read + header.read,
+            again: sum.again + header.again,
+        })
     }
 
     /// The segments of a disk, in the order of the log.

@@ -37,9 +37,6 @@ pub fn take_back(journal: &mut Journal, monitor: Option<&mut dyn Monitor>) -> Re
         }
     }
     journal.close()?;
-    if !removed.is_empty() {
-        tracing::warn!(?removed, "took back what a dead run left in the VM");
-    }
     Ok(removed)
 }
 

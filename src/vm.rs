@@ -89,6 +89,9 @@ impl Vm {
         for mut journal in self.state.journals()? {
             recovered.extend(settle::take_back(&mut journal, Some(&mut monitor))?);
         }
+        if !recovered.is_empty() {
+            tracing::warn!(?recovered, "took back what a dead run left in the VM");
+        }
         let journal = self
             .state
             .journal(&run.run, self.monitor_path(), monitor.process());
@@ -167,6 +170,11 @@ impl Hold {
     #[must_use]
     pub fn disks(&self) -> &[Disk] {
         self.seen.as_ref().map_or(&[], |(_, chosen)| &chosen.disks)
+    }
+
+    /// Takes back all that the journal lists, in the VM and on the file system.
+    pub fn release(&mut self) -> Result<()> {
+        settle::take_back(&mut self.journal, Some(&mut self.monitor)).map(drop)
     }
 
     /// A chosen disk by its key.

@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::Runner;
-use super::pass::{pending_names, release, start_server};
+use super::pass::{pending_names, start_server};
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::track::Tracked;
 use crate::qmp::export::{self, Listening};
@@ -39,7 +39,7 @@ impl Runner {
         }));
         hold.journal.write(left)?;
         let read = self.read_changed(&mut hold, &listening);
-        release(&mut hold)?;
+        hold.release()?;
         read
     }
 

@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::freeze::{GivenUp, Residual};
+use super::pass::read_of;
 use super::{Bytes, Rescan, Runner};
 use crate::bitmap::rotate;
 use crate::clock::{self, Deadline};
@@ -169,7 +170,6 @@ impl Runner {
             spool,
             machine,
         } = residual;
-        self.bytes.residual = spool.bytes();
         self.progress.begin("store the residual", spool.bytes());
         let copy_disks = std::mem::take(&mut self.copy_disks);
         let stored = copy::copy(
@@ -195,13 +195,13 @@ impl Runner {
         let keys: Vec<String> = self.disks.iter().map(|disk| disk.key.clone()).collect();
         for (disk, mut proofs) in self.disks.iter().zip(copied.proofs) {
             proofs.sort_unstable_by_key(|(run, _)| run.first);
-            let again: u64 = proofs
-                .iter()
-                .map(|(run, _)| disk.proved.count_in(*run))
-                .sum();
-            self.bytes.superseded += again * self.repo.block_size().bytes();
-            self.session.prove(&disk.key, epoch, &proofs)?;
+            let read = read_of(&proofs, &disk.proved, self.repo.block_size());
+            self.bytes.residual += read.read;
+            self.session.prove(&disk.key, epoch, &proofs, read)?;
         }
+        let so_far = self.session.read_so_far();
+        self.bytes.precopied = so_far.read.saturating_sub(self.bytes.residual);
+        self.bytes.superseded = so_far.again;
         let (disks, reported) = self.point_disks(&keys)?;
         let quiesce = match (self.vm.offline(), instant.quiesced) {
             (true, _) => image::Quiesce::Offline,

@@ -12,7 +12,7 @@ use qapi::qmp as commands;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::pass::{Reading, pending_names, release, start_server};
+use super::pass::{Reading, pending_names, start_server};
 use super::spool::Spool;
 use super::{Quiesce, Runner};
 use crate::bitmap::blocks::BlockSet;
@@ -79,7 +79,7 @@ impl Runner {
         let result = self.freeze_held(&mut hold);
         if result.is_err() {
             // Whatever was put into the VM comes out; the error that is reported is the first one.
-            if let Err(error) = release(&mut hold) {
+            if let Err(error) = hold.release() {
                 tracing::error!(error = format!("{error:#}"), "the VM could not be released");
                 self.warnings.push(format!(
                     "the VM could not be released: {error:#}; run `forerun recover`"
@@ -228,8 +228,19 @@ impl Runner {
                     image: found
                         .chain
                         .first()
-                        .map(|layer| (layer.filename.clone(), layer.driver.clone()))
+                        .map(|layer| (absolute(hold, &layer.filename), layer.driver.clone()))
                         .unwrap_or_default(),
+                    file: found
+                        .chain
+                        .first()
+                        .map(|layer| layer.filename.clone())
+                        .unwrap_or_default(),
+                    protocol: found
+                        .chain
+                        .first()
+                        .map(|layer| layer.protocol.clone())
+                        .unwrap_or_default(),
+                    direct: found.direct,
                     ending: named(&rotation.disable, &disk.key),
                     beginning,
                     granularity: u32::from(self.repo.block_size()),
@@ -661,7 +672,7 @@ impl Runner {
         let freeze = Freeze::new(Method::Snapshot, self.run.clone(), disks, directory);
         let deadline = Deadline::after(self.options.deadline);
         self.spool_residual(hold, &freeze, &listening, deadline, &mut spool)?;
-        release(hold)?;
+        hold.release()?;
         let released_ms = millis(clock::now() - begin);
         let instant = Cut {
             at,
@@ -693,6 +704,17 @@ impl Runner {
         }
         Ok(())
     }
+}
+
+/// A path of QEMU's without regard to its working directory.
+fn absolute(hold: &Hold, filename: &str) -> String {
+    if filename.starts_with('/') || filename.contains(':') {
+        return filename.to_owned();
+    }
+    let cwd = std::fs::read_link(format!("/proc/{}/cwd", hold.monitor.process().pid));
+    cwd.map_or(filename.to_owned(), |cwd| {
+        cwd.join(filename).display().to_string()
+    })
 }
 
 /// With a snapshot in place the disk's node is the overlay; what is under it must be what was.

@@ -12,12 +12,13 @@ use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::rotate;
 use crate::bitmap::track::{self, Tracked};
 use crate::clock::{self, Deadline};
-use crate::copy::{self, Copied, CopyDisk, Piece};
+use crate::copy::{self, Copied, CopyDisk, Piece, Proof};
 use crate::exit::{Failure, Kind};
 use crate::image::Content;
 use crate::nbd::{Client, Endpoint, ReadOptions};
 use crate::qmp::export::{self, Export, Listening};
 use crate::qmp::release::Leftover;
+use crate::session::Read;
 use crate::units::{BlockRun, BlockSize, Extent};
 use crate::vm::{Hold, seen};
 
@@ -129,7 +130,7 @@ impl Runner {
                     ends,
                     give,
                 );
-                let released = release(&mut hold);
+                let released = hold.release();
                 drop(hold);
                 read?;
                 released
@@ -147,15 +148,14 @@ impl Runner {
         self.bytes.stored += copied.stored;
         for (disk, mut proofs) in disks.iter_mut().zip(copied.proofs) {
             proofs.sort_unstable_by_key(|(run, _)| run.first);
-            self.session.prove(&disk.key, epoch, &proofs)?;
-            for (run, content) in &proofs {
+            let read = read_of(&proofs, &disk.proved, block_size);
+            self.session.prove(&disk.key, epoch, &proofs, read)?;
+            self.bytes.precopied += read.read;
+            self.bytes.superseded += read.again;
+            for (run, _) in &proofs {
                 if let Some(open) = &mut disk.open {
                     open.remove(*run);
                 }
-                if *content != Content::Zero || run.count == 1 {
-                    self.bytes.precopied += run.count * block_size.bytes();
-                }
-                self.bytes.superseded += disk.proved.count_in(*run) * block_size.bytes();
                 disk.proved.insert(*run);
             }
         }
@@ -343,6 +343,19 @@ pub(super) fn pending_names(tracked: &Tracked) -> Vec<(u64, String)> {
         .collect()
 }
 
+/// How much was read for proofs: all but the long runs of zeros that the block status told.
+pub(super) fn read_of(proofs: &[Proof], proved: &BlockSet, block_size: BlockSize) -> Read {
+    let read = proofs
+        .iter()
+        .filter(|(run, content)| *content != Content::Zero || run.count == 1);
+    let mut sum = Read::default();
+    for (run, _) in read {
+        sum.read += run.count * block_size.bytes();
+        sum.again += proved.count_in(*run) * block_size.bytes();
+    }
+    sum
+}
+
 /// Starts the VM's NBD server, waiting while somebody else's runs.
 pub(super) fn start_server(listening: &Listening, hold: &mut Hold) -> Result<()> {
     let deadline = Deadline::after(SERVER_WAIT);
@@ -363,13 +376,6 @@ pub(super) fn start_server(listening: &Listening, hold: &mut Hold) -> Result<()>
             started => return Ok(started?),
         }
     }
-}
-
-/// Takes back what the hold's journal lists, and the journal.
-pub(super) fn release(hold: &mut Hold) -> Result<()> {
-    hold.journal.release(&mut hold.monitor)?;
-    hold.journal.close()?;
-    Ok(())
 }
 
 /// How the open blocks of a disk are read.

@@ -44,6 +44,12 @@ pub struct SegmentHeader {
     pub epoch: u64,
     /// The pass that read them.
     pub pass: u64,
+    /// How many bytes of the disk were read for it.
+    #[serde(default)]
+    pub read: u64,
+    /// Of these, bytes that the session had read before: copied for nothing then.
+    #[serde(default)]
+    pub again: u64,
 }
 
 /// A segment of a session's log.

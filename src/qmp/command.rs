@@ -1,4 +1,4 @@
-//! Typed commands: each request passes through its `qapi` type, so a wrong shape or a missing argument is our error
+//! Typed commands: each request is checked against its `qapi` type, so a wrong shape or a missing argument is our error
 //! before QEMU sees it. Answers that are states (`query-*`) are read leniently, field by field, since QEMU adds enum
 //! values that generated types refuse.
 
@@ -32,8 +32,8 @@ where
     C: Command + Serialize + DeserializeOwned,
 {
     let shape = |error| Error::Protocol(format!("arguments of {}: {error}", C::NAME));
-    let typed: C = serde_json::from_value(arguments).map_err(shape)?;
-    let arguments = serde_json::to_value(&typed).map_err(shape)?;
+    // What is sent is what was written: the types drop a `null` that QEMU tells from an absent member.
+    C::deserialize(&arguments).map_err(shape)?;
     monitor.execute(C::NAME, arguments, fd, timeout)
 }
 

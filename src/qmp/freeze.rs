@@ -57,6 +57,12 @@ pub struct FreezeDisk {
     pub size: u64,
     /// The image that the node is stored in, as QEMU was told, and its format.
     pub image: (String, String),
+    /// The file under the node, as QEMU was told.
+    pub file: String,
+    /// The driver of that file's node: `file` or `host_device`.
+    pub protocol: String,
+    /// Whether it is opened with `O_DIRECT`.
+    pub direct: bool,
     /// Our bitmaps that still record: they end at this instant.
     pub ending: Vec<String>,
     /// The bitmap that begins.
@@ -143,16 +149,20 @@ impl Freeze {
         }
     }
 
-    /// A number that no other run's descriptor sets have: 30 bits of the run's random name, then the disk.
+    /// A number that no other run's descriptor sets have: 21 bits of the run's random name, then 10 of the disk. QEMU
+    /// takes up to 31.
     fn fd_set(&self, index: usize) -> i64 {
-        let run = i64::from_str_radix(&self.run.run, 16).unwrap_or(0) & 0x3fff_ffff;
-        (run << 12) + i64::try_from(index).unwrap_or(0)
+        let run = i64::from_str_radix(&self.run.run, 16).unwrap_or(0) & 0x1f_ffff;
+        (run << 10) + i64::try_from(index & 0x3ff).unwrap_or(0)
     }
 
     /// Makes the scratch or overlay of each disk and adds their nodes. The guest does not notice.
     pub fn prepare(&mut self, monitor: &mut dyn Monitor) -> Result<()> {
         for index in 0..self.disks.len() {
             let disk = self.disks[index].clone();
+            if self.method == Method::Snapshot {
+                self.probe_reopen(monitor, &disk)?;
+            }
             let file = self.make_file(&disk)?;
             let set = self.fd_set(disk.index);
             let name = |part| self.run.part(part, disk.index);
@@ -186,6 +196,30 @@ impl Freeze {
             )?;
         }
         Ok(())
+    }
+
+    /// The commit of an overlay makes QEMU open the base's file for writing once more, by its name. Where that fails (a
+    /// relative name after `-daemonize`, a file that a QEMU of fewer rights was given by descriptor) the base's bitmaps
+    /// stay read-only and every later write of the guest fails. So it is tried beforehand.
+    fn probe_reopen(&self, monitor: &mut dyn Monitor, disk: &FreezeDisk) -> Result<()> {
+        let node = self.run.part(Part::File, disk.index);
+        let mut probe = json!({
+            "driver": disk.protocol, "node-name": node, "filename": disk.file, "locking": "off",
+        });
+        // As the disk has it: a file system may refuse the one and allow the other.
+        probe["cache"] = json!({ "direct": disk.direct });
+        match call::<qmp::blockdev_add>(monitor, probe) {
+            Ok(_) => {
+                call::<qmp::blockdev_del>(monitor, json!({ "node-name": node }))?;
+                Ok(())
+            }
+            Err(Error::Command { description, .. }) => Err(Error::CannotReopen {
+                disk: disk.key.clone(),
+                image: disk.file.clone(),
+                why: description,
+            }),
+            Err(error) => Err(error),
+        }
     }
 
     fn make_file(&self, disk: &FreezeDisk) -> Result<File> {

@@ -77,6 +77,8 @@ pub struct Layer {
     pub driver: String,
     /// The file or device as QEMU was told.
     pub filename: String,
+    /// The driver of the file's node: `file`, `host_device`, `nbd`.
+    pub protocol: String,
     /// The file's inode number, when the file can be seen from here.
     pub inode: Option<u64>,
     /// What the image's header says: cluster size, version, data file, encryption.
@@ -108,6 +110,8 @@ pub struct Disk {
     pub bitmaps: Vec<Bitmap>,
     /// What the device does when a write fails (`report`, `stop`, `enospc`, `auto`, `ignore`).
     pub werror: String,
+    /// Whether the image is opened with `O_DIRECT`.
+    pub direct: bool,
     /// Whether QEMU decrypts it: a backup would hold plain text.
     pub decrypted: bool,
     /// The job filters above the node that are not ours.
@@ -393,6 +397,7 @@ impl Graph {
             .map(|meta| meta.ino());
         Layer {
             driver: text(value, "drv").to_owned(),
+            protocol: self.driver(protocol).to_owned(),
             filename,
             inode,
             header: header.into(),
@@ -466,6 +471,9 @@ impl Graph {
             filters,
             chain,
             bitmaps: bitmaps(value)?,
+            direct: value
+                .get("cache")
+                .is_some_and(|cache| flag(cache, "direct")),
             werror: String::new(),
             foreign_filters,
         })

@@ -66,6 +66,16 @@ pub enum Error {
     /// An answer that no QEMU should give.
     #[error("unexpected answer from QEMU: {0}")]
     Protocol(String),
+    /// QEMU could not open a disk's image once more, which an external snapshot makes it do.
+    #[error("QEMU cannot open the image {image} of disk `{disk}` once more: {why}")]
+    CannotReopen {
+        /// The disk's key.
+        disk: String,
+        /// The image, as QEMU was told.
+        image: String,
+        /// QEMU's own words.
+        why: String,
+    },
     /// The operating system failed us.
     #[error("{what}")]
     Io {

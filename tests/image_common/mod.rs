@@ -99,6 +99,8 @@ pub fn segment_header() -> SegmentHeader {
         disk: "vda".into(),
         epoch: 1,
         pass: 1,
+        read: 0,
+        again: 0,
     }
 }
 
