@@ -12,7 +12,13 @@
 //! Without the feature `host` only what runs inside a guest is built (`rig-guest`).
 
 pub mod block;
+#[cfg(feature = "host")]
+pub mod guest;
 mod ioctl;
+#[cfg(feature = "host")]
+pub mod nbd;
+#[cfg(feature = "host")]
+pub mod qmp;
 pub mod stamp;
 pub mod vclock;
 
