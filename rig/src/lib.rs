@@ -13,6 +13,10 @@
 
 pub mod block;
 #[cfg(feature = "host")]
+pub mod exports;
+#[cfg(feature = "host")]
+pub mod freeze;
+#[cfg(feature = "host")]
 pub mod guest;
 mod ioctl;
 #[cfg(feature = "host")]

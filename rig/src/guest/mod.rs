@@ -504,11 +504,10 @@ impl Guest {
     }
 }
 
-/// A QEMU whose CPUs stand still: its disks are there for devices and exports only.
+/// A QEMU that runs its firmware only: its disks are there for devices and exports.
 pub(crate) fn machine_without_guest(dir: &Path, disks: &[Disk]) -> Result<Machine> {
     fs::create_dir_all(dir)?;
     let mut args = machine_args(dir, 1, 64);
-    args.push("-S".into());
     for disk in disks {
         disk.create(dir)?;
         args.extend(disk.args(dir));
