@@ -98,9 +98,10 @@ struct FreezeArgs {
     /// Writers on each disk.
     #[arg(long, default_value_t = 8)]
     writers: u64,
-    /// Slots in a 64 KiB block before the next block.
-    #[arg(long, default_value_t = 4)]
-    run: u64,
+    /// Slots in a 64 KiB block before the next block: few enough that there are always clean blocks to come, or no
+    /// order of actions can lose a write [default: 2 in a guest, 8 over exports]
+    #[arg(long)]
+    run: Option<u64>,
     /// Writes a second of each writer; 0 for as fast as it goes.
     #[arg(long, default_value_t = 0)]
     rate: u32,
@@ -266,7 +267,10 @@ fn cell(
         points: args.points,
         disk_size: args.disk_mib << 20,
         writers: args.writers,
-        run: args.run,
+        run: args.run.unwrap_or(match via {
+            ViaArg::Guest => 2,
+            ViaArg::Exports => 8,
+        }),
         rate: args.rate,
         pause: Duration::from_millis(args.pause_ms),
         product: args.with_forerun.clone().map(|program| Product {
