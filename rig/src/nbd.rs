@@ -110,9 +110,9 @@ impl Nbd {
                 .map_err(io::Error::other)?
                 .to_be_bytes(),
         );
-        contexts
-            .iter()
-            .for_each(|context| data.extend(prefixed(context)));
+        for context in contexts {
+            data.extend(prefixed(context));
+        }
         let mut names = Vec::new();
         self.option(OPT_SET_META_CONTEXT, &data, &mut |kind, data| {
             if kind == REP_META_CONTEXT && data.len() > 4 {

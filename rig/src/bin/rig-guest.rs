@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -50,7 +50,7 @@ fn run_stamp(arguments: &Arguments) -> io::Result<()> {
     let mut devices = arguments
         .devices
         .iter()
-        .map(open)
+        .map(|path| open(path))
         .collect::<io::Result<Vec<_>>>()?;
     stamp::run(&mut devices, &options, &mut say).map(|_| ())
 }
@@ -71,7 +71,7 @@ fn run_vclock(arguments: &Arguments) -> io::Result<()> {
     vclock::run(&shared, &open, limit, &mut say)
 }
 
-fn open(path: &PathBuf) -> io::Result<Box<dyn BlockDevice>> {
+fn open(path: &Path) -> io::Result<Box<dyn BlockDevice>> {
     let device = DirectDevice::open(path)
         .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
     Ok(Box::new(device))

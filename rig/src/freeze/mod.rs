@@ -134,12 +134,12 @@ impl fmt::Display for Outcome {
         let (transaction, released) = (Spread::of(&self.transactions), Spread::of(&self.released));
         write!(
             f,
-            "points={} inexact={} given_up={} transaction_ms={transaction} released_ms={released} residual_mib_mean={:.1} \
+            "points={} inexact={} given_up={} transaction_ms={transaction} released_ms={released} residual_mib_mean={} \
              writes={} longest_stall_ms={} qemu_alive={}",
             self.points,
             self.inexact,
             self.given_up,
-            self.residual as f64 / 1_048_576.0 / f64::from(self.points.max(1)),
+            (self.residual / u64::from(self.points.max(1))) >> 20,
             self.writes,
             self.stall.as_millis(),
             if self.alive { "yes" } else { "NO" },

@@ -31,7 +31,7 @@ struct HostWriters {
 
 enum Place {
     Guest(Box<Guest>),
-    Exports(NbdRig, HostWriters),
+    Exports(Box<NbdRig>, HostWriters),
 }
 
 /// A QEMU with two disks and writers at work.
@@ -57,7 +57,7 @@ impl Stage {
             Via::Exports => {
                 let rig = NbdRig::start(&dir, disks.clone())?;
                 let writers = HostWriters::start(cell, &rig)?;
-                Place::Exports(rig, writers)
+                Place::Exports(Box::new(rig), writers)
             }
         };
         Ok(Self { place, dir, disks })
