@@ -184,10 +184,9 @@ fn check_vclock(paths: &[PathBuf]) -> Result<bool> {
         say(&format!("exact: newest writes {:?}", report.newest));
     } else {
         say(&format!("INEXACT: {} violations", report.violated));
-        report
-            for violation in .violations {
-                say(&format!("  {violation}"));
-            }
+        for violation in &report.violations {
+            say(&format!("  {violation}"));
+        }
     }
     Ok(report.is_exact())
 }

@@ -1,5 +1,7 @@
 //! Guests boot, stamp, survive a kill and freeze their file systems. Needs QEMU; a boot takes seconds.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests, too")]
+
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
