@@ -1,0 +1,30 @@
+//! The test rig of `forerun`: guests under QEMU, programs that stamp their disks, and checkers that prove what an image is.
+//!
+//! It shares no code with `forerun`, so that what it says about a backup is an independent opinion.
+//!
+//! ```text
+//! block    pages and devices            stamp    ordered writes; "the state after write N"
+//! nbd      a small client               vclock   concurrent writes; "one instant"
+//! qmp      a raw monitor client         guest    a VM with an initramfs    exports  a QEMU without a guest
+//! freeze   how exact the orders of a freeze are, our own or the product's
+//! ```
+//!
+//! Without the feature `host` only what runs inside a guest is built (`rig-guest`).
+
+pub mod block;
+#[cfg(feature = "host")]
+pub mod exports;
+#[cfg(feature = "host")]
+pub mod freeze;
+#[cfg(feature = "host")]
+pub mod guest;
+mod ioctl;
+#[cfg(feature = "host")]
+pub mod nbd;
+#[cfg(feature = "host")]
+pub mod qmp;
+pub mod stamp;
+pub mod vclock;
+
+#[cfg(test)]
+mod testing;
