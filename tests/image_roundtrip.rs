@@ -9,8 +9,8 @@ use image_common::{BLOCK, Bench, restore};
 #[test]
 fn a_disk_with_zeros_duplicates_and_a_short_end_comes_back() {
     let mut bench = Bench::new(5 * BLOCK + 1000);
-    bench.write(0, &[1; BLOCK]);
-    bench.write(2 * BLOCK, &[1; BLOCK]);
+    bench.write(0, &vec![1; BLOCK]);
+    bench.write(2 * BLOCK, &vec![1; BLOCK]);
     bench.write(3 * BLOCK + 17, b"something");
     bench.write(5 * BLOCK, &[7; 1000]);
     let point = bench.backup();
@@ -29,10 +29,10 @@ fn a_disk_with_zeros_duplicates_and_a_short_end_comes_back() {
 #[test]
 fn a_zeroed_block_stays_zero_in_the_next_point() {
     let mut bench = Bench::new(4 * BLOCK);
-    bench.write(0, &[9; 4 * BLOCK]);
+    bench.write(0, &vec![9; 4 * BLOCK]);
     let before = bench.backup();
     let old = bench.disk.clone();
-    bench.write(BLOCK, &[0; BLOCK]);
+    bench.write(BLOCK, &vec![0; BLOCK]);
     let after = bench.backup();
     assert_eq!(restore(&bench.repo, &before.disks[0]).unwrap(), old);
     assert_eq!(restore(&bench.repo, &after.disks[0]).unwrap(), bench.disk);
@@ -47,7 +47,7 @@ fn a_zeroed_block_stays_zero_in_the_next_point() {
 #[test]
 fn an_increment_without_changes_writes_no_layer_and_no_pack() {
     let mut bench = Bench::new(4 * BLOCK);
-    bench.write(0, &[9; BLOCK]);
+    bench.write(0, &vec![9; BLOCK]);
     let before = bench.backup();
     let objects = bench.objects("maps/").len() + bench.objects("packs/").len();
     let after = bench.backup();

@@ -1,5 +1,7 @@
 //! A repository in a temporary directory, a disk in memory, and backups of it, for the tests of the repository.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
+#![allow(clippy::cast_possible_truncation, reason = "the disks here are small")]
+#![allow(clippy::unwrap_used, reason = "tests fail by it")]
 
 use std::collections::BTreeSet;
 use std::io;
@@ -206,7 +208,7 @@ impl Memory {
 impl BlockSink for Memory {
     fn data(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.put(offset, data.len() as u64, |place| {
-            place.copy_from_slice(data)
+            place.copy_from_slice(data);
         })
     }
 
