@@ -11,13 +11,13 @@ const BLOCKS: usize = 12;
 const SIZE: usize = (BLOCKS - 1) * BLOCK + 300;
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(6))]
+    #![proptest_config(ProptestConfig::with_cases(12))]
 
     #[test]
     fn every_point_restores_exactly(
         rounds in proptest::collection::vec(proptest::collection::vec((0..BLOCKS, 0_u8..4), 0..4), 20..45)
     ) {
-        let mut bench = Bench::new(SIZE);
+        let mut bench = Bench::in_memory(SIZE);
         let mut points = Vec::new();
         for (number, round) in rounds.iter().enumerate() {
             for (block, value) in round {
