@@ -3,7 +3,7 @@
 
 mod image_common;
 
-use forerun::image::{Content, Encoded, Entry, MapReader, Session, VerifyOptions, diff};
+use forerun::image::{Content, Encoded, Entry, MapReader, Session, VerifyOptions, build_map, diff};
 use image_common::{BLOCK, Bench, restore};
 
 #[test]
@@ -152,5 +152,45 @@ fn a_session_is_found_by_its_key_until_it_is_removed() {
     assert_eq!(Session::list(repo).unwrap().sessions.len(), 1);
     found.remove().unwrap();
     assert!(Session::find(repo, "vm a/ü").unwrap().is_none());
+    assert!(bench.objects("sessions/").is_empty());
+}
+
+#[test]
+fn more_segments_than_are_merged_at_once_give_the_same_map() {
+    let bench = Bench::in_memory(BLOCK);
+    let session = Session::create(&bench.repo, "many", &serde_json::Value::Null).unwrap();
+    let mut model = vec![None; 40];
+    for number in 0..300_u32 {
+        let block = u64::from(number.wrapping_mul(2_654_435_761) % 40);
+        let id = forerun::image::BlockId::of(&number.to_le_bytes());
+        let content = if number % 5 == 0 {
+            Content::Zero
+        } else {
+            Content::Data(id)
+        };
+        session
+            .append_segment(&image_common::segment_header(), &[(block, content)])
+            .unwrap();
+        model[usize::try_from(block).unwrap()] = Some(content);
+    }
+    let segments = image_common::segments(&session).unwrap();
+    let (map, stats) =
+        build_map(&bench.repo, None, &session, &segments, 40 * BLOCK as u64).unwrap();
+    assert_eq!(stats.changed_blocks, 40);
+    let reader = MapReader::open(&bench.repo, &map).unwrap();
+    for (block, expected) in (0..).zip(model) {
+        let expected = match expected.unwrap() {
+            Content::Data(id) => Entry::Data(id),
+            _ => Entry::Zero,
+        };
+        assert_eq!(reader.get(block).unwrap(), expected, "{block}");
+    }
+    assert!(
+        !bench
+            .objects("sessions/")
+            .iter()
+            .any(|name| name.contains("merge-"))
+    );
+    session.remove().unwrap();
     assert!(bench.objects("sessions/").is_empty());
 }

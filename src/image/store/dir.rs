@@ -412,12 +412,14 @@ impl ObjectWriter for DirWriter {
         step_of("store", "fsync", kind);
         self.inner.publish(&self.name, &self.temporary)?;
         step_of("store", "untemp", kind);
+        std::fs::remove_file(&self.temporary).ok();
+        step_of("store", "untemp", kind);
         Ok(())
     }
 }
 
 impl Drop for DirWriter {
-    /// The temporary name goes in every case; when the object is published it is its second name.
+    /// An object that is not finished goes.
     fn drop(&mut self) {
         std::fs::remove_file(&self.temporary).ok();
     }
