@@ -1,5 +1,10 @@
 //! Whatever single fault a repository has, a point is restored exactly or not at all: never a wrong image with success. Every
 //! byte of every object is flipped, every object truncated and removed, in turn.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by it, and the disks here are small"
+)]
 
 mod image_common;
 

@@ -1,5 +1,10 @@
 //! A crash at any operation of the store: published points restore exactly, the repository opens, and the next run goes on with
 //! the session. `image_kill.rs` does the same to real processes.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by it, and the disks here are small"
+)]
 
 mod image_common;
 

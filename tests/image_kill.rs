@@ -1,6 +1,11 @@
 //! A real process that is killed at every step of its writes to a real directory. Needs `--features fault-injection`; without
 //! it there are no steps to die at.
 #![cfg(feature = "fault-injection")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by it, and the disks here are small"
+)]
 
 mod image_common;
 

@@ -1,4 +1,9 @@
 //! Random writes and backups against a model: every point restores exactly, through as many layers and runs as there come.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by it, and the disks here are small"
+)]
 
 mod image_common;
 

@@ -1,5 +1,10 @@
 //! What goes into a repository comes out of it: whole disks, zeros, duplicates, a short last block, increments, restores from
 //! every point, also after others changed since.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by it, and the disks here are small"
+)]
 
 mod image_common;
 

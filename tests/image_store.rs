@@ -1,5 +1,10 @@
 //! The contract of a store, for the directory and for the one in memory that the crash tests use, and what only the directory
 //! has: modes, temporary files, who holds a lock.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by it, and the disks here are small"
+)]
 
 mod image_common;
 
