@@ -1,16 +1,21 @@
 //! What goes into a repository comes out of it: whole disks, zeros, duplicates, a short last block, increments, restores from
 //! every point, also after others changed since.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by it, and the disks here are small"
+)]
 
 mod image_common;
 
-use forerun::image::{Content, Encoded, Entry, MapReader, Session, VerifyOptions, diff};
+use forerun::image::{Content, Encoded, Entry, MapReader, Session, VerifyOptions, build_map, diff};
 use image_common::{BLOCK, Bench, restore};
 
 #[test]
 fn a_disk_with_zeros_duplicates_and_a_short_end_comes_back() {
     let mut bench = Bench::new(5 * BLOCK + 1000);
-    bench.write(0, &[1; BLOCK]);
-    bench.write(2 * BLOCK, &[1; BLOCK]);
+    bench.write(0, &vec![1; BLOCK]);
+    bench.write(2 * BLOCK, &vec![1; BLOCK]);
     bench.write(3 * BLOCK + 17, b"something");
     bench.write(5 * BLOCK, &[7; 1000]);
     let point = bench.backup();
@@ -29,10 +34,10 @@ fn a_disk_with_zeros_duplicates_and_a_short_end_comes_back() {
 #[test]
 fn a_zeroed_block_stays_zero_in_the_next_point() {
     let mut bench = Bench::new(4 * BLOCK);
-    bench.write(0, &[9; 4 * BLOCK]);
+    bench.write(0, &vec![9; 4 * BLOCK]);
     let before = bench.backup();
     let old = bench.disk.clone();
-    bench.write(BLOCK, &[0; BLOCK]);
+    bench.write(BLOCK, &vec![0; BLOCK]);
     let after = bench.backup();
     assert_eq!(restore(&bench.repo, &before.disks[0]).unwrap(), old);
     assert_eq!(restore(&bench.repo, &after.disks[0]).unwrap(), bench.disk);
@@ -47,7 +52,7 @@ fn a_zeroed_block_stays_zero_in_the_next_point() {
 #[test]
 fn an_increment_without_changes_writes_no_layer_and_no_pack() {
     let mut bench = Bench::new(4 * BLOCK);
-    bench.write(0, &[9; BLOCK]);
+    bench.write(0, &vec![9; BLOCK]);
     let before = bench.backup();
     let objects = bench.objects("maps/").len() + bench.objects("packs/").len();
     let after = bench.backup();
@@ -152,5 +157,45 @@ fn a_session_is_found_by_its_key_until_it_is_removed() {
     assert_eq!(Session::list(repo).unwrap().sessions.len(), 1);
     found.remove().unwrap();
     assert!(Session::find(repo, "vm a/ü").unwrap().is_none());
+    assert!(bench.objects("sessions/").is_empty());
+}
+
+#[test]
+fn more_segments_than_are_merged_at_once_give_the_same_map() {
+    let bench = Bench::in_memory(BLOCK);
+    let session = Session::create(&bench.repo, "many", &serde_json::Value::Null).unwrap();
+    let mut model = vec![None; 40];
+    for number in 0..300_u32 {
+        let block = u64::from(number.wrapping_mul(2_654_435_761) % 40);
+        let id = forerun::image::BlockId::of(&number.to_le_bytes());
+        let content = if number % 5 == 0 {
+            Content::Zero
+        } else {
+            Content::Data(id)
+        };
+        session
+            .append_segment(&image_common::segment_header(), &[(block, content)])
+            .unwrap();
+        model[usize::try_from(block).unwrap()] = Some(content);
+    }
+    let segments = image_common::segments(&session).unwrap();
+    let (map, stats) =
+        build_map(&bench.repo, None, &session, &segments, 40 * BLOCK as u64).unwrap();
+    assert_eq!(stats.changed_blocks, 40);
+    let reader = MapReader::open(&bench.repo, &map).unwrap();
+    for (block, expected) in (0..).zip(model) {
+        let expected = match expected.unwrap() {
+            Content::Data(id) => Entry::Data(id),
+            _ => Entry::Zero,
+        };
+        assert_eq!(reader.get(block).unwrap(), expected, "{block}");
+    }
+    assert!(
+        !bench
+            .objects("sessions/")
+            .iter()
+            .any(|name| name.contains("merge-"))
+    );
+    session.remove().unwrap();
     assert!(bench.objects("sessions/").is_empty());
 }

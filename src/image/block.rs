@@ -116,13 +116,12 @@ impl NewBlock {
         let packed = compress_into(plain, body)
             .ok()
             .filter(|packed| *packed < plain.len());
-        let (codec, stored) = match packed {
-            Some(packed) => (Codec::Lz4, packed),
-            None => {
-                let place = body.get_mut(..plain.len()).ok_or_else(too_long)?;
-                place.copy_from_slice(plain);
-                (Codec::Raw, plain.len())
-            }
+        let (codec, stored) = if let Some(packed) = packed {
+            (Codec::Lz4, packed)
+        } else {
+            let place = body.get_mut(..plain.len()).ok_or_else(too_long)?;
+            place.copy_from_slice(plain);
+            (Codec::Raw, plain.len())
         };
         let stored_length = u32::try_from(stored).map_err(|_| too_long())?;
         let body = body.get(..stored).ok_or_else(too_long)?;

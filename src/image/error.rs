@@ -109,3 +109,17 @@ impl Error {
         matches!(self, Self::NotFound { .. })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_and_a_used_up_quota_are_one_kind() {
+        for errno in [rustix::io::Errno::NOSPC, rustix::io::Errno::DQUOT] {
+            let error = Error::io("write", "packs/ab/cd", errno.into());
+            assert!(matches!(error, Error::NoSpace { .. }), "{error:?}");
+            assert_eq!(error.to_string(), "no space left for packs/ab/cd");
+        }
+    }
+}

@@ -154,8 +154,9 @@ impl BlockId {
 
     /// The leading bits as a number: ids are spread evenly, so it tells where in a sorted run to look.
     pub(super) fn leading(&self) -> u64 {
-        let [a, b, c, d, e, f, g, h, ..] = self.0;
-        u64::from_be_bytes([a, b, c, d, e, f, g, h])
+        self.0
+            .first_chunk()
+            .map_or(0, |leading| u64::from_be_bytes(*leading))
     }
 }
 
@@ -174,12 +175,6 @@ impl RepoId {
 impl PointId {
     /// A new name; a caller may note it before it publishes the point.
     pub fn random() -> Result<Self> {
-        random().map(Self)
-    }
-}
-
-impl SessionId {
-    pub(super) fn random() -> Result<Self> {
         random().map(Self)
     }
 }

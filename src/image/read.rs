@@ -8,6 +8,7 @@
 //! A few batches are on their way at a time; that bounds the memory and by how much the order is disturbed.
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
@@ -60,6 +61,15 @@ impl Repository {
         threads: usize,
         sink: &mut dyn BlockSink,
     ) -> Result<()> {
+        if disk.size != disk.map.size {
+            return Err(Error::corrupt(
+                format!("the map of {}", disk.key),
+                format!(
+                    "it is of {} bytes, the disk has {}",
+                    disk.map.size, disk.size
+                ),
+            ));
+        }
         let map = MapReader::open(self, &disk.map)?;
         let plan = Plan {
             runs: map.runs(),
@@ -227,8 +237,11 @@ impl Plan {
 fn fetch_all(repo: &Repository, work: &Receiver<Batch>, done: &Sender<Result<Batch>>) {
     let mut buffer = Vec::new();
     for mut batch in work {
-        let fetched = batch.fetch(repo, &mut buffer).map(|()| batch);
-        if done.send(fetched).is_err() {
+        // A panic must come to the caller as an error: it would wait for this batch for ever.
+        let fetch = AssertUnwindSafe(|| batch.fetch(repo, &mut buffer));
+        let fetched = catch_unwind(fetch)
+            .unwrap_or_else(|_| Err(Error::Invalid("a restore worker panicked".into())));
+        if done.send(fetched.map(|()| batch)).is_err() {
             return;
         }
     }

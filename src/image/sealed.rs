@@ -110,13 +110,12 @@ pub(super) fn open(store: &dyn Store, object: &str, magic: Magic) -> Result<Foot
         .and_then(|end| end.checked_sub(length))
         .filter(|end| *end >= HEADER && length <= FOOTER_LIMIT)
         .ok_or_else(|| corrupt("its footer has an impossible length"))?;
-    let bytes = match body_end.checked_sub(tail_start) {
-        Some(skip) => before.get(narrow(skip)..).unwrap_or_default().to_vec(),
-        None => {
-            let mut bytes = vec![0; narrow(length)];
-            store.get_range(object, body_end, &mut bytes)?;
-            bytes
-        }
+    let bytes = if let Some(skip) = body_end.checked_sub(tail_start) {
+        before.get(narrow(skip)..).unwrap_or_default().to_vec()
+    } else {
+        let mut bytes = vec![0; narrow(length)];
+        store.get_range(object, body_end, &mut bytes)?;
+        bytes
     };
     if wide(bytes.len()) != length || sha256(&bytes) != digest {
         return Err(corrupt("its footer does not match its checksum"));

@@ -119,8 +119,11 @@ fn removed_object(id: SessionId) -> String {
 
 /// What the ids of all sessions of a key begin with.
 fn key_hash(key: &str) -> [u8; 8] {
-    let [a, b, c, d, e, f, g, h, ..] = sha256(key.as_bytes());
-    [a, b, c, d, e, f, g, h]
+    let mut hash = [0; 8];
+    for (place, byte) in hash.iter_mut().zip(sha256(key.as_bytes())) {
+        *place = byte;
+    }
+    hash
 }
 
 impl Session {

@@ -195,7 +195,7 @@ impl Verify<'_> {
                 while let Some(run) = runs.next_run()? {
                     if let RunContent::Data(more) = &run.content {
                         let ours = |id: &&BlockId| {
-                            u128::from(id.leading()) * u128::from(parts) >> 64 == u128::from(part)
+                            (u128::from(id.leading()) * u128::from(parts)) >> 64 == u128::from(part)
                         };
                         ids.extend(more.as_slice().iter().filter(ours).copied());
                     }

@@ -1,5 +1,9 @@
 //! A repository in a temporary directory, a disk in memory, and backups of it, for the tests of the repository.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
+#![allow(clippy::cast_possible_truncation, reason = "the disks here are small")]
+#![allow(clippy::unwrap_used, reason = "tests fail by it")]
+
+pub mod memory;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -23,7 +27,7 @@ pub const KEY: &str = "uuid-of-the-vm";
 /// A repository and a disk.
 pub struct Bench {
     /// Where the repository is.
-    pub directory: tempfile::TempDir,
+    pub directory: Option<tempfile::TempDir>,
     /// The repository.
     pub repo: Repository,
     /// The disk's content.
@@ -42,6 +46,20 @@ impl Bench {
             block_size: BlockSize::DEFAULT,
         };
         let repo = Repository::init(&directory.path().join("repo"), options).unwrap();
+        Self::with(Some(directory), repo, size)
+    }
+
+    /// The same without a disk behind it, for tests of many backups.
+    pub fn in_memory(size: usize) -> Self {
+        let store = memory::Memory::new(memory::Objects::new(), None, memory::Fate::Lost);
+        let options = InitOptions {
+            block_size: BlockSize::DEFAULT,
+        };
+        let repo = Repository::init_store(Arc::new(store), options).unwrap();
+        Self::with(None, repo, size)
+    }
+
+    fn with(directory: Option<tempfile::TempDir>, repo: Repository, size: usize) -> Self {
         Self {
             directory,
             repo,
@@ -53,7 +71,7 @@ impl Bench {
 
     /// Where the repository is.
     pub fn path(&self) -> PathBuf {
-        self.directory.path().join("repo")
+        self.directory.as_ref().unwrap().path().join("repo")
     }
 
     /// Writes to the disk.
@@ -208,7 +226,7 @@ impl Memory {
 impl BlockSink for Memory {
     fn data(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.put(offset, data.len() as u64, |place| {
-            place.copy_from_slice(data)
+            place.copy_from_slice(data);
         })
     }
 

@@ -259,12 +259,11 @@ impl Index {
         &self,
         pack_sizes: &dyn Fn(ObjectId) -> Option<u64>,
     ) -> Result<Vec<Error>> {
-        let runs = Runs {
-            broken: Vec::new(),
-            ..self.list()?
-        };
-        let mut errors = self.list()?.broken;
-        for run in &runs.runs {
+        let Runs {
+            runs,
+            broken: mut errors,
+        } = self.list()?;
+        for run in &runs {
             if let Err(error) = self.verify_run(run, pack_sizes) {
                 match error {
                     // Merged by another process meanwhile.

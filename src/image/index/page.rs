@@ -15,6 +15,8 @@
     )
 )]
 
+use std::cmp::Ordering;
+
 use super::super::block::Location;
 use super::super::bytes::Cursor;
 use super::super::ids::{BlockId, ObjectId};
@@ -50,6 +52,10 @@ pub(super) fn write_page(count: u16, entries: &[u8]) -> Vec<u8> {
     }
     page
 }
+
+/// An entry of a page cannot be one, although the page's checksum is right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Malformed;
 
 /// A checked page: its entries, ids ascending.
 #[derive(Debug, Clone, Copy)]
@@ -92,17 +98,26 @@ impl<'a> Page<'a> {
     }
 
     /// The entry of a block, when the page has it.
-    pub(super) fn find(&self, id: BlockId, packs: &[ObjectId]) -> Option<Option<Location>> {
+    pub(super) fn find(
+        &self,
+        id: BlockId,
+        packs: &[ObjectId],
+    ) -> Result<Option<Location>, Malformed> {
         let (mut low, mut high) = (0, self.count());
         while low < high {
             let middle = low.midpoint(high);
-            match self.id_at(middle)?.cmp(&id) {
-                std::cmp::Ordering::Less => low = middle.checked_add(1)?,
-                std::cmp::Ordering::Greater => high = middle,
-                std::cmp::Ordering::Equal => return Some(Some(self.at(middle, packs)?.1)),
+            match self.id_at(middle).ok_or(Malformed)?.cmp(&id) {
+                Ordering::Less => low = middle.saturating_add(1),
+                Ordering::Greater => high = middle,
+                Ordering::Equal => {
+                    return self
+                        .at(middle, packs)
+                        .map(|(_, location)| Some(location))
+                        .ok_or(Malformed);
+                }
             }
         }
-        Some(None)
+        Ok(None)
     }
 
     /// The entry at a position; `None` when it cannot be one.
@@ -169,11 +184,8 @@ mod tests {
         let (bytes, expected) = page();
         let read = Page::parse(&bytes, 5).unwrap();
         assert_eq!(read.all(&packs()).unwrap(), expected);
-        assert_eq!(
-            read.find(expected[3].0, &packs()),
-            Some(Some(expected[3].1))
-        );
-        assert_eq!(read.find(BlockId::of(b"no"), &packs()), Some(None));
+        assert_eq!(read.find(expected[3].0, &packs()), Ok(Some(expected[3].1)));
+        assert_eq!(read.find(BlockId::of(b"no"), &packs()), Ok(None));
         assert!(read.all(&packs()[..1]).is_none());
         assert!(Page::parse(&bytes, 4).is_none());
         for position in 0..bytes.len() {
@@ -189,7 +201,7 @@ mod tests {
             let bytes = write_page(3, &entries);
             if let Some(page) = Page::parse(&bytes, 3) {
                 page.all(&packs());
-                page.find(BlockId::of(b"x"), &packs());
+                page.find(BlockId::of(b"x"), &packs()).ok();
             }
         }
     }

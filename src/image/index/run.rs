@@ -99,7 +99,7 @@ impl Run {
                 low = number.saturating_add(1);
                 low_key = last.leading();
             } else {
-                return page.find(id, &self.packs).ok_or_else(damaged);
+                return page.find(id, &self.packs).map_err(|_| damaged());
             }
         }
         Ok(None)
@@ -232,15 +232,14 @@ impl RunWriter {
 
     /// Adds an entry whose id is above the last one's.
     pub(super) fn add(&mut self, id: BlockId, location: &Location) -> Result<()> {
-        let number = match self.numbers.get(&location.pack) {
-            Some(number) => *number,
-            None => {
-                let number = u32::try_from(self.packs.len())
-                    .map_err(|_| Error::Invalid("an index run of 2^32 packs".into()))?;
-                self.packs.push(location.pack);
-                self.numbers.insert(location.pack, number);
-                number
-            }
+        let number = if let Some(number) = self.numbers.get(&location.pack) {
+            *number
+        } else {
+            let number = u32::try_from(self.packs.len())
+                .map_err(|_| Error::Invalid("an index run of 2^32 packs".into()))?;
+            self.packs.push(location.pack);
+            self.numbers.insert(location.pack, number);
+            number
         };
         write_entry(&mut self.page, id, number, location);
         self.in_page = self.in_page.saturating_add(1);

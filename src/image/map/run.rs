@@ -258,7 +258,8 @@ mod tests {
             let content = if *zero {
                 RunContent::Zero(*length)
             } else {
-                let ids = (at..at + length).map(|block| BlockId::of(&[tag, block as u8]));
+                let ids = (at..at + length)
+                    .map(|block| BlockId::of(&[tag, u8::try_from(block).unwrap()]));
                 RunContent::Data(BlockIds::new(ids.collect()))
             };
             runs.push(Run { first: at, content });
@@ -269,7 +270,7 @@ mod tests {
 
     fn blocks(run: &Run) -> Vec<(u64, Option<BlockId>)> {
         let id = |n: u64| match &run.content {
-            RunContent::Data(ids) => Some(ids.as_slice()[n as usize]),
+            RunContent::Data(ids) => Some(ids.as_slice()[usize::try_from(n).unwrap()]),
             _ => None,
         };
         (0..run.count()).map(|n| (run.first + n, id(n))).collect()
@@ -283,14 +284,14 @@ mod tests {
             end in 0_u64..60,
         ) {
             let mut model = BTreeMap::new();
-            for (tag, layer) in layers.iter().enumerate().rev() {
-                for run in runs(layer, tag as u8) {
+            for (tag, layer) in (0_u8..).zip(&layers).collect::<Vec<_>>().into_iter().rev() {
+                for run in runs(layer, tag) {
                     model.extend(blocks(&run));
                 }
             }
             model.retain(|block, _| *block < end);
-            let sources = layers.iter().enumerate().map(|(tag, layer)| {
-                Box::new(Listed(runs(layer, tag as u8).into_iter())) as Box<dyn RunSource>
+            let sources = (0_u8..).zip(&layers).map(|(tag, layer)| {
+                Box::new(Listed(runs(layer, tag).into_iter())) as Box<dyn RunSource>
             }).collect();
             let mut merged = Clip { source: overlay(sources), end };
             let mut seen = Vec::new();

@@ -229,27 +229,27 @@ impl Inner {
             File::open(path).map_err(|error| Error::io("open", name, error))
         })
     }
+}
 
-    fn list_into(&self, directory: &Path, prefix: &str, names: &mut Vec<String>) -> Result<()> {
-        let failed = |error| Error::io("list", prefix, error);
-        let entries = match std::fs::read_dir(directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            other => other.map_err(failed)?,
+fn list_into(directory: &Path, prefix: &str, names: &mut Vec<String>) -> Result<()> {
+    let failed = |error| Error::io("list", prefix, error);
+    let entries = match std::fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(failed)?,
+    };
+    for entry in entries {
+        let entry = entry.map_err(failed)?;
+        let Ok(part) = entry.file_name().into_string() else {
+            continue;
         };
-        for entry in entries {
-            let entry = entry.map_err(failed)?;
-            let Ok(part) = entry.file_name().into_string() else {
-                continue;
-            };
-            let name = format!("{prefix}{part}");
-            if entry.file_type().map_err(failed)?.is_dir() {
-                self.list_into(&entry.path(), &format!("{name}/"), names)?;
-            } else if check_name(&name).is_ok() {
-                names.push(name);
-            }
+        let name = format!("{prefix}{part}");
+        if entry.file_type().map_err(failed)?.is_dir() {
+            list_into(&entry.path(), &format!("{name}/"), names)?;
+        } else if check_name(&name).is_ok() {
+            names.push(name);
         }
-        Ok(())
     }
+    Ok(())
 }
 
 impl Store for DirStore {
@@ -312,7 +312,7 @@ impl Store for DirStore {
     fn list(&self, prefix: &str) -> Result<Vec<String>> {
         let directory = self.inner.path(prefix.trim_end_matches('/'))?;
         let mut names = Vec::new();
-        self.inner.list_into(&directory, prefix, &mut names)?;
+        list_into(&directory, prefix, &mut names)?;
         names.sort_unstable();
         Ok(names)
     }
@@ -412,12 +412,14 @@ impl ObjectWriter for DirWriter {
         step_of("store", "fsync", kind);
         self.inner.publish(&self.name, &self.temporary)?;
         step_of("store", "untemp", kind);
+        std::fs::remove_file(&self.temporary).ok();
+        step_of("store", "untemp", kind);
         Ok(())
     }
 }
 
 impl Drop for DirWriter {
-    /// The temporary name goes in every case; when the object is published it is its second name.
+    /// An object that is not finished goes.
     fn drop(&mut self) {
         std::fs::remove_file(&self.temporary).ok();
     }
