@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use super::envelope;
 use super::error::{Error, Result};
-use super::ids::{BlockId, SessionId, random, sha256};
+use super::ids::{BlockId, SessionId, hex, random, sha256};
 use super::map::{BlockIds, Layer, LayerWriter, Run, RunContent, RunSource, SEGMENT};
 use super::repo::Repository;
 use crate::units::BlockRun;
@@ -129,7 +129,9 @@ fn key_hash(key: &str) -> [u8; 8] {
 impl Session {
     /// Begins the session of a key; [`Error::Exists`] when it has one.
     pub fn create(repo: &Repository, key: &str, header: &Value) -> Result<Self> {
-        let _lock = repo.store().lock("sessions", "beginning a session")?;
+        // Other keys' sessions may begin at the same time.
+        let lock = format!("session-{}", hex(&key_hash(key)));
+        let _lock = repo.store().lock(&lock, "beginning a session")?;
         if let Some(session) = Self::find(repo, key)? {
             return Err(Error::Exists {
                 object: format!("session {} of {key}", session.id),
