@@ -9,7 +9,7 @@
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -131,7 +131,7 @@ fn scope_command(binary: &Path) -> Option<Command> {
 }
 
 /// The guard's own life.
-pub fn run(journal: &PathBuf, deadline: Duration, main: i32) -> Result<()> {
+pub fn run(journal: &Path, deadline: Duration, main: i32) -> Result<()> {
     rustix::process::setsid().ok();
     let deadline = Deadline::after(deadline);
     let pair = std::io::stdin()
@@ -153,7 +153,7 @@ pub fn run(journal: &PathBuf, deadline: Duration, main: i32) -> Result<()> {
         end_main(main, &mut pair)?;
     }
     let mut monitor = QmpSocket::inherit(UnixStream::from(monitor))?;
-    let mut journal = Journal::load(journal.clone())?;
+    let mut journal = Journal::load(journal.to_path_buf())?;
     let released = journal.release(&mut monitor)?;
     tracing::warn!(removed = ?released.removed, "the guard released the VM for a dead run");
     journal.close()?;

@@ -60,9 +60,7 @@ fn parse_at(text: &str, now: &ZonedDateTime) -> Result<Due> {
     let time: Time = text.parse().map_err(|_| bad())?;
     let at = |days: i64| -> Result<Timestamp> {
         let date = now.date().checked_add(days.days()).map_err(|_| bad())?;
-        Ok(zone
-            .to_timestamp(date.to_datetime(time))
-            .map_err(|_| bad())?)
+        zone.to_timestamp(date.to_datetime(time)).map_err(|_| bad())
     };
     let today = at(0)?;
     let past = now.timestamp().duration_since(today);

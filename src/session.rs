@@ -214,16 +214,13 @@ impl Session {
 impl Journal for Session {
     fn append(&mut self, record: &Record) -> Result<()> {
         let value = serde_json::to_value(record).context("encode a record")?;
-        match &self.log {
-            Some(log) => {
-                log.append(&value)?;
-            }
-            None => {
-                let header = json!({ "begun": crate::clock::utc_now().to_string() });
-                let log = image::Session::create(&self.repo, &self.key, &header)?;
-                log.append(&value)?;
-                self.log = Some(log);
-            }
+        if let Some(log) = &self.log {
+            log.append(&value)?;
+        } else {
+            let header = json!({ "begun": crate::clock::utc_now().to_string() });
+            let log = image::Session::create(&self.repo, &self.key, &header)?;
+            log.append(&value)?;
+            self.log = Some(log);
         }
         Ok(())
     }

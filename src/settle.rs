@@ -13,16 +13,15 @@ use crate::qmp::release::{FileVersion, Leftover, Overlay};
 
 /// Takes back what a journal lists, then removes the journal. Returns what was found. Without a monitor the VM is off.
 pub fn take_back(journal: &mut Journal, monitor: Option<&mut dyn Monitor>) -> Result<Vec<String>> {
-    let mut removed = match monitor {
-        Some(monitor) => journal.release(monitor)?.removed,
-        None => {
-            for item in journal.left() {
-                if let Leftover::Frozen { agent } = item {
-                    agent::thaw_until_thawed(agent).ok();
-                }
+    let mut removed = if let Some(monitor) = monitor {
+        journal.release(monitor)?.removed
+    } else {
+        for item in journal.left() {
+            if let Leftover::Frozen { agent } = item {
+                agent::thaw_until_thawed(agent).ok();
             }
-            Vec::new()
         }
+        Vec::new()
     };
     for item in journal.left().to_vec() {
         match item {

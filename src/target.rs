@@ -64,11 +64,7 @@ pub fn key_without_uuid(path: &Path, given: Option<&str>) -> anyhow::Result<Stri
         .chain_update([0])
         .chain_update(path.as_os_str().as_encoded_bytes())
         .finalize();
-    let hex: String = digest
-        .iter()
-        .take(8)
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let hex = crate::qmp::names::hex(&digest[..8]);
     Ok(format!("path-{hex}"))
 }
 

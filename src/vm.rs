@@ -203,7 +203,7 @@ impl Hold {
             .iter()
             .map(|(key, name)| Ok(action(self.disk(key)?, name)))
             .collect::<Result<Vec<_>>>()?;
-        transaction(&mut self.monitor, actions)?;
+        transaction(&mut self.monitor, &actions)?;
         Ok(())
     }
 }

@@ -134,7 +134,7 @@ impl Runner {
         let begin = clock::now();
         let deadline = Deadline::after(self.options.deadline);
         if freeze.method() == Method::Snapshot {
-            self.journal_overlays(hold, &freeze)?;
+            Self::journal_overlays(hold, &freeze)?;
         }
         self.spool_residual(hold, &freeze, &listening, deadline, &mut spool)?;
         self.check_valid(hold, &freeze, &before)?;
@@ -440,7 +440,7 @@ impl Runner {
     }
 
     /// How the overlays' bases look now that they are frozen, for `recover` after a death of QEMU.
-    fn journal_overlays(&self, hold: &mut Hold, freeze: &Freeze) -> Result<()> {
+    fn journal_overlays(hold: &mut Hold, freeze: &Freeze) -> Result<()> {
         let root = PathBuf::from(format!("/proc/{}/root", hold.monitor.process().pid));
         let overlays = freeze.overlays_in_place(&root);
         let left = hold.journal.left().iter().map(|item| match item {

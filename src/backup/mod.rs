@@ -215,15 +215,15 @@ impl Runner {
             let at = before
                 .iter()
                 .position(|disk| disk.key == tracked.key && disk.size == tracked.size);
-            disks.push(
-                at.map(|at| before.swap_remove(at))
-                    .unwrap_or_else(|| RunDisk {
-                        key: tracked.key.clone(),
-                        size: tracked.size,
-                        open: None,
-                        proved: BlockSet::new(blocks),
-                    }),
-            );
+            disks.push(at.map_or_else(
+                || RunDisk {
+                    key: tracked.key.clone(),
+                    size: tracked.size,
+                    open: None,
+                    proved: BlockSet::new(blocks),
+                },
+                |at| before.swap_remove(at),
+            ));
             let base = match &tracked.base {
                 Some(base) => Some(MapReader::open(&self.repo, &base_map(base)?)?),
                 None => None,

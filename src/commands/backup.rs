@@ -124,7 +124,7 @@ pub(super) fn precopy(
     let mut begun = begin(args, options(Some(pace), None, "precopy"), interrupted)?;
     let bar = Bar::show(Arc::clone(&begun.progress), style);
     begun.progress.begin("copy ahead", 0);
-    let until = until.map(|until| until.deadline());
+    let until = until.map(super::super::schedule::Due::deadline);
     let left = begun.runner.precopy(limits.once, until, limits.converge)?;
     drop(bar);
     let mut outcome = Outcome::default();

@@ -62,8 +62,8 @@ impl Agent {
     }
 
     fn synchronise(&mut self, deadline: Deadline) -> Result<()> {
-        let token = i64::from(std::process::id()) << 20
-            | i64::try_from(clock::utc_now().as_microsecond() & 0xf_ffff).unwrap_or(0);
+        let token =
+            i64::from(std::process::id()) << 20 | (clock::utc_now().as_microsecond() & 0xf_ffff);
         // 0xFF makes the agent drop a half-read request of a client before us.
         self.send(b"\xff", deadline)?;
         let request = json!({ "execute": "guest-sync-delimited", "arguments": { "id": token } });

@@ -79,7 +79,7 @@ pub fn action_remove_bitmap(node: &str, name: &str) -> Value {
 }
 
 /// Runs all actions or none.
-pub fn transaction(monitor: &mut dyn Monitor, actions: Vec<Value>) -> Result<()> {
+pub fn transaction(monitor: &mut dyn Monitor, actions: &[Value]) -> Result<()> {
     if actions.is_empty() {
         return Ok(());
     }

@@ -182,7 +182,7 @@ impl Freeze {
                 options["backing-file"] = disk.image.0.clone().into();
                 options["backing-fmt"] = disk.image.1.clone().into();
             }
-            self.format(monitor, &name(Part::Create), options)?;
+            Self::format(monitor, &name(Part::Create), &options)?;
             let backing = match self.method {
                 Method::Fleece => Value::from(disk.node.clone()),
                 Method::Snapshot => Value::Null,
@@ -249,7 +249,7 @@ impl Freeze {
         }
     }
 
-    fn format(&self, monitor: &mut dyn Monitor, job: &str, options: Value) -> Result<()> {
+    fn format(monitor: &mut dyn Monitor, job: &str, options: &Value) -> Result<()> {
         call::<qmp::blockdev_create>(monitor, json!({ "job-id": job, "options": options }))?;
         let deadline = Deadline::after(REPLY_TIMEOUT);
         loop {
@@ -319,7 +319,7 @@ impl Freeze {
             );
         }
         let begin = clock::now();
-        transaction(monitor, actions)?;
+        transaction(monitor, &actions)?;
         Ok(clock::now() - begin)
     }
 

@@ -73,7 +73,6 @@ impl Part {
 /// Random bytes as hex.
 #[must_use]
 pub fn random_hex(bytes: usize) -> String {
-    use std::fmt::Write;
     let mut buffer = vec![0u8; bytes];
     let mut filled = 0;
     while filled < bytes {
@@ -82,9 +81,16 @@ pub fn random_hex(bytes: usize) -> String {
             rustix::rand::getrandom(&mut buffer[filled..], rustix::rand::GetRandomFlags::empty())
                 .unwrap_or(0);
     }
-    buffer.iter().fold(String::new(), |mut hex, byte| {
-        let written = write!(hex, "{byte:02x}");
-        debug_assert!(written.is_ok());
+    hex(&buffer)
+}
+
+/// Bytes as hex.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut hex, byte| {
+        // Writing to a string does not fail.
+        write!(hex, "{byte:02x}").ok();
         hex
     })
 }

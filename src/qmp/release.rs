@@ -135,10 +135,10 @@ pub fn free_guest(monitor: &mut dyn Monitor, left: &[Leftover], done: &mut Relea
         .collect();
     let ended = end_jobs(monitor, &ids, done);
     for item in left {
-        if let Leftover::Frozen { agent } = item {
-            if agent::thaw_until_thawed(agent).is_ok_and(|thawed| thawed) {
-                done.removed.push("frozen guest file systems".to_owned());
-            }
+        if let Leftover::Frozen { agent } = item
+            && agent::thaw_until_thawed(agent).is_ok_and(|thawed| thawed)
+        {
+            done.removed.push("frozen guest file systems".to_owned());
         }
     }
     ended?;

@@ -116,7 +116,7 @@ impl QmpSocket {
             if !self.readable(deadline)? {
                 return Ok(None);
             }
-            let mut chunk = [0; 65536];
+            let mut chunk = [0; 16384];
             match self.stream.read(&mut chunk) {
                 Ok(0) => return Err(Error::Closed),
                 Ok(count) => self.received.extend_from_slice(&chunk[..count]),

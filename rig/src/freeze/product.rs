@@ -108,10 +108,7 @@ impl Freezer for ByProduct {
             images,
             transaction: ms("freeze_ms").unwrap_or_default(),
             released: ms("released_ms").unwrap_or(took),
-            residual: point["residual_bytes"]
-                .as_u64()
-                .or(point["residual"].as_u64())
-                .unwrap_or(0),
+            residual: point["bytes"]["residual"].as_u64().unwrap_or(0),
             bounds,
         }))
     }
