@@ -9,7 +9,11 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use forerun_rig::block::{Image, RawFile};
 use forerun_rig::freeze::{self, Cell, Method, Order, Product, Via};
+use forerun_rig::guest::{Disk, Guest, Program};
 use forerun_rig::{exports, stamp, vclock};
+
+/// A guest that was forgotten ends by itself.
+const DEMO: Duration = Duration::from_secs(24 * 60 * 60);
 
 #[derive(Parser)]
 #[command(about = "The test rig of forerun", version)]
@@ -28,6 +32,36 @@ enum Verb {
     Vclock(VclockArgs),
     /// Takes many points under concurrent writers and checks each.
     FreezeExact(FreezeArgs),
+    /// Boots a guest that writes to two disks all the time, and stays until that QEMU ends.
+    DemoGuest(DemoArgs),
+}
+
+#[derive(Args)]
+struct DemoArgs {
+    /// For sockets, the console's log, and the images where none are given.
+    #[arg(long)]
+    dir: PathBuf,
+    /// Of each disk.
+    #[arg(long, default_value_t = 256)]
+    disk_mib: u64,
+    /// What part of each disk it writes to.
+    #[arg(long, default_value_t = 96)]
+    span_mib: u64,
+    /// Writes as fast as they go, before the pace.
+    #[arg(long, default_value_t = 0)]
+    fill: u64,
+    /// Then writes a second.
+    #[arg(long, default_value_t = 100)]
+    rate: u32,
+    /// An image for the qcow2 disk, made when it is not there.
+    #[arg(long)]
+    vda: Option<PathBuf>,
+    /// An image for the raw disk, made when it is not there.
+    #[arg(long)]
+    vdb: Option<PathBuf>,
+    /// The VM's UUID.
+    #[arg(long)]
+    uuid: Option<String>,
 }
 
 #[derive(Args)]
@@ -125,6 +159,7 @@ fn main() -> ExitCode {
         Verb::CheckVclock { images } => check_vclock(&images),
         Verb::Vclock(args) => run_vclock(&args).map(|()| true),
         Verb::FreezeExact(args) => Ok(freeze_exact(&args)),
+        Verb::DemoGuest(args) => demo_guest(&args).map(|()| true),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -207,6 +242,32 @@ fn run_vclock(args: &VclockArgs) -> Result<()> {
     };
     let limit = args.seconds.map(Duration::from_secs);
     Ok(vclock::run(&shared, &open, limit, &mut |line| say(line))?)
+}
+
+fn demo_guest(args: &DemoArgs) -> Result<()> {
+    let size = args.disk_mib << 20;
+    let words = format!("--span {} /dev/vda /dev/vdb", args.span_mib);
+    let fill = match args.fill {
+        0 => String::new(),
+        steps => format!("rig-guest stamp --steps {steps} {words}\n"),
+    };
+    let script = format!("{fill}rig-guest stamp --rate {} {words}", args.rate);
+    let mut disks = [Disk::qcow2("vda", size), Disk::raw("vdb", size)];
+    for (disk, image) in disks.iter_mut().zip([&args.vda, &args.vdb]) {
+        if let Some(image) = image {
+            *disk = disk.clone().image(image);
+        }
+    }
+    let mut builder = Guest::builder(&args.dir).program(Program::Script(script));
+    for disk in disks {
+        builder = builder.disk(disk);
+    }
+    if let Some(uuid) = &args.uuid {
+        builder = builder.uuid(uuid);
+    }
+    let mut guest = builder.boot()?;
+    say("up");
+    guest.wait_exit(DEMO)
 }
 
 fn freeze_exact(args: &FreezeArgs) -> bool {

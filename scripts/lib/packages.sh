@@ -1,12 +1,12 @@
 # shellcheck shell=bash
 # Installs what the tests need on Debian 12, Debian 13 and Ubuntu. Source it, then:
 #
-#   need_packages rust-check qemu guest test   # groups; quick when all is there
+#   need_packages rust-check qemu guest test   # groups; quick when all is there; the demo needs `demo` too
 #   fetch_guest_kernel DIR                     # DIR/vmlinuz and DIR/modules, never installed as a package
 #   fetch_guest_agent DIR                      # DIR/root/... with qemu-ga and its libraries
 #
 # Groups: rust-check (a compiler that is new enough), qemu (system emulator and image tools),
-# guest (what a test guest is built from), test (load and check tools).
+# guest (what a test guest is built from), test (load and check tools), demo (to read reports).
 #
 # Debian 12's own QEMU (7.2) cannot be mixed with image tools from backports, so on Debian 12 both come from
 # backports. The archive's host is taken from the machine's own package sources: a mirror stays a mirror.
@@ -102,6 +102,7 @@ need_packages() {
 		qemu) list+=(qemu-system-x86 qemu-utils) ;;
 		guest) list+=(busybox-static cpio xz-utils e2fsprogs) ;;
 		test) list+=(libnbd-bin fio shellcheck) ;;
+		demo) list+=(jq) ;;
 		*)
 			packages_say "unknown group $group"
 			return 2
