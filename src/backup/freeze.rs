@@ -131,8 +131,9 @@ impl Runner {
             );
         }
         hold.journal.write(left)?;
-        freeze.prepare(&mut hold.monitor)?;
+        // The server may have to be waited for: that comes before anything that stands in an operator's way.
         start_server(&listening, hold)?;
+        freeze.prepare(&mut hold.monitor)?;
         let mut spool = Spool::new(&directory)?;
         let guard_after = self.options.deadline + GUARD_GRACE + QUIESCE;
         *guard = Some(Guard::start(
