@@ -19,7 +19,7 @@ use crate::image::{self, DiskPoint, Manifest, PointId, RetiredBitmap, Tracking};
 use crate::qmp::freeze::Method;
 
 /// So much residual is not worth a live pass before the freeze.
-const SMALL: u64 = 64 << 20;
+pub(super) const SMALL: u64 = 64 << 20;
 /// More live passes than this do not make a residual smaller.
 const PASSES: u32 = 12;
 /// How often a freeze that was given up is tried again.

@@ -4,7 +4,7 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use jiff::Timestamp;
@@ -76,23 +76,29 @@ impl Runner {
     /// Freezes all disks at one instant and brings their residual in.
     pub(super) fn freeze(&mut self) -> Result<Residual> {
         let mut hold = self.hold()?;
-        let result = self.freeze_held(&mut hold);
+        let mut guard = None;
+        let result = self.freeze_held(&mut hold, &mut guard);
         if result.is_err() {
-            // Whatever was put into the VM comes out; the error that is reported is the first one.
+            for disk in &mut self.disks {
+                disk.open = None;
+            }
+            // Whatever was put into the VM comes out; the error that is reported is the first one. The guard watches
+            // until then: two must not talk on one connection, so it takes over only when this did not work.
             if let Err(error) = hold.release() {
                 tracing::error!(error = format!("{error:#}"), "the VM could not be released");
                 self.warnings.push(format!(
                     "the VM could not be released: {error:#}; run `forerun recover`"
                 ));
+                return result;
             }
-            for disk in &mut self.disks {
-                disk.open = None;
-            }
+        }
+        if let Some(guard) = guard {
+            guard.dismiss()?;
         }
         result
     }
 
-    fn freeze_held(&mut self, hold: &mut Hold) -> Result<Residual> {
+    fn freeze_held(&mut self, hold: &mut Hold, guard: &mut Option<Guard>) -> Result<Residual> {
         if self.vm.offline() {
             return self.read_offline(hold);
         }
@@ -125,13 +131,18 @@ impl Runner {
             );
         }
         hold.journal.write(left)?;
-        freeze.prepare(&mut hold.monitor)?;
+        // The server may have to be waited for: that comes before anything that stands in an operator's way.
         start_server(&listening, hold)?;
+        freeze.prepare(&mut hold.monitor)?;
         let mut spool = Spool::new(&directory)?;
         let guard_after = self.options.deadline + GUARD_GRACE + QUIESCE;
-        let guard = Guard::start(&hold.monitor, hold.journal.path(), &hold.lock, guard_after)?;
-        let mut instant = self.cut(hold, &freeze, agent)?;
-        let begin = clock::now();
+        *guard = Some(Guard::start(
+            &hold.monitor,
+            hold.journal.path(),
+            &hold.lock,
+            guard_after,
+        )?);
+        let (mut instant, begin) = self.cut(hold, &freeze, agent)?;
         let deadline = Deadline::after(self.options.deadline);
         if freeze.method() == Method::Snapshot {
             Self::journal_overlays(hold, &freeze)?;
@@ -152,7 +163,6 @@ impl Runner {
             self.warnings
                 .push("the VM was stopped by a full scratch and was let go on".to_owned());
         }
-        guard.dismiss()?;
         hold.journal.close()?;
         let machine = machine_record(&before);
         Ok(Residual {
@@ -185,7 +195,8 @@ impl Runner {
         let rotation = intended?;
         hold.look()?;
         self.take_in_disks(hold)?;
-        // A disk that came into doubt only now is read whole: its open blocks are to be worked out anew.
+        // A disk that came into doubt only now is read whole: its open blocks are to be worked out anew, and live where
+        // there are many.
         for disk in &mut self.disks {
             let now = self
                 .session
@@ -199,19 +210,27 @@ impl Runner {
                 .and_then(|(_, whole)| *whole);
             if now != before {
                 disk.open = None;
+                if disk.size > super::commit::SMALL {
+                    let why = format!("disk `{}` must be read in full first", disk.key);
+                    return Err(GivenUp(why).into());
+                }
             }
         }
         Ok(rotation)
     }
 
-    fn freeze_disks(&self, hold: &Hold, rotation: &Rotation) -> Result<Vec<FreezeDisk>> {
+    fn freeze_disks(&self, hold: &mut Hold, rotation: &Rotation) -> Result<Vec<FreezeDisk>> {
         let named = |list: &[(String, String)], key: &str| -> Vec<String> {
             list.iter()
                 .filter(|(disk, _)| disk == key)
                 .map(|(_, name)| name.clone())
                 .collect()
         };
-        let writes = self.writes_per_second(hold);
+        let writes = if self.vm.offline() {
+            0
+        } else {
+            self.writes_per_second(hold)?
+        };
         self.disks
             .iter()
             .enumerate()
@@ -265,20 +284,14 @@ impl Runner {
         could.max(SCRATCH_LEAST).min(most)
     }
 
-    fn writes_per_second(&self, hold: &Hold) -> u64 {
+    /// How many writes a second the guest has made since the run's first look.
+    fn writes_per_second(&self, hold: &mut Hold) -> Result<u64> {
         let Some((since, before)) = self.writes else {
-            return 0;
+            return Ok(0);
         };
-        let _ = hold;
-        let seconds = (clock::now() - since).as_secs_f64().max(0.1);
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            clippy::cast_precision_loss,
-            reason = "an estimate"
-        )]
-        let rate = (before as f64 / seconds) as u64;
-        rate
+        let writes = count_writes(hold)?.saturating_sub(before);
+        let millis = millis(clock::now() - since).max(200);
+        Ok(writes.saturating_mul(1000) / millis)
     }
 
     fn scratch_directory(&self) -> PathBuf {
@@ -381,11 +394,11 @@ impl Runner {
         hold: &mut Hold,
         freeze: &Freeze,
         agent: Option<(Agent, PathBuf)>,
-    ) -> Result<Cut> {
+    ) -> Result<(Cut, Instant)> {
         let frozen_at = clock::now();
         let mut agent = self.quiesce(agent)?;
         let cut = freeze.transact(&mut hold.monitor);
-        let at = clock::utc_now();
+        let (ended, at) = (clock::now(), clock::utc_now());
         let mut quiesced = false;
         let mut quiesced_ms = None;
         if let Some((agent, socket)) = &mut agent {
@@ -404,14 +417,15 @@ impl Runner {
             }
             self.warnings.push(message.to_owned());
         }
-        Ok(Cut {
+        let cut = Cut {
             at,
             freeze_ms: millis(took),
             released_ms: 0,
             quiesced_ms,
             scratch_bytes: 0,
             quiesced,
-        })
+        };
+        Ok((cut, ended))
     }
 
     fn quiesce(&mut self, agent: Option<(Agent, PathBuf)>) -> Result<Option<(Agent, PathBuf)>> {
@@ -621,7 +635,12 @@ impl Runner {
                 "running" | "io-error" | "paused" | "prelaunch" | "suspended"
             )
         };
-        let after = hold.look()?.0.clone();
+        let after = match hold.look() {
+            Ok((machine, _)) => machine.clone(),
+            Err(error) => {
+                return Err(GivenUp(format!("the VM changed meanwhile: {error:#}")).into());
+            }
+        };
         for disk in &self.disks {
             let pick = |machine: &Machine| {
                 let found = machine
@@ -694,16 +713,20 @@ impl Runner {
         if self.vm.offline() {
             return Ok(());
         }
-        let stats = list::<commands::query_blockstats>(&mut hold.monitor, json!({}))?;
-        let writes: u64 = stats
-            .iter()
-            .filter_map(|device| device.pointer("/stats/wr_operations")?.as_u64())
-            .sum();
         if self.writes.is_none() {
-            self.writes = Some((clock::now(), writes));
+            self.writes = Some((clock::now(), count_writes(hold)?));
         }
         Ok(())
     }
+}
+
+/// The write requests that the guest has made on all its disks.
+fn count_writes(hold: &mut Hold) -> Result<u64> {
+    let stats = list::<commands::query_blockstats>(&mut hold.monitor, json!({}))?;
+    let counts = stats
+        .iter()
+        .filter_map(|device| device.pointer("/stats/wr_operations")?.as_u64());
+    Ok(counts.sum())
 }
 
 /// A path of QEMU's without regard to its working directory.

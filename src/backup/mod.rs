@@ -28,7 +28,7 @@ pub use commit::Point;
 
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::rotate::{self, Settings};
-use crate::clock;
+use crate::clock::{self, Deadline};
 use crate::copy::CopyDisk;
 use crate::exit::{Failure, Kind};
 use crate::hoststate::Lock;
@@ -39,6 +39,13 @@ use crate::qmp::names::RunName;
 use crate::session::{Session, base_map};
 use crate::throttle::{Pace, Throttle};
 use crate::vm::{Hold, Vm};
+
+/// How long a monitor that somebody else uses is waited for.
+const BUSY_WAIT: Duration = Duration::from_secs(60);
+
+fn is_busy(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(crate::qmp::Error::Busy { .. }))
+}
 
 /// When to quiesce the guest's file systems around the freeze.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -171,7 +178,7 @@ impl Runner {
     }
 
     fn hold(&mut self) -> Result<Hold> {
-        let mut hold = self.vm.hold(&self.run, &self.options.doing)?;
+        let mut hold = self.hold_when_free()?;
         hold.granularity = u32::from(self.repo.block_size());
         for what in std::mem::take(&mut hold.recovered) {
             self.warnings.push(format!(
@@ -180,6 +187,20 @@ impl Runner {
         }
         hold.look()?;
         Ok(hold)
+    }
+
+    /// Takes the target, giving way to whoever else uses its monitor.
+    fn hold_when_free(&self) -> Result<Hold> {
+        let deadline = Deadline::after(BUSY_WAIT);
+        loop {
+            match self.vm.hold(&self.run, &self.options.doing) {
+                Err(error) if is_busy(&error) && !deadline.passed() => {
+                    self.check_interrupt()?;
+                    clock::sleep(Duration::from_millis(500));
+                }
+                held => return held,
+            }
+        }
     }
 
     /// Rotates the bitmaps and takes in what that says of the disks.

@@ -14,7 +14,7 @@ use crate::hoststate::{self, TargetState};
 use crate::image::Repository;
 use crate::qmp::graph;
 use crate::qmp::names::{PREFIX, RunName};
-use crate::qmp::{orphans, release};
+use crate::qmp::{export, orphans, release};
 use crate::report::Outcome;
 use crate::session::Session;
 use crate::settle;
@@ -84,11 +84,19 @@ pub(super) fn inspect(args: &TargetArgs) -> Result<Outcome> {
     for export in &machine.exports {
         outcome.line(format!("  export {} of node {}", export.id, export.kind));
     }
+    let server = match machine.disks.first() {
+        Some(disk) if !vm.offline() => export::server_runs(&mut hold.monitor, &disk.node)?,
+        _ => None,
+    };
+    if server == Some(true) {
+        outcome.line("  an NBD server runs: a backup waits until it is stopped".to_owned());
+    }
     if machine.left_out.iter().any(|left| left.refused) {
         outcome.kind = Some(Kind::Attention);
     }
     outcome.targets.push(json!({
         "target": vm.target.to_string(), "key": vm.key, "machine": machine,
+        "nbd_server": server,
     }));
     Ok(outcome)
 }

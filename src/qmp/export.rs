@@ -15,6 +15,9 @@ use super::names::{Part, RunName};
 use super::release::Leftover;
 use super::{Error, Monitor, REPLY_TIMEOUT, Result};
 
+/// The longest string of the NBD protocol ("Values", string length).
+const NBD_NAME_LIMIT: usize = 4096;
+
 /// A disk's export to make.
 #[derive(Debug, Clone)]
 pub struct Export {
@@ -101,6 +104,31 @@ pub fn add(monitor: &mut dyn Monitor, run: &RunName, export: &Export) -> Result<
         arguments["bitmaps"] = bitmaps.into();
     }
     call::<qmp::block_export_add>(monitor, arguments).map(drop)
+}
+
+/// Whether the VM's NBD server runs, whoever's it is. There is no query for it: an export under a name that is too long
+/// for the protocol is refused either way, and for another reason when there is no server. `None` when the answer is
+/// neither of the two that are known.
+pub fn server_runs(monitor: &mut dyn Monitor, node: &str) -> Result<Option<bool>> {
+    let arguments = json!({
+        "type": "nbd", "id": "forerun-probe", "name": "x".repeat(NBD_NAME_LIMIT + 1),
+        "node-name": node, "writable": false,
+    });
+    match call::<qmp::block_export_add>(monitor, arguments) {
+        Err(Error::Command { description, .. }) if description.contains("not running") => {
+            Ok(Some(false))
+        }
+        Err(Error::Command { description, .. }) if description.contains("too long") => {
+            Ok(Some(true))
+        }
+        Err(Error::Command { .. }) => Ok(None),
+        Err(error) => Err(error),
+        Ok(_) => {
+            let arguments = json!({ "id": "forerun-probe", "mode": "hard" });
+            call::<qmp::block_export_del>(monitor, arguments)?;
+            Ok(Some(true))
+        }
+    }
 }
 
 /// Opens a file without a name in a directory, for a scratch or a spool: nothing is left when everybody dies.

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::command::{
-    action_add_bitmap, action_disable_bitmap, call, call_within, job_status, jobs, text,
+    action_add_bitmap, action_disable_bitmap, call, call_within, job_status, jobs, takes, text,
     transaction,
 };
 use super::graph::Graph;
@@ -83,6 +83,8 @@ pub struct Freeze {
     disks: Vec<FreezeDisk>,
     scratches: Vec<File>,
     directory: PathBuf,
+    /// A scratch that fails spoils the snapshot, not the guest's write.
+    break_snapshot: bool,
 }
 
 impl Freeze {
@@ -95,6 +97,7 @@ impl Freeze {
             disks,
             scratches: Vec::new(),
             directory,
+            break_snapshot: false,
         }
     }
 
@@ -158,6 +161,8 @@ impl Freeze {
 
     /// Makes the scratch or overlay of each disk and adds their nodes. The guest does not notice.
     pub fn prepare(&mut self, monitor: &mut dyn Monitor) -> Result<()> {
+        self.break_snapshot =
+            self.method == Method::Fleece && takes(monitor, "blockdev-backup", "on-cbw-error")?;
         for index in 0..self.disks.len() {
             let disk = self.disks[index].clone();
             if self.method == Method::Snapshot {
@@ -302,10 +307,16 @@ impl Freeze {
         for disk in &self.disks {
             let name = |part| self.run.part(part, disk.index);
             actions.push(match self.method {
-                Method::Fleece => json!({ "type": "blockdev-backup", "data": {
-                    "job-id": name(Part::Job), "device": disk.node, "target": name(Part::Scratch),
-                    "sync": "none", "filter-node-name": name(Part::Filter),
-                }}),
+                Method::Fleece => {
+                    let mut data = json!({
+                        "job-id": name(Part::Job), "device": disk.node, "target": name(Part::Scratch),
+                        "sync": "none", "filter-node-name": name(Part::Filter),
+                    });
+                    if self.break_snapshot {
+                        data["on-cbw-error"] = "break-snapshot".into();
+                    }
+                    json!({ "type": "blockdev-backup", "data": data })
+                }
                 Method::Snapshot => json!({ "type": "blockdev-snapshot", "data": {
                     "node": disk.node, "overlay": name(Part::Scratch),
                 }}),
