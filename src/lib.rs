@@ -1,4 +1,32 @@
 //! `forerun` backs up running KVM/QEMU virtual machines so that almost nothing is left to do when the backup is due.
+//!
+//! Between backups QEMU's dirty bitmaps say what the guest changes, and it is copied live, ahead of schedule. When the
+//! backup is due, one QMP transaction takes a block snapshot of all disks at one instant; the little that is left is read
+//! from it, and the guest is let go. `docs/architecture.md` has the pictures; here is the map, in reading order.
+//!
+//! ```text
+//! the program       main -> commands -> report          cli: what can be asked; exit: how it may end
+//! the main job      backup: pass -> freeze -> commit    session: the next point while it is incomplete
+//! its tools         copy: hash, compare, compress       throttle, progress, schedule
+//! a VM in hand      target -> vm -> hoststate           guard, settle: what if we die
+//! what changed      bitmap: names, trust, rotation, proofs
+//! QEMU              qmp: monitor, graph, exports, freeze, agent, release
+//! the data plane    nbd: an NBD client
+//! the repository    image: packs, index, maps, points, sessions
+//! the way back      restore
+//! the ground        units, clock, fault
+//! ```
+//!
+//! What must hold, and what most of the code is about:
+//!
+//! - a write of the guest is in the snapshot or in a bitmap that the next point needs ([`bitmap`], [`qmp::freeze`]);
+//! - what is in a VM is in a journal from before it was made until after it is gone ([`hoststate`], [`qmp::release`]);
+//! - while the guest is held nothing waits for the repository ([`backup`]);
+//! - what an object refers to is durable before the object is ([`image`]);
+//! - no byte is restored that does not hash to what its point says ([`restore`]).
+//!
+//! Imports point one way: `image` and `nbd` know nothing of VMs, `qmp` nothing of repositories, `bitmap` nothing of either's
+//! data. `tests/tidy.rs` holds the arrows.
 
 pub mod backup;
 pub mod bitmap;
