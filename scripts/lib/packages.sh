@@ -6,7 +6,7 @@
 #   fetch_guest_agent DIR                      # DIR/root/... with qemu-ga and its libraries
 #
 # Groups: rust-check (a compiler that is new enough), qemu (system emulator and image tools),
-# guest (what a test guest is built from), test (load and check tools).
+# guest (what a test guest is built from), test (load and check tools), bench (what measures).
 #
 # Debian 12's own QEMU (7.2) cannot be mixed with image tools from backports, so on Debian 12 both come from
 # backports. The archive's host is taken from the machine's own package sources: a mirror stays a mirror.
@@ -102,6 +102,7 @@ need_packages() {
 		qemu) list+=(qemu-system-x86 qemu-utils) ;;
 		guest) list+=(busybox-static cpio xz-utils e2fsprogs) ;;
 		test) list+=(libnbd-bin fio shellcheck) ;;
+		bench) list+=(time jq openssl) ;;
 		*)
 			packages_say "unknown group $group"
 			return 2
