@@ -81,6 +81,30 @@ pub struct Cell {
     pub keep: Option<PathBuf>,
 }
 
+impl Cell {
+    /// A quiet cell of full speed writers on small disks with iothreads.
+    pub fn new(method: Method, order: Order, via: Via, points: u32) -> Self {
+        Self {
+            method,
+            order,
+            via,
+            iothreads: true,
+            starve: false,
+            points,
+            disk_size: 64 << 20,
+            writers: 8,
+            run: match via {
+                Via::Guest => 2,
+                Via::Exports => 8,
+            },
+            rate: 0,
+            pause: Duration::from_millis(30),
+            product: None,
+            keep: None,
+        }
+    }
+}
+
 /// A pair of images, and how long it took to take them.
 pub(crate) struct Point {
     pub(crate) images: [Vec<u8>; 2],
@@ -116,6 +140,11 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Points that were taken and checked.
+    pub fn points(&self) -> u32 {
+        self.points
+    }
+
     /// Points that were not of one instant.
     pub fn inexact(&self) -> u32 {
         self.inexact
