@@ -130,6 +130,11 @@ impl Stage {
         }
     }
 
+    /// At least how many writes are complete by now.
+    pub(crate) fn written(&mut self) -> u64 {
+        self.writers_summary().0
+    }
+
     /// How many writes there were and how long the longest took.
     pub(crate) fn writers_summary(&mut self) -> (u64, Duration) {
         match &mut self.place {
