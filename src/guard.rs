@@ -68,6 +68,7 @@ impl Guard {
         // The only descriptor that the child gets without being told: the lock, held until it ends.
         let flags = fcntl_getfd(&held).context("share the target's lock")?;
         fcntl_setfd(&held, flags - FdFlags::CLOEXEC).context("share the target's lock")?;
+        crate::fault::spare(&mut command);
         let child = command
             .arg(COMMAND)
             .arg("--journal")
@@ -96,6 +97,7 @@ impl Guard {
             return Err(error).context("the guard did not start");
         }
         crate::fault::guard(u32::from_be_bytes(guard.read_pid()?));
+        crate::fault::step("guard:start:after");
         Ok(guard)
     }
 
@@ -109,8 +111,10 @@ impl Guard {
 
     /// Everything is released: the guard goes.
     pub fn dismiss(mut self) -> Result<()> {
+        crate::fault::step("guard:dismiss:before");
         self.pair.write_all(b"D").context("dismiss the guard")?;
         self.child.wait().context("wait for the guard")?;
+        crate::fault::step("guard:dismiss:after");
         Ok(())
     }
 }
