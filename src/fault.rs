@@ -51,7 +51,12 @@ mod on {
     enum Plan {
         Nothing,
         Count,
-        Act { signal: Signal, guard_too: bool, at: u64, name: Option<String> },
+        Act {
+            signal: Signal,
+            guard_too: bool,
+            at: u64,
+            name: Option<String>,
+        },
     }
 
     fn plan() -> Plan {
@@ -81,7 +86,12 @@ mod on {
             None => (None, step),
         };
         let at = at.parse().ok()?;
-        Some(Plan::Act { signal, guard_too, at, name })
+        Some(Plan::Act {
+            signal,
+            guard_too,
+            at,
+            name,
+        })
     }
 
     /// A step that changes something outside this process; call it before and after.
@@ -89,7 +99,12 @@ mod on {
         match PLAN.get_or_init(plan) {
             Plan::Nothing => {}
             Plan::Count => log(name),
-            Plan::Act { signal, guard_too, at, name: wanted } => {
+            Plan::Act {
+                signal,
+                guard_too,
+                at,
+                name: wanted,
+            } => {
                 let counts = wanted.as_ref().is_none_or(|wanted| wanted == name);
                 if counts && STEPS.fetch_add(1, Ordering::SeqCst) + 1 == *at {
                     log(name);
