@@ -148,13 +148,17 @@ pub fn run(journal: &Path, deadline: Duration, main: i32) -> Result<()> {
         .context("take the monitor")?;
     let mut pair = UnixStream::from(pair);
     let own = std::process::id().to_be_bytes();
-    pair.write_all(&[b'R', own[0], own[1], own[2], own[3]])
-        .context("report to the main process")?;
+    // A main process that died meanwhile hears nothing; its end is seen below.
+    pair.write_all(&[b'R', own[0], own[1], own[2], own[3]]).ok();
     if dismissed(&mut pair, deadline)? {
         return Ok(());
     }
     if deadline.passed() {
         end_main(main, &mut pair)?;
+    }
+    if !journal.exists() {
+        // The main process had released everything.
+        return Ok(());
     }
     let mut monitor = QmpSocket::inherit(UnixStream::from(monitor))?;
     let mut journal = Journal::load(journal.to_path_buf())?;
@@ -186,6 +190,7 @@ fn dismissed(pair: &mut UnixStream, deadline: Deadline) -> Result<bool> {
                     return Ok(false);
                 }
             }
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(false),
             Err(error) => return Err(error).context("watch the main process"),
         }
     }

@@ -76,14 +76,22 @@ impl Runner {
     /// Freezes all disks at one instant and brings their residual in.
     pub(super) fn freeze(&mut self) -> Result<Residual> {
         let mut hold = self.hold()?;
-        let result = self.freeze_held(&mut hold);
+        let mut guard = None;
+        let result = self.freeze_held(&mut hold, &mut guard);
         if result.is_err() {
-            // Whatever was put into the VM comes out; the error that is reported is the first one.
-            if let Err(error) = hold.release() {
-                tracing::error!(error = format!("{error:#}"), "the VM could not be released");
-                self.warnings.push(format!(
-                    "the VM could not be released: {error:#}; run `forerun recover`"
-                ));
+            // Whatever was put into the VM comes out; the error that is reported is the first one. The guard watches this
+            // too, and is dismissed after: it shares the monitor's connection, and two cannot talk on one.
+            match hold.release() {
+                Ok(()) => self.dismiss(guard),
+                Err(error) => {
+                    tracing::error!(error = format!("{error:#}"), "the VM could not be released");
+                    self.warnings.push(format!(
+                        "the VM could not be released: {error:#}; run `forerun recover`"
+                    ));
+                    // We let go of the monitor, and the guard tries its luck.
+                    drop(hold);
+                    drop(guard);
+                }
             }
             for disk in &mut self.disks {
                 disk.open = None;
@@ -92,7 +100,16 @@ impl Runner {
         result
     }
 
-    fn freeze_held(&mut self, hold: &mut Hold) -> Result<Residual> {
+    /// Dismisses the guard after the release; one that died before is no harm any more.
+    fn dismiss(&mut self, guard: Option<Guard>) {
+        if let Some(Err(error)) = guard.map(Guard::dismiss) {
+            self.warnings.push(format!(
+                "the guard was gone before its dismissal: {error:#}"
+            ));
+        }
+    }
+
+    fn freeze_held(&mut self, hold: &mut Hold, guard: &mut Option<Guard>) -> Result<Residual> {
         if self.vm.offline() {
             return self.read_offline(hold);
         }
@@ -129,7 +146,12 @@ impl Runner {
         start_server(&listening, hold)?;
         let mut spool = Spool::new(&directory)?;
         let guard_after = self.options.deadline + GUARD_GRACE + QUIESCE;
-        let guard = Guard::start(&hold.monitor, hold.journal.path(), &hold.lock, guard_after)?;
+        *guard = Some(Guard::start(
+            &hold.monitor,
+            hold.journal.path(),
+            &hold.lock,
+            guard_after,
+        )?);
         let mut instant = self.cut(hold, &freeze, agent)?;
         let begin = clock::now();
         let deadline = Deadline::after(self.options.deadline);
@@ -152,7 +174,7 @@ impl Runner {
             self.warnings
                 .push("the VM was stopped by a full scratch and was let go on".to_owned());
         }
-        guard.dismiss()?;
+        self.dismiss(guard.take());
         hold.journal.close()?;
         let machine = machine_record(&before);
         Ok(Residual {
