@@ -50,4 +50,5 @@ pub mod settle;
 pub mod target;
 pub mod throttle;
 pub mod units;
+pub mod unix_path;
 pub mod vm;

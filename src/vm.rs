@@ -85,6 +85,7 @@ impl Vm {
             }
             Target::Name(name) => anyhow::bail!("`{name}` is no target that can be reached"),
         };
+        self.state.remove_unwritten()?;
         let mut recovered = Vec::new();
         for mut journal in self.state.journals()? {
             recovered.extend(settle::take_back(&mut journal, Some(&mut monitor))?);
@@ -128,8 +129,6 @@ pub struct Hold {
     pub monitor: QmpSocket,
     /// What we have in the VM.
     pub journal: Journal,
-    /// The target's lock.
-    pub lock: Lock,
     /// What was left by dead runs and has been taken back.
     pub recovered: Vec<String>,
     seen: Option<(Machine, Chosen)>,
@@ -137,6 +136,8 @@ pub struct Hold {
     /// Bytes a bit of the bitmaps that are added.
     pub granularity: u32,
     daemon: Option<Daemon>,
+    /// The target's lock; the last to go, when an image's helper has let go of the image.
+    pub lock: Lock,
 }
 
 impl Hold {

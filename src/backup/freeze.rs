@@ -83,19 +83,28 @@ impl Runner {
                 disk.open = None;
             }
             // Whatever was put into the VM comes out; the error that is reported is the first one. The guard watches
-            // until then: two must not talk on one connection, so it takes over only when this did not work.
+            // this too: two must not talk on one connection, so it takes over only when this did not work.
             if let Err(error) = hold.release() {
                 tracing::error!(error = format!("{error:#}"), "the VM could not be released");
                 self.warnings.push(format!(
                     "the VM could not be released: {error:#}; run `forerun recover`"
                 ));
+                drop(hold);
+                drop(guard);
                 return result;
             }
         }
-        if let Some(guard) = guard {
-            guard.dismiss()?;
-        }
+        self.dismiss(guard);
         result
+    }
+
+    /// Dismisses the guard after the release; one that died before is no harm any more.
+    fn dismiss(&mut self, guard: Option<Guard>) {
+        if let Some(Err(error)) = guard.map(Guard::dismiss) {
+            self.warnings.push(format!(
+                "the guard was gone before its dismissal: {error:#}"
+            ));
+        }
     }
 
     fn freeze_held(&mut self, hold: &mut Hold, guard: &mut Option<Guard>) -> Result<Residual> {
