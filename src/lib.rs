@@ -40,6 +40,7 @@ pub mod guard;
 pub mod hoststate;
 pub mod image;
 pub mod nbd;
+mod offline;
 pub mod progress;
 pub mod qmp;
 pub mod report;
