@@ -25,7 +25,7 @@ use machine::machine_args;
 pub(crate) use machine::machine_without_guest;
 
 /// How long a boot may take; a starved machine is slow.
-const BOOT: Duration = Duration::from_secs(120);
+const BOOT: Duration = Duration::from_secs(240);
 /// What the init prints when modules, ports and mounts are there.
 const UP: &str = "GUEST-UP";
 
