@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::image::{Content, Encoded, Entry, MapReader, PackWriter, Repository};
-use crate::units::{BlockRun, Extent};
+use crate::units::{BlockRun, BlockSize, Extent};
 
 /// Pieces that wait for a worker, and results that wait for the writer.
 const QUEUE: usize = 32;
@@ -38,6 +38,8 @@ pub struct CopyDisk {
     pub size: u64,
     /// The base's map, for disks that have one.
     pub base: Option<MapReader>,
+    /// The disk's size in the base, bytes; 0 without.
+    pub base_size: u64,
 }
 
 /// What blocks were proved to hold; a run of more than one block is zero or the same as the base.
@@ -60,12 +62,14 @@ enum Done {
 }
 
 /// Copies what `source` hands out and makes it durable. `source` runs on this thread; it gets a function that takes a
-/// piece, and must stop when that says so.
+/// piece, and must stop when that says so. With `patience` it says so, too, when the repository has taken nothing for that
+/// long: whoever waits holds a VM.
 pub fn copy<T>(
     repo: &Repository,
     disks: &[CopyDisk],
     label: &str,
     progress: &AtomicU64,
+    patience: Option<Duration>,
     source: impl FnOnce(&mut dyn FnMut(Piece) -> ControlFlow<()>) -> Result<T>,
 ) -> Result<(T, Copied)> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
@@ -82,8 +86,12 @@ pub fn copy<T>(
         let writer = scope.spawn(|| write(repo, disks, label, results));
         let mut give = |piece: Piece| {
             let bytes = piece.extent.length;
-            // Nobody takes pieces any more: the writer failed, and says why below.
-            if work.send(piece).is_err() {
+            let taken = match patience {
+                Some(patience) => work.send_timeout(piece, patience).is_ok(),
+                None => work.send(piece).is_ok(),
+            };
+            // Nobody takes pieces any more: the writer failed, and says why below, or the repository stalls.
+            if !taken {
                 return ControlFlow::Break(());
             }
             read.fetch_add(bytes, Ordering::Relaxed);
@@ -140,7 +148,7 @@ fn encode(
     let disk = &disks[piece.disk];
     let first = piece.extent.offset / block_size.bytes();
     for (block, plain) in (first..).zip(data.chunks(block_size.as_usize())) {
-        let done = base_entry(disk, block).and_then(|base| {
+        let done = base_entry(disk, block, repo.block_size()).and_then(|base| {
             let expected = if let Entry::Data(id) = base {
                 Some(id)
             } else {
@@ -176,7 +184,13 @@ fn same(disk: usize, block: u64) -> Done {
     )
 }
 
-fn base_entry(disk: &CopyDisk, block: u64) -> Result<Entry> {
+/// What the base holds at a block. Where the sizes differ, a block that is not whole in both has nothing to be the same
+/// as.
+fn base_entry(disk: &CopyDisk, block: u64, block_size: BlockSize) -> Result<Entry> {
+    let common = disk.base_size.min(disk.size);
+    if disk.base_size != disk.size && block >= common / block_size.bytes() {
+        return Ok(Entry::Unset);
+    }
     match &disk.base {
         Some(base) => Ok(base.get(block)?),
         None => Ok(Entry::Unset),
@@ -191,7 +205,7 @@ fn zeros(repo: &Repository, disks: &[CopyDisk], piece: &Piece, send: &Out<'_>) -
         return send(Ok(Done::Run(piece.disk, run, Content::Zero)));
     }
     for block in run.first..run.end() {
-        let done = base_entry(disk, block).map(|base| match base {
+        let done = base_entry(disk, block, repo.block_size()).map(|base| match base {
             Entry::Zero => same(piece.disk, block),
             _ => Done::Run(
                 piece.disk,
@@ -258,11 +272,4 @@ fn push(proofs: &mut Vec<Proof>, run: BlockRun, content: Content) {
         return;
     }
     proofs.push((run, content));
-}
-
-/// The rate at which something goes, for reports.
-#[must_use]
-pub fn rate(bytes: u64, took: Duration) -> u64 {
-    let millis = u64::try_from(took.as_millis()).unwrap_or(u64::MAX).max(1);
-    bytes.saturating_mul(1000) / millis
 }

@@ -1,38 +1,49 @@
 //! Settling what a dead run left: through the VM's monitor while its QEMU lives, and what is on the file system after.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use crate::exit::{Failure, Kind};
 use crate::hoststate::Journal;
 use crate::qmp::Monitor;
-use crate::qmp::agent;
 use crate::qmp::release::{FileVersion, Leftover, Overlay};
 
 /// What [`take_back`] says of a VM that a full scratch had stopped.
 pub const RESUMED: &str = "a VM that a full scratch had stopped goes on";
 
-/// Takes back what a journal lists, then removes the journal. Returns what was found. Without a monitor the VM is off.
-pub fn take_back(journal: &mut Journal, monitor: Option<&mut dyn Monitor>) -> Result<Vec<String>> {
-    let mut removed = if let Some(monitor) = monitor {
-        let released = journal.release(monitor)?;
+/// What a journal listed and what became of it.
+#[derive(Debug, Default)]
+pub struct TakenBack {
+    /// What was found and taken back.
+    pub removed: Vec<String>,
+    /// Agents that do not say that their guests' file systems are thawed. The journal stays for them.
+    pub unthawed: Vec<PathBuf>,
+}
+
+/// Takes back what a journal lists, then removes the journal. Without a monitor the VM is off. An agent that does not
+/// answer is asked again for as long as `patience`; after that the journal keeps the guest for the next command.
+pub fn take_back(
+    journal: &mut Journal,
+    monitor: Option<&mut dyn Monitor>,
+    patience: Duration,
+) -> Result<TakenBack> {
+    let mut taken = TakenBack::default();
+    if let Some(monitor) = monitor {
+        let released = journal.release(monitor, patience)?;
         let resumed = released.resumed.then(|| RESUMED.to_owned());
-        released.removed.into_iter().chain(resumed).collect()
-    } else {
-        for item in journal.left() {
-            if let Leftover::Frozen { agent } = item {
-                agent::thaw_until_thawed(agent).ok();
-            }
-        }
-        Vec::new()
-    };
+        taken.removed = released.removed.into_iter().chain(resumed).collect();
+        taken.unthawed = released.unthawed;
+    }
     for item in journal.left().to_vec() {
         match item {
             Leftover::Overlay(overlay) if overlay.file.exists() => {
                 settle_overlay(&overlay)?;
-                removed.push(format!("overlay file {}", overlay.file.display()));
+                taken
+                    .removed
+                    .push(format!("overlay file {}", overlay.file.display()));
             }
             Leftover::Server { socket, .. } => {
                 std::fs::remove_file(&socket).ok();
@@ -40,8 +51,15 @@ pub fn take_back(journal: &mut Journal, monitor: Option<&mut dyn Monitor>) -> Re
             _ => {}
         }
     }
-    journal.close()?;
-    Ok(removed)
+    if taken.unthawed.is_empty() {
+        journal.close()?;
+    } else {
+        let frozen = taken.unthawed.iter().map(|agent| Leftover::Frozen {
+            agent: agent.clone(),
+        });
+        journal.write(frozen.collect())?;
+    }
+    Ok(taken)
 }
 
 /// An overlay's file whose QEMU is gone: the guest's last writes are in it. It is committed only onto a base that
