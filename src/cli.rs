@@ -199,9 +199,11 @@ pub struct RepoArgs {
 /// Which VM.
 #[derive(Debug, Args)]
 pub struct TargetArgs {
-    /// qmp:SOCKET of a running QEMU, or disk:PATH of an image of a VM that is off.
+    /// qmp:SOCKET of a running QEMU, or disk:PATH of an image of a VM that is off. disk:DISK=PATH says which of the VM's
+    /// disks the image is (`disk:vda=/images/web.qcow2`); with the VM's UUID or name as `--as`, backups go on from those
+    /// made while it ran. An image is held for at most 10 s at a time (`--deadline`), so that the VM can start.
     pub target: Target,
-    /// The name of a target without a UUID, the same wherever it runs.
+    /// The name of a target without a UUID, the same wherever it runs; of an image, the UUID of its VM will do, too.
     #[arg(long = "as", value_name = "NAME")]
     pub name: Option<String>,
     /// Only these disks.

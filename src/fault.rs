@@ -1,8 +1,15 @@
 //! Named steps at which a test may end the process, and nothing at all without the cargo feature `fault-injection`.
 //!
-//! With the feature on, `FORERUN_FAULT` says what happens: `kill@N` sends SIGKILL to this process at its N-th step
-//! (counted from 1), `kill-with-guard@N` first to the guard process too, and `count` appends each step's name as a line
-//! to the file that `FORERUN_FAULT_LOG` names, so that a test knows how many steps there are to die at.
+//! With the feature on, `FORERUN_FAULT` says what happens: `count` appends each step's name as a line to the file that
+//! `FORERUN_FAULT_LOG` names, so that a test knows which steps there are. `ACTION@STEP` acts at one step and appends that
+//! step's name to the log first. A step is a number, counted from 1, or `NAME#K`, the K-th step of that name.
+//!
+//! | action | what happens to this process |
+//! |---|---|
+//! | `kill` | SIGKILL |
+//! | `kill-with-guard` | SIGKILL to the guard process first, then to this one |
+//! | `stop` | SIGSTOP: it hangs, and whoever knows it may let it go on |
+//! | `term` | SIGTERM |
 
 /// A step that changes something outside this process; call it before and after.
 #[cfg(not(feature = "fault-injection"))]
@@ -19,8 +26,13 @@ pub fn step_of(_layer: &str, _operation: &str, _object: &str) {}
 #[inline]
 pub fn guard(_pid: u32) {}
 
+/// Keeps a child from acting on this process's plan: the guard has steps of the same names.
+#[cfg(not(feature = "fault-injection"))]
+#[inline]
+pub fn spare(_child: &mut std::process::Command) {}
+
 #[cfg(feature = "fault-injection")]
-pub use on::{guard, step, step_of};
+pub use on::{guard, spare, step, step_of};
 
 #[cfg(feature = "fault-injection")]
 mod on {
@@ -38,8 +50,13 @@ mod on {
     /// What `FORERUN_FAULT` asks for.
     enum Plan {
         Nothing,
-        Kill { at: u64, guard_too: bool },
         Count,
+        Act {
+            signal: Signal,
+            guard_too: bool,
+            at: u64,
+            name: Option<String>,
+        },
     }
 
     fn plan() -> Plan {
@@ -49,17 +66,32 @@ mod on {
         if text == "count" {
             return Plan::Count;
         }
-        match text.split_once('@').map(|(what, at)| (what, at.parse())) {
-            Some(("kill", Ok(at))) => Plan::Kill {
-                at,
-                guard_too: false,
-            },
-            Some(("kill-with-guard", Ok(at))) => Plan::Kill {
-                at,
-                guard_too: true,
-            },
-            _ => panic!("FORERUN_FAULT is not kill@N, kill-with-guard@N or count: {text}"),
-        }
+        let Some(plan) = parse(&text) else {
+            panic!("FORERUN_FAULT is neither count nor ACTION@STEP: {text}");
+        };
+        plan
+    }
+
+    fn parse(text: &str) -> Option<Plan> {
+        let (action, step) = text.split_once('@')?;
+        let (signal, guard_too) = match action {
+            "kill" => (Signal::KILL, false),
+            "kill-with-guard" => (Signal::KILL, true),
+            "stop" => (Signal::STOP, false),
+            "term" => (Signal::TERM, false),
+            _ => return None,
+        };
+        let (name, at) = match step.split_once('#') {
+            Some((name, at)) => (Some(name.to_owned()), at),
+            None => (None, step),
+        };
+        let at = at.parse().ok()?;
+        Some(Plan::Act {
+            signal,
+            guard_too,
+            at,
+            name,
+        })
     }
 
     /// A step that changes something outside this process; call it before and after.
@@ -67,9 +99,16 @@ mod on {
         match PLAN.get_or_init(plan) {
             Plan::Nothing => {}
             Plan::Count => log(name),
-            Plan::Kill { at, guard_too } => {
-                if STEPS.fetch_add(1, Ordering::SeqCst) + 1 == *at {
-                    die(*guard_too);
+            Plan::Act {
+                signal,
+                guard_too,
+                at,
+                name: wanted,
+            } => {
+                let counts = wanted.as_ref().is_none_or(|wanted| wanted == name);
+                if counts && STEPS.fetch_add(1, Ordering::SeqCst) + 1 == *at {
+                    log(name);
+                    act(*signal, *guard_too);
                 }
             }
         }
@@ -83,6 +122,11 @@ mod on {
     /// Says which process is the guard, for `kill-with-guard`.
     pub fn guard(pid: u32) {
         GUARD.store(i32::try_from(pid).unwrap_or(0), Ordering::SeqCst);
+    }
+
+    /// Keeps a child from acting on this process's plan: the guard has steps of the same names.
+    pub fn spare(child: &mut std::process::Command) {
+        child.env_remove("FORERUN_FAULT");
     }
 
     fn log(name: &str) {
@@ -99,20 +143,16 @@ mod on {
         }
     }
 
-    fn die(guard_too: bool) -> ! {
-        if guard_too {
-            let named = std::env::var("FORERUN_FAULT_GUARD")
-                .ok()
-                .and_then(|pid| pid.parse().ok());
-            let pid = named.unwrap_or_else(|| GUARD.load(Ordering::SeqCst));
-            if let Some(pid) = Pid::from_raw(pid) {
-                // The guard may be gone already; the process dies either way.
-                kill_process(pid, Signal::KILL).ok();
-            }
+    fn act(signal: Signal, guard_too: bool) {
+        if guard_too && let Some(pid) = Pid::from_raw(GUARD.load(Ordering::SeqCst)) {
+            // The guard may be gone already; the process dies either way.
+            kill_process(pid, Signal::KILL).ok();
         }
-        kill_process(getpid(), Signal::KILL).ok();
-        loop {
-            std::thread::park();
+        kill_process(getpid(), signal).ok();
+        if signal == Signal::KILL {
+            loop {
+                std::thread::park();
+            }
         }
     }
 }

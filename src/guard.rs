@@ -68,6 +68,7 @@ impl Guard {
         // The only descriptor that the child gets without being told: the lock, held until it ends.
         let flags = fcntl_getfd(&held).context("share the target's lock")?;
         fcntl_setfd(&held, flags - FdFlags::CLOEXEC).context("share the target's lock")?;
+        crate::fault::spare(&mut command);
         let child = command
             .arg(COMMAND)
             .arg("--journal")
@@ -96,6 +97,7 @@ impl Guard {
             return Err(error).context("the guard did not start");
         }
         crate::fault::guard(u32::from_be_bytes(guard.read_pid()?));
+        crate::fault::step("guard:start:after");
         Ok(guard)
     }
 
@@ -109,8 +111,10 @@ impl Guard {
 
     /// Everything is released: the guard goes.
     pub fn dismiss(mut self) -> Result<()> {
+        crate::fault::step("guard:dismiss:before");
         self.pair.write_all(b"D").context("dismiss the guard")?;
         self.child.wait().context("wait for the guard")?;
+        crate::fault::step("guard:dismiss:after");
         Ok(())
     }
 }
@@ -144,13 +148,17 @@ pub fn run(journal: &Path, deadline: Duration, main: i32) -> Result<()> {
         .context("take the monitor")?;
     let mut pair = UnixStream::from(pair);
     let own = std::process::id().to_be_bytes();
-    pair.write_all(&[b'R', own[0], own[1], own[2], own[3]])
-        .context("report to the main process")?;
+    // A main process that died meanwhile hears nothing; its end is seen below.
+    pair.write_all(&[b'R', own[0], own[1], own[2], own[3]]).ok();
     if dismissed(&mut pair, deadline)? {
         return Ok(());
     }
     if deadline.passed() {
         end_main(main, &mut pair)?;
+    }
+    if !journal.exists() {
+        // The main process had released everything.
+        return Ok(());
     }
     let mut monitor = QmpSocket::inherit(UnixStream::from(monitor))?;
     let mut journal = Journal::load(journal.to_path_buf())?;
@@ -182,6 +190,7 @@ fn dismissed(pair: &mut UnixStream, deadline: Deadline) -> Result<bool> {
                     return Ok(false);
                 }
             }
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(false),
             Err(error) => return Err(error).context("watch the main process"),
         }
     }

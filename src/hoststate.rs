@@ -55,6 +55,9 @@ fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     move |source| Error::Io { what, path, source }
 }
 
+/// How the file of a journal that is being written ends.
+const UNWRITTEN: &str = "journal-new";
+
 /// The directory of all host state.
 #[must_use]
 pub fn root() -> PathBuf {
@@ -185,6 +188,19 @@ impl TargetState {
         Ok(found)
     }
 
+    /// Removes journals that were not written whole: what they would have listed was never made. Only under the target's
+    /// lock.
+    pub fn remove_unwritten(&self) -> Result<()> {
+        let entries = std::fs::read_dir(&self.directory).map_err(io("list", &self.directory))?;
+        for entry in entries {
+            let path = entry.map_err(io("list", &self.directory))?.path();
+            if path.extension().is_some_and(|ending| ending == UNWRITTEN) {
+                std::fs::remove_file(&path).map_err(io("remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
     /// A new journal for a run; nothing is written yet.
     #[must_use]
     pub fn journal(&self, run: &str, monitor: &Path, process: &Process) -> Journal {
@@ -260,7 +276,7 @@ impl Journal {
         crate::fault::step("journal:write:before");
         let bytes = serde_json::to_vec(&self.content)
             .map_err(|error| io("encode", &self.path)(std::io::Error::other(error)))?;
-        let fresh = self.path.with_extension("journal-new");
+        let fresh = self.path.with_extension(UNWRITTEN);
         let mut file = OpenOptions::new()
             .write(true)
             .create(true)
@@ -285,10 +301,10 @@ impl Journal {
     /// Takes back everything that it lists, through a monitor of the VM. The journal stays until [`close`](Self::close).
     pub fn release(&mut self, monitor: &mut dyn Monitor) -> anyhow::Result<Released> {
         if monitor.process() != &self.content.process {
-            // That QEMU is gone, and with it everything but files.
-            self.content
-                .left
-                .retain(|item| matches!(item, Leftover::Overlay(_) | Leftover::Frozen { .. }));
+            // That QEMU is gone, and with it everything but files: nothing is committed, and a socket is not its server.
+            let frozen = |item: &&Leftover| matches!(item, Leftover::Frozen { .. });
+            let left: Vec<_> = self.content.left.iter().filter(frozen).cloned().collect();
+            return Ok(qmp::release::release(monitor, &left)?);
         }
         self.before_commit()?;
         Ok(qmp::release::release(monitor, &self.content.left)?)

@@ -36,6 +36,8 @@ pub struct Outcome {
     pub warnings: Vec<String>,
     /// How it ended when it did not end well.
     pub kind: Option<Kind>,
+    /// Why it failed, for commands that have something to warn of all the same.
+    pub error: Option<anyhow::Error>,
 }
 
 impl Outcome {
@@ -49,7 +51,10 @@ impl Outcome {
 #[must_use]
 pub fn finish(command: &str, style: Style, result: Result<Outcome, anyhow::Error>) -> ExitCode {
     let (outcome, error) = match result {
-        Ok(outcome) => (outcome, None),
+        Ok(mut outcome) => {
+            let error = outcome.error.take();
+            (outcome, error)
+        }
         Err(error) => (Outcome::default(), Some(error)),
     };
     let failed = error.as_ref().map(|error| {

@@ -40,7 +40,7 @@ pub fn check(tasks: &[Task], force: bool) -> Result<()> {
         if tasks
             .iter()
             .take(index)
-            .any(|other| other.path == task.path)
+            .any(|other| same_place(&other.path, &task.path))
         {
             return Err(Failure::plain(
                 Kind::Usage,
@@ -78,6 +78,18 @@ pub fn check(tasks: &[Task], force: bool) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether two paths name one file, which need not exist yet.
+fn same_place(a: &Path, b: &Path) -> bool {
+    let whole = |path: &Path| {
+        std::fs::canonicalize(path).ok().or_else(|| {
+            let parent = path.parent().filter(|parent| parent != &Path::new(""));
+            let parent = std::fs::canonicalize(parent.unwrap_or(Path::new("."))).ok()?;
+            Some(parent.join(path.file_name()?))
+        })
+    };
+    a == b || whole(a).is_some_and(|path| Some(path) == whole(b))
 }
 
 fn check_device(task: &Task) -> Result<()> {

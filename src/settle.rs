@@ -11,10 +11,15 @@ use crate::qmp::Monitor;
 use crate::qmp::agent;
 use crate::qmp::release::{FileVersion, Leftover, Overlay};
 
+/// What [`take_back`] says of a VM that a full scratch had stopped.
+pub const RESUMED: &str = "a VM that a full scratch had stopped goes on";
+
 /// Takes back what a journal lists, then removes the journal. Returns what was found. Without a monitor the VM is off.
 pub fn take_back(journal: &mut Journal, monitor: Option<&mut dyn Monitor>) -> Result<Vec<String>> {
     let mut removed = if let Some(monitor) = monitor {
-        journal.release(monitor)?.removed
+        let released = journal.release(monitor)?;
+        let resumed = released.resumed.then(|| RESUMED.to_owned());
+        released.removed.into_iter().chain(resumed).collect()
     } else {
         for item in journal.left() {
             if let Leftover::Frozen { agent } = item {

@@ -15,9 +15,30 @@ pub enum Target {
     /// A QEMU without libvirt, by its QMP socket.
     Qmp(PathBuf),
     /// An image of a VM that is off.
-    Disk(PathBuf),
+    Disk(Image),
     /// A name: of a libvirt domain, or of a target that a repository knows.
     Name(String),
+}
+
+/// An image of a VM that is off.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// The file or device.
+    pub path: PathBuf,
+    /// The disk that it is in the VM, so that it goes on from what was made while the VM ran.
+    pub disk: Option<String>,
+}
+
+impl Image {
+    /// The disk's key: as it was named, else the file's name without its ending.
+    #[must_use]
+    pub fn key(&self) -> String {
+        let stem = || Some(self.path.file_stem()?.to_string_lossy().into_owned());
+        self.disk
+            .clone()
+            .or_else(stem)
+            .unwrap_or_else(|| "disk".to_owned())
+    }
 }
 
 impl FromStr for Target {
@@ -33,7 +54,13 @@ impl FromStr for Target {
         if let Some(rest) = text.strip_prefix("qmp:") {
             Ok(Self::Qmp(path(rest)?))
         } else if let Some(rest) = text.strip_prefix("disk:") {
-            Ok(Self::Disk(path(rest)?))
+            // `disk:KEY=PATH`; a path with a `=` in its first part is told from it by a leading `./` or `/`.
+            let (disk, rest) = match rest.split_once('=') {
+                Some((key, rest)) if is_key(key) => (Some(key.to_owned()), rest),
+                _ => (None, rest),
+            };
+            let path = path(rest)?;
+            Ok(Self::Disk(Image { path, disk }))
         } else if text.is_empty() {
             Err("an empty target".to_owned())
         } else {
@@ -46,7 +73,10 @@ impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Qmp(path) => write!(f, "qmp:{}", path.display()),
-            Self::Disk(path) => write!(f, "disk:{}", path.display()),
+            Self::Disk(Image { path, disk }) => match disk {
+                Some(disk) => write!(f, "disk:{disk}={}", path.display()),
+                None => write!(f, "disk:{}", path.display()),
+            },
             Self::Name(name) => f.write_str(name),
         }
     }
@@ -68,10 +98,14 @@ pub fn key_without_uuid(path: &Path, given: Option<&str>) -> anyhow::Result<Stri
     Ok(format!("path-{hex}"))
 }
 
+fn is_key(name: &str) -> bool {
+    let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    !name.is_empty() && name.len() <= 100 && !name.starts_with('.') && name.chars().all(good)
+}
+
 /// A key is a directory's name: letters, digits, `.`, `_` and `-`.
 fn checked_key(name: &str) -> anyhow::Result<String> {
-    let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-    if name.is_empty() || name.len() > 100 || name.starts_with('.') || !name.chars().all(good) {
+    if !is_key(name) {
         let message = format!("`{name}` is no name for a target");
         return Err(Failure::hinted(
             Kind::Usage,
@@ -180,7 +214,22 @@ mod tests {
             "qmp:/run/vm.sock".parse(),
             Ok(Target::Qmp("/run/vm.sock".into()))
         );
-        assert_eq!("disk:/a.qcow2".parse(), Ok(Target::Disk("/a.qcow2".into())));
+        let image = |text: &str| match text.parse() {
+            Ok(Target::Disk(image)) => (image.key(), image.path),
+            other => panic!("{text}: {other:?}"),
+        };
+        assert_eq!(image("disk:/a.qcow2"), ("a".to_owned(), "/a.qcow2".into()));
+        assert_eq!(
+            image("disk:vda=/a.qcow2"),
+            ("vda".to_owned(), "/a.qcow2".into())
+        );
+        assert_eq!(
+            image("disk:/b=/a=c.raw"),
+            ("a=c".to_owned(), "/b=/a=c.raw".into())
+        );
+        assert!("disk:vda=".parse::<Target>().is_err());
+        let spelled: Target = "disk:vda=/a.qcow2".parse().unwrap();
+        assert_eq!(spelled.to_string(), "disk:vda=/a.qcow2");
         assert_eq!("web-1".parse(), Ok(Target::Name("web-1".into())));
         assert!("qmp:".parse::<Target>().is_err());
         assert_eq!(Target::Qmp("/x".into()).to_string(), "qmp:/x");

@@ -1,23 +1,22 @@
 //! A target in our hands: for the length of a batch or a freeze, under its lock, with its monitor, after whatever a dead
 //! run left in it has been taken back.
 
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use crate::bitmap::rotate::Port;
 use crate::bitmap::track::Seen;
-use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
 use crate::hoststate::{Journal, Lock, TargetState};
+use crate::offline::{Daemon, Memory};
 use crate::qmp::command::{
     action_add_bitmap, action_disable_bitmap, action_remove_bitmap, transaction,
 };
-use crate::qmp::graph::{self, Disk, Graph, Machine};
-use crate::qmp::names::RunName;
+use crate::qmp::graph::{self, Disk, Machine};
+use crate::qmp::names::{PREFIX, RunName};
 use crate::qmp::socket::QmpSocket;
 use crate::qmp::{Monitor, Process};
 use crate::settle;
@@ -39,6 +38,8 @@ pub struct Vm {
     pub state: TargetState,
     /// Which of its disks.
     pub choice: Choice,
+    /// Of an image that holds no bitmaps.
+    memory: Arc<Mutex<Memory>>,
 }
 
 impl Vm {
@@ -52,10 +53,10 @@ impl Vm {
                     None => key_without_uuid(socket, given)?,
                 }
             }
-            Target::Disk(path) => {
-                std::fs::metadata(path)
-                    .with_context(|| format!("cannot open {}", path.display()))?;
-                key_without_uuid(path, given)?
+            Target::Disk(image) => {
+                std::fs::metadata(&image.path)
+                    .with_context(|| format!("cannot open {}", image.path.display()))?;
+                key_without_uuid(&image.path, given)?
             }
             Target::Name(name) => {
                 return Err(Failure::hinted(
@@ -71,6 +72,7 @@ impl Vm {
             key,
             state,
             choice,
+            memory: Arc::default(),
         })
     }
 
@@ -79,12 +81,13 @@ impl Vm {
         let lock = self.state.lock_target(doing, LOCK_WAIT)?;
         let (mut monitor, daemon) = match &self.target {
             Target::Qmp(socket) => (QmpSocket::connect(socket)?, None),
-            Target::Disk(path) => {
-                let (monitor, daemon) = Daemon::open(path, &self.state, &run.run)?;
+            Target::Disk(image) => {
+                let (monitor, daemon) = Daemon::open(image, &self.state, &run.run)?;
                 (monitor, Some(daemon))
             }
             Target::Name(name) => anyhow::bail!("`{name}` is no target that can be reached"),
         };
+        self.state.remove_unwritten()?;
         let mut recovered = Vec::new();
         for mut journal in self.state.journals()? {
             recovered.extend(settle::take_back(&mut journal, Some(&mut monitor))?);
@@ -95,6 +98,15 @@ impl Vm {
         let journal = self
             .state
             .journal(&run.run, self.monitor_path(), monitor.process());
+        let mut memory = None;
+        if let (Target::Disk(image), Some(daemon)) = (&self.target, &daemon) {
+            let without = daemon.machine(&mut monitor)?.disks;
+            if without.iter().any(|disk| disk.transient.is_some()) {
+                let mut kept = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+                kept.resume(&image.path, &mut monitor)?;
+                memory = Some(Arc::clone(&self.memory));
+            }
+        }
         Ok(Hold {
             monitor,
             journal,
@@ -103,13 +115,15 @@ impl Vm {
             seen: None,
             choice: self.choice.clone(),
             granularity: 0,
+            memory,
             daemon,
         })
     }
 
     fn monitor_path(&self) -> &Path {
         match &self.target {
-            Target::Qmp(path) | Target::Disk(path) => path,
+            Target::Qmp(path) => path,
+            Target::Disk(image) => &image.path,
             Target::Name(_) => Path::new(""),
         }
     }
@@ -128,15 +142,16 @@ pub struct Hold {
     pub monitor: QmpSocket,
     /// What we have in the VM.
     pub journal: Journal,
-    /// The target's lock.
-    pub lock: Lock,
     /// What was left by dead runs and has been taken back.
     pub recovered: Vec<String>,
     seen: Option<(Machine, Chosen)>,
     choice: Choice,
     /// Bytes a bit of the bitmaps that are added.
     pub granularity: u32,
+    memory: Option<Arc<Mutex<Memory>>>,
     daemon: Option<Daemon>,
+    /// The target's lock; the last to go, when an image's helper has let go of the image.
+    pub lock: Lock,
 }
 
 impl Hold {
@@ -173,8 +188,17 @@ impl Hold {
     }
 
     /// Takes back all that the journal lists, in the VM and on the file system.
-    pub fn release(&mut self) -> Result<()> {
-        settle::take_back(&mut self.journal, Some(&mut self.monitor)).map(drop)
+    pub fn release(&mut self) -> Result<Vec<String>> {
+        settle::take_back(&mut self.journal, Some(&mut self.monitor))
+    }
+
+    /// The ids of the jobs that were there at the last look and are not ours.
+    #[must_use]
+    pub fn foreign_jobs(&self) -> Vec<&str> {
+        let jobs = self.seen.iter().flat_map(|(machine, _)| &machine.jobs);
+        jobs.map(|job| job.id.as_str())
+            .filter(|id| !id.starts_with(PREFIX))
+            .collect()
     }
 
     /// A chosen disk by its key.
@@ -204,7 +228,35 @@ impl Hold {
             .map(|(key, name)| Ok(action(self.disk(key)?, name)))
             .collect::<Result<Vec<_>>>()?;
         transaction(&mut self.monitor, &actions)?;
+        if let Some(memory) = self.memory.clone() {
+            self.look()?;
+            let bitmaps = self
+                .disks()
+                .iter()
+                .flat_map(|disk| disk.bitmaps.clone())
+                .collect::<Vec<_>>();
+            let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+            memory.keep(&bitmaps);
+        }
         Ok(())
+    }
+
+    /// Whether what is proved now still counts in a later hold. A device without bitmaps has nothing that would tell.
+    #[must_use]
+    pub fn lasting(&self) -> bool {
+        self.memory.is_none() || !self.daemon.as_ref().is_some_and(Daemon::device)
+    }
+
+    /// Whether nobody has written to an image of a VM that is off since the hold began.
+    #[must_use]
+    pub fn unchanged(&self, target: &Target) -> bool {
+        match (target, &self.memory) {
+            (Target::Disk(image), Some(memory)) => memory
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .unchanged(&image.path),
+            _ => true,
+        }
     }
 }
 
@@ -242,126 +294,4 @@ impl Port for Hold {
     fn remove(&mut self, bitmaps: &[(String, String)]) -> Result<()> {
         self.act(bitmaps, |disk, name| action_remove_bitmap(&disk.node, name))
     }
-}
-
-/// A private `qemu-storage-daemon` over an image of a VM that is off. It holds the image's lock while it lives.
-#[derive(Debug)]
-struct Daemon {
-    child: Child,
-    socket: PathBuf,
-    key: String,
-}
-
-/// The image's node in the helper.
-const OFFLINE_NODE: &str = "forerun-image";
-
-impl Daemon {
-    fn open(path: &Path, state: &TargetState, run: &str) -> Result<(QmpSocket, Self)> {
-        let format = image_format(path)?;
-        let socket = state.directory().join(format!("{run}.qsd"));
-        std::fs::remove_file(&socket).ok();
-        let protocol = if std::fs::metadata(path)?.is_file() {
-            "file"
-        } else {
-            "host_device"
-        };
-        let node = serde_json::json!({
-            "driver": format, "node-name": OFFLINE_NODE, "read-only": false,
-            "file": { "driver": protocol, "filename": path, "locking": "on" },
-        });
-        let chardev = format!("socket,id=qmp,server=on,wait=off,path={}", socket.display());
-        let mut command = Command::new("qemu-storage-daemon");
-        command
-            .args([
-                "--chardev",
-                &chardev.replace(",,", ","),
-                "--monitor",
-                "chardev=qmp",
-            ])
-            .arg("--blockdev")
-            .arg(node.to_string())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .process_group(0);
-        let mut child = command.spawn().context("start qemu-storage-daemon")?;
-        let deadline = Deadline::after(Duration::from_secs(20));
-        while !socket.exists() {
-            if child.try_wait()?.is_some() {
-                return Err(refused_image(path, child));
-            }
-            anyhow::ensure!(!deadline.passed(), "qemu-storage-daemon does not start");
-            clock::sleep(Duration::from_millis(2));
-        }
-        let key = path
-            .file_stem()
-            .map_or_else(|| "disk".into(), |stem| stem.to_string_lossy());
-        let daemon = Self {
-            child,
-            socket,
-            key: key.into_owned(),
-        };
-        let monitor = QmpSocket::connect(&daemon.socket)?;
-        Ok((monitor, daemon))
-    }
-
-    fn machine(&self, monitor: &mut QmpSocket) -> Result<Machine> {
-        let graph = Graph::read(monitor)?;
-        let mut disk = graph
-            .disk(&self.key, OFFLINE_NODE, Vec::new())
-            .map_err(|why| Failure::plain(Kind::Attention, why))?;
-        disk.qdev.clone_from(&self.key);
-        "image".clone_into(&mut disk.device);
-        Ok(Machine {
-            uuid: None,
-            name: None,
-            state: "off".to_owned(),
-            version: String::new(),
-            process: monitor.process().clone(),
-            disks: vec![disk],
-            left_out: Vec::new(),
-            jobs: Vec::new(),
-            exports: Vec::new(),
-        })
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        // SIGTERM lets it store the bitmaps and close the image.
-        if rustix::process::kill_process(pid, rustix::process::Signal::TERM).is_ok() {
-            self.child.wait().ok();
-        }
-        std::fs::remove_file(&self.socket).ok();
-    }
-}
-
-fn refused_image(path: &Path, child: Child) -> anyhow::Error {
-    let output = child
-        .wait_with_output()
-        .map(|out| out.stderr)
-        .unwrap_or_default();
-    let words = String::from_utf8_lossy(&output).trim().to_owned();
-    let message = format!("cannot open {}: {words}", path.display());
-    if words.contains("lock") {
-        return Failure::hinted(
-            Kind::Busy,
-            message,
-            "a running VM uses the image: name the VM by its `qmp:SOCKET`",
-        );
-    }
-    Failure::plain(Kind::Failed, message)
-}
-
-/// The format of an image: `qcow2` by its magic (QEMU docs/interop/qcow2, "Header"), else `raw`.
-fn image_format(path: &Path) -> Result<&'static str> {
-    use std::io::Read;
-    let mut magic = [0; 4];
-    let mut file =
-        std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    Ok(match file.read_exact(&mut magic) {
-        Ok(()) if &magic == b"QFI\xfb" => "qcow2",
-        _ => "raw",
-    })
 }

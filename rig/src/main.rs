@@ -309,34 +309,31 @@ fn cell(
     iothreads: YesNo,
     starve: YesNo,
 ) -> Cell {
-    Cell {
-        method: match method {
-            MethodArg::Fleece => Method::Fleece,
-            MethodArg::Snapshot => Method::Snapshot,
-        },
-        order: match args.order {
-            OrderArg::Right => Order::Right,
-            OrderArg::Wrong => Order::Wrong,
-        },
-        via: match via {
-            ViaArg::Guest => Via::Guest,
-            ViaArg::Exports => Via::Exports,
-        },
-        iothreads: matches!(iothreads, YesNo::Yes),
-        starve: matches!(starve, YesNo::Yes),
-        points: args.points,
-        disk_size: args.disk_mib << 20,
-        writers: args.writers,
-        run: args.run.unwrap_or(match via {
-            ViaArg::Guest => 2,
-            ViaArg::Exports => 8,
-        }),
-        rate: args.rate,
-        pause: Duration::from_millis(args.pause_ms),
-        product: args.with_forerun.clone().map(|program| Product {
-            program,
-            extra: args.forerun_arg.clone(),
-        }),
-        keep: args.keep.clone(),
-    }
+    let method = match method {
+        MethodArg::Fleece => Method::Fleece,
+        MethodArg::Snapshot => Method::Snapshot,
+    };
+    let order = match args.order {
+        OrderArg::Right => Order::Right,
+        OrderArg::Wrong => Order::Wrong,
+    };
+    let via = match via {
+        ViaArg::Guest => Via::Guest,
+        ViaArg::Exports => Via::Exports,
+    };
+    let mut cell = Cell::new(method, order, via, args.points);
+    cell.iothreads = matches!(iothreads, YesNo::Yes);
+    cell.starve = matches!(starve, YesNo::Yes);
+    cell.disk_size = args.disk_mib << 20;
+    cell.writers = args.writers;
+    cell.run = args.run.unwrap_or(cell.run);
+    cell.rate = args.rate;
+    cell.pause = Duration::from_millis(args.pause_ms);
+    cell.keep.clone_from(&args.keep);
+    let extra = args.forerun_arg.clone();
+    cell.product = args
+        .with_forerun
+        .clone()
+        .map(|program| Product { program, extra });
+    cell
 }

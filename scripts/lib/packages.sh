@@ -6,7 +6,7 @@
 #   fetch_guest_agent DIR                      # DIR/root/... with qemu-ga and its libraries
 #
 # Groups: rust-check (a compiler that is new enough), qemu (system emulator and image tools),
-# guest (what a test guest is built from), test (load and check tools), demo (to read reports).
+# guest (what a test guest is built from), test (load and check tools), demo (to read reports), bench (what measures).
 #
 # Debian 12's own QEMU (7.2) cannot be mixed with image tools from backports, so on Debian 12 both come from
 # backports. The archive's host is taken from the machine's own package sources: a mirror stays a mirror.
@@ -103,6 +103,7 @@ need_packages() {
 		guest) list+=(busybox-static cpio xz-utils e2fsprogs) ;;
 		test) list+=(libnbd-bin fio shellcheck) ;;
 		demo) list+=(jq) ;;
+		bench) list+=(time jq openssl) ;;
 		*)
 			packages_say "unknown group $group"
 			return 2

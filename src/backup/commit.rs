@@ -101,7 +101,7 @@ impl Runner {
         }
     }
 
-    fn pause(&self, pause: std::time::Duration) -> Result<()> {
+    pub(super) fn pause(&self, pause: std::time::Duration) -> Result<()> {
         let deadline = Deadline::after(pause);
         while !deadline.passed() {
             self.check_interrupt()?;
@@ -146,6 +146,9 @@ impl Runner {
         let mut hold = self.hold()?;
         self.sample_writes(&mut hold)?;
         let mut left = self.estimate(&hold);
+        if !hold.lasting() {
+            return Ok(());
+        }
         drop(hold);
         let mut passes = 0;
         while left > SMALL && passes < PASSES {

@@ -23,12 +23,13 @@ use crate::exit::{Failure, Kind};
 use crate::guard::Guard;
 use crate::nbd::Endpoint;
 use crate::qmp::Monitor as _;
-use crate::qmp::agent::{self, Agent, Status};
+use crate::qmp::agent::{Agent, Status};
 use crate::qmp::command::list;
 use crate::qmp::export::{self, Export, Listening};
 use crate::qmp::freeze::{Freeze, FreezeDisk, Method};
 use crate::qmp::graph::Machine;
 use crate::qmp::release::{Leftover, Released};
+use crate::settle;
 use crate::units::Bytes;
 use crate::vm::{Hold, seen};
 
@@ -38,8 +39,14 @@ const SCRATCH_LEAST: u64 = 1 << 30;
 const GUARD_GRACE: Duration = Duration::from_secs(5);
 /// How long the guest's file systems may take to freeze.
 const QUIESCE: Duration = Duration::from_secs(10);
+/// How long they may take to thaw while the block snapshot is held.
+const THAW: Duration = Duration::from_secs(3);
 /// How long somebody else's freeze is waited for.
 const FROZEN_WAIT: Duration = Duration::from_secs(30);
+/// How long others' block jobs are waited for.
+const JOBS_WAIT: Duration = Duration::from_secs(30);
+/// What a guard allows for thawing a guest whose agent hangs.
+const THAW_GUARD: Duration = Duration::from_secs(150);
 
 /// How the instant came about, and what it cost the guest.
 #[derive(Debug, Clone, Serialize)]
@@ -72,30 +79,108 @@ pub(super) struct Residual {
 #[error("the freeze was given up: {0}")]
 pub(super) struct GivenUp(pub(super) String);
 
+/// The guest's file systems could not be frozen, before anything else had happened.
+#[derive(Debug, thiserror::Error)]
+#[error("the guest is not quiesced: {0}")]
+struct NotQuiesced(String);
+
 impl Runner {
     /// Freezes all disks at one instant and brings their residual in.
     pub(super) fn freeze(&mut self) -> Result<Residual> {
-        let mut hold = self.hold()?;
+        match self.try_freeze() {
+            Err(error)
+                if self.options.quiesce == Quiesce::Auto
+                    && error.downcast_ref::<NotQuiesced>().is_some() =>
+            {
+                self.warnings.push(format!("{error:#}"));
+                self.options.quiesce = Quiesce::Never;
+                self.try_freeze()
+            }
+            done => done,
+        }
+    }
+
+    fn try_freeze(&mut self) -> Result<Residual> {
+        let mut hold = self.hold_without_jobs()?;
         let mut guard = None;
         let result = self.freeze_held(&mut hold, &mut guard);
         if result.is_err() {
+            // Whatever was put into the VM comes out; the error that is reported is the first one.
+            self.release_failed(&mut hold, guard);
             for disk in &mut self.disks {
                 disk.open = None;
             }
-            // Whatever was put into the VM comes out; the error that is reported is the first one. The guard watches
-            // until then: two must not talk on one connection, so it takes over only when this did not work.
-            if let Err(error) = hold.release() {
+        }
+        result
+    }
+
+    /// Dismisses the guard after the release; one that died before is no harm any more.
+    fn dismiss(&mut self, guard: Option<Guard>) {
+        if let Some(Err(error)) = guard.map(Guard::dismiss) {
+            self.warnings.push(format!(
+                "the guard was gone before its dismissal: {error:#}"
+            ));
+        }
+    }
+
+    /// Releases the VM after a freeze that failed. The guard watches until that is done: let go before, it would talk on
+    /// the same connection.
+    fn release_failed(&mut self, hold: &mut Hold, mut guard: Option<Guard>) {
+        let quiesced = hold
+            .journal
+            .left()
+            .iter()
+            .any(|item| matches!(item, Leftover::Frozen { .. }));
+        if quiesced && let Some(watching) = guard.take() {
+            // A guest whose agent hangs takes longer to thaw than the guard would allow us for the rest.
+            let (monitor, journal) = (&hold.monitor, hold.journal.path());
+            let patient = Guard::start(monitor, journal, &hold.lock, THAW_GUARD);
+            watching.dismiss().ok();
+            guard = patient.ok();
+        }
+        match hold.release() {
+            Ok(done) => {
+                self.note_resumed(done.iter().any(|what| what == settle::RESUMED));
+                self.dismiss(guard);
+            }
+            Err(error) => {
                 tracing::error!(error = format!("{error:#}"), "the VM could not be released");
                 self.warnings.push(format!(
                     "the VM could not be released: {error:#}; run `forerun recover`"
                 ));
-                return result;
             }
         }
-        if let Some(guard) = guard {
-            guard.dismiss()?;
+    }
+
+    fn note_resumed(&mut self, resumed: bool) {
+        if resumed {
+            self.warnings
+                .push("the VM was stopped by a full scratch and was let go on".to_owned());
         }
-        result
+    }
+
+    /// The target, once no block job of somebody else is on its disks: QEMU takes no second one.
+    fn hold_without_jobs(&mut self) -> Result<Hold> {
+        let deadline = Deadline::after(JOBS_WAIT);
+        loop {
+            let hold = self.hold()?;
+            let busy = hold
+                .disks()
+                .iter()
+                .find(|disk| !disk.foreign_filters.is_empty())
+                .map(|disk| disk.key.clone());
+            let Some(disk) = busy else { return Ok(hold) };
+            let jobs = hold.foreign_jobs().join("`, `");
+            drop(hold);
+            if deadline.passed() {
+                return Err(Failure::hinted(
+                    Kind::Busy,
+                    format!("somebody else's block job is on disk `{disk}`: `{jobs}`"),
+                    "wait for its end or cancel it, then run the command again",
+                ));
+            }
+            self.pause(Duration::from_millis(250))?;
+        }
     }
 
     fn freeze_held(&mut self, hold: &mut Hold, guard: &mut Option<Guard>) -> Result<Residual> {
@@ -136,12 +221,8 @@ impl Runner {
         freeze.prepare(&mut hold.monitor)?;
         let mut spool = Spool::new(&directory)?;
         let guard_after = self.options.deadline + GUARD_GRACE + QUIESCE;
-        *guard = Some(Guard::start(
-            &hold.monitor,
-            hold.journal.path(),
-            &hold.lock,
-            guard_after,
-        )?);
+        let (monitor, journal) = (&hold.monitor, hold.journal.path());
+        *guard = Some(Guard::start(monitor, journal, &hold.lock, guard_after)?);
         let (mut instant, begin) = self.cut(hold, &freeze, agent)?;
         let deadline = Deadline::after(self.options.deadline);
         if freeze.method() == Method::Snapshot {
@@ -159,10 +240,8 @@ impl Runner {
         instant.released_ms = instant.freeze_ms + millis(clock::now() - begin);
         hold.journal
             .release_rest(&mut hold.monitor, &mut released)?;
-        if released.resumed {
-            self.warnings
-                .push("the VM was stopped by a full scratch and was let go on".to_owned());
-        }
+        self.note_resumed(released.resumed);
+        self.dismiss(guard.take());
         hold.journal.close()?;
         let machine = machine_record(&before);
         Ok(Residual {
@@ -396,16 +475,20 @@ impl Runner {
         agent: Option<(Agent, PathBuf)>,
     ) -> Result<(Cut, Instant)> {
         let frozen_at = clock::now();
-        let mut agent = self.quiesce(agent)?;
+        let mut agent = Self::quiesce(agent)?;
         let cut = freeze.transact(&mut hold.monitor);
         let (ended, at) = (clock::now(), clock::utc_now());
         let mut quiesced = false;
         let mut quiesced_ms = None;
-        if let Some((agent, socket)) = &mut agent {
+        if let Some(agent) = &mut agent {
             quiesced = cut.is_ok() && agent.status().is_ok_and(|status| status == Status::Frozen);
-            let thawed = agent.thaw(QUIESCE).and_then(|_| agent.status());
-            if !thawed.is_ok_and(|status| status == Status::Thawed) {
-                agent::thaw_until_thawed(socket).context("the guest's file systems stay frozen")?;
+            // An agent that hangs here is not waited for: the block snapshot is given up, and thawing goes on after that.
+            match agent.thaw(THAW).and_then(|_| agent.status()) {
+                Ok(Status::Thawed) => {}
+                Ok(Status::Frozen) => {
+                    return Err(anyhow::anyhow!("the guest's file systems stay frozen"));
+                }
+                Err(error) => return Err(error).context("thaw the guest's file systems"),
             }
             quiesced_ms = Some(millis(clock::now() - frozen_at));
         }
@@ -428,27 +511,16 @@ impl Runner {
         Ok((cut, ended))
     }
 
-    fn quiesce(&mut self, agent: Option<(Agent, PathBuf)>) -> Result<Option<(Agent, PathBuf)>> {
-        let Some((mut agent, socket)) = agent else {
+    fn quiesce(agent: Option<(Agent, PathBuf)>) -> Result<Option<Agent>> {
+        let Some((mut agent, _)) = agent else {
             return Ok(None);
         };
         match agent.freeze(QUIESCE) {
-            Ok(_) => Ok(Some((agent, socket))),
+            Ok(_) => Ok(Some(agent)),
             Err(error) => {
-                drop(agent);
-                // A freeze that did not answer may be executed yet.
-                let thawed = agent::thaw_until_thawed(&socket);
-                if self.options.quiesce == Quiesce::Always {
-                    return Err(error).context("freeze the guest's file systems");
-                }
-                self.warnings
-                    .push(format!("the guest is not quiesced: {error}"));
-                if let Err(error) = thawed {
-                    self.warnings.push(format!(
-                        "the guest agent does not say that its file systems are thawed: {error}"
-                    ));
-                }
-                Ok(None)
+                // A freeze that was not answered may be executed yet: what thaws it stands behind it in the queue.
+                agent.thaw_later().ok();
+                Err(NotQuiesced(error.to_string()).into())
             }
         }
     }
@@ -691,6 +763,9 @@ impl Runner {
         let freeze = Freeze::new(Method::Snapshot, self.run.clone(), disks, directory);
         let deadline = Deadline::after(self.options.deadline);
         self.spool_residual(hold, &freeze, &listening, deadline, &mut spool)?;
+        if !hold.unchanged(&self.vm.target) {
+            return Err(GivenUp("the image was written to meanwhile".to_owned()).into());
+        }
         hold.release()?;
         let released_ms = millis(clock::now() - begin);
         let instant = Cut {

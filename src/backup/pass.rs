@@ -53,6 +53,13 @@ impl Runner {
         loop {
             self.check_interrupt()?;
             let mut hold = self.hold()?;
+            if !hold.lasting() {
+                return Err(Failure::hinted(
+                    Kind::Attention,
+                    "a device of a VM that is off cannot be copied in parts: nothing tells whether it changes between two of them",
+                    "back it up while the VM runs, or with `backup --deadline` long enough to read it at once",
+                ));
+            }
             if rotated && let Some(why) = self.astray(&hold) {
                 tracing::info!(%why, "the VM changed between two batches: rotating anew");
                 rotated = false;
@@ -133,7 +140,7 @@ impl Runner {
                 let released = hold.release();
                 drop(hold);
                 read?;
-                released
+                released.map(drop)
             },
         );
         let kept = done.and_then(|((), copied)| self.keep(&mut disks, copied, epoch));

@@ -204,6 +204,9 @@ pub fn trust(disk: &Tracked, confirmed: bool, seen: &Seen) -> Result<Vec<Named>,
             disk.size, seen.size
         ));
     }
+    if disk.needed.is_empty() && disk.new.is_none() {
+        return Err("no bitmap has followed it".to_owned());
+    }
     if disk.identity != seen.identity {
         return Err(
             "its image is not the one recorded (file, inode, header or backing)".to_owned(),

@@ -125,8 +125,12 @@ pub(super) fn precopy(
     let bar = Bar::show(Arc::clone(&begun.progress), style);
     begun.progress.begin("copy ahead", 0);
     let until = until.map(super::super::schedule::Due::deadline);
-    let left = begun.runner.precopy(limits.once, until, limits.converge)?;
+    let left = begun.runner.precopy(limits.once, until, limits.converge);
     drop(bar);
+    let left = match left {
+        Ok(left) => left,
+        Err(error) => return Ok(failed(begun, error)),
+    };
     let mut outcome = Outcome::default();
     let bytes = begun.runner.bytes;
     let rescanned = begun.runner.rescans();
@@ -163,9 +167,12 @@ pub(super) fn backup(
         interrupted,
     )?;
     let bar = Bar::show(Arc::clone(&begun.progress), style);
-    let point = begun.runner.backup(due)?;
+    let point = begun.runner.backup(due);
     drop(bar);
-    Ok(finished(begun, &point, None))
+    Ok(match point {
+        Ok(point) => finished(begun, &point, None),
+        Err(error) => failed(begun, error),
+    })
 }
 
 /// `run`.
@@ -183,12 +190,26 @@ pub(super) fn run(
     let deadline = at.deadline();
     if !deadline.passed() {
         begun.progress.begin("copy ahead", 0);
-        begun.runner.precopy(false, Some(deadline), None)?;
+        if let Err(error) = begun.runner.precopy(false, Some(deadline), None) {
+            return Ok(failed(begun, error));
+        }
     }
-    let point = begun.runner.backup(at.due)?;
+    let point = begun.runner.backup(at.due);
     drop(bar);
     let late = at.late.then_some(at.due);
-    Ok(finished(begun, &point, late))
+    Ok(match point {
+        Ok(point) => finished(begun, &point, late),
+        Err(error) => failed(begun, error),
+    })
+}
+
+/// A run that failed: what happened on the way is told all the same.
+fn failed(mut begun: Begun, error: anyhow::Error) -> Outcome {
+    Outcome {
+        warnings: std::mem::take(&mut begun.runner.warnings),
+        error: Some(error),
+        ..Outcome::default()
+    }
 }
 
 fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome {

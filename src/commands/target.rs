@@ -276,6 +276,7 @@ fn recover_off(socket: &Path) -> Result<Vec<String>> {
             continue;
         }
         let _lock = state.lock_target("forerun recover", std::time::Duration::from_secs(30))?;
+        state.remove_unwritten()?;
         for mut journal in state.journals()? {
             if journal.monitor() == socket {
                 removed.extend(settle::take_back(&mut journal, None)?);

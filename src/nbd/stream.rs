@@ -19,6 +19,7 @@ use rustix::{
 
 use super::error::Error;
 use crate::clock::Deadline;
+use crate::unix_path::ShortPath;
 
 /// A header of a data chunk and its offset; a longer buffer would only be copied twice.
 const AHEAD: usize = 32;
@@ -43,7 +44,8 @@ impl Stream {
     pub(super) fn connect(path: &Path, timeout: Duration) -> Result<Self, Error> {
         let doing = "connecting";
         let failed = |errno: rustix::io::Errno| Error::from_io(errno.into(), doing, timeout);
-        let address = SocketAddrUnix::new(path)
+        let short = ShortPath::of(path).map_err(|error| Error::from_io(error, doing, timeout))?;
+        let address = SocketAddrUnix::new(short.path())
             .map_err(|_| Error::Input(format!("socket path {} is too long", path.display())))?;
         let socket = socket_with(
             AddressFamily::UNIX,

@@ -196,6 +196,12 @@ impl Agent {
         Ok(answer.as_i64().unwrap_or(0))
     }
 
+    /// Asks for a thaw and does not wait for it: an agent that wakes later executes it after what it was asked before.
+    pub fn thaw_later(&mut self) -> Result<()> {
+        let request = json!({ "execute": qga::guest_fsfreeze_thaw::NAME });
+        self.send(format!("{request}\n").as_bytes(), Deadline::after(PING))
+    }
+
     /// Thaws what the agent froze; harmless when nothing is frozen.
     pub fn thaw(&mut self, timeout: Duration) -> Result<i64> {
         let answer = self.call(&qga::guest_fsfreeze_thaw {}, timeout)?;

@@ -2,7 +2,7 @@
 //! QEMU needs no right to create one), one read-only export a disk, each with the disabled bitmaps that are to be read.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +14,7 @@ use super::command::{call, call_within};
 use super::names::{Part, RunName};
 use super::release::Leftover;
 use super::{Error, Monitor, REPLY_TIMEOUT, Result};
+use crate::unix_path::ShortPath;
 
 /// The longest string of the NBD protocol ("Values", string length).
 const NBD_NAME_LIMIT: usize = 4096;
@@ -64,18 +65,11 @@ impl Listening {
             what: format!("{what} {}", self.socket.display()),
             source,
         };
-        let directory = self.socket.parent().unwrap_or(Path::new("/"));
-        let name = self.socket.file_name().unwrap_or_default();
-        // A socket's address is at most 107 bytes; the directory's descriptor makes any path short.
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory: OwnedFd = rustix::fs::open(directory, flags, Mode::empty())
-            .map_err(|error| io("open the directory of", error.into()))?;
-        let short = Path::new("/proc/self/fd")
-            .join(directory.as_raw_fd().to_string())
-            .join(name);
+        let short =
+            ShortPath::of(&self.socket).map_err(|error| io("open the directory of", error))?;
         // A dead run of the same name cannot be; a stale socket of a failed start can.
-        std::fs::remove_file(&short).ok();
-        let listener = UnixListener::bind(&short).map_err(|error| io("listen on", error))?;
+        std::fs::remove_file(&self.socket).ok();
+        let listener = UnixListener::bind(short.path()).map_err(|error| io("listen on", error))?;
         let passed = json!({ "fdname": self.listener });
         call_within::<qmp::getfd>(monitor, passed, Some(listener.as_fd()), REPLY_TIMEOUT)?;
         let address = json!({ "type": "fd", "data": { "str": self.listener } });

@@ -188,6 +188,9 @@ impl Freeze {
                 options["backing-fmt"] = disk.image.1.clone().into();
             }
             Self::format(monitor, &name(Part::Create), &options)?;
+            if self.method == Method::Fleece {
+                self.reserve(&disk, &self.scratches[self.scratches.len() - 1])?;
+            }
             let backing = match self.method {
                 Method::Fleece => Value::from(disk.node.clone()),
                 Method::Snapshot => Value::Null,
@@ -248,9 +251,22 @@ impl Freeze {
         }
         let file =
             export::unnamed_file(&self.directory).map_err(|error| io("create a scratch", error))?;
-        match rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, disk.scratch_limit) {
-            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(file),
-            Err(error) => Err(io("preallocate a scratch", error.into())),
+        self.reserve(disk, &file)?;
+        Ok(file)
+    }
+
+    /// Preallocates a scratch and keeps its size. Formatting truncates it and loses what was preallocated.
+    fn reserve(&self, disk: &FreezeDisk, file: &File) -> Result<()> {
+        match rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, 0, disk.scratch_limit) {
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
+            Err(error) => Err(Error::Io {
+                what: format!(
+                    "preallocate a scratch in {} for disk {}",
+                    self.directory.display(),
+                    disk.key
+                ),
+                source: error.into(),
+            }),
         }
     }
 

@@ -13,9 +13,12 @@ use serde_json::json;
 use super::command::{call, flag, job_status, jobs, list, text};
 use super::{Error, Monitor, Result, agent, freeze};
 use crate::clock::{self, Deadline};
+use crate::unix_path::ShortPath;
 
 /// How long QEMU may take to let go of a job or an export.
 const LET_GO: Duration = Duration::from_secs(60);
+/// How long a server that is ours may take to greet: a starved QEMU must not be taken for somebody else's.
+const GREETING: Duration = Duration::from_secs(20);
 /// Between two looks at a job or an export that is going away.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
@@ -304,13 +307,12 @@ fn stop_server(
 /// Whether an NBD server answers on the socket that we made: then the VM's server is ours.
 fn greets(socket: &Path) -> bool {
     use std::io::Read;
-    let Ok(mut stream) = UnixStream::connect(socket) else {
+    let connected = ShortPath::of(socket).and_then(|short| UnixStream::connect(short.path()));
+    let Ok(mut stream) = connected else {
         return false;
     };
     let mut magic = [0; 8];
-    stream
-        .set_read_timeout(Some(Duration::from_secs(2)))
-        .is_ok()
+    stream.set_read_timeout(Some(GREETING)).is_ok()
         && stream.read_exact(&mut magic).is_ok()
         && &magic == b"NBDMAGIC"
 }

@@ -81,6 +81,30 @@ pub struct Cell {
     pub keep: Option<PathBuf>,
 }
 
+impl Cell {
+    /// A quiet cell of full speed writers on small disks with iothreads.
+    pub fn new(method: Method, order: Order, via: Via, points: u32) -> Self {
+        Self {
+            method,
+            order,
+            via,
+            iothreads: true,
+            starve: false,
+            points,
+            disk_size: 64 << 20,
+            writers: 8,
+            run: match via {
+                Via::Guest => 2,
+                Via::Exports => 8,
+            },
+            rate: 0,
+            pause: Duration::from_millis(30),
+            product: None,
+            keep: None,
+        }
+    }
+}
+
 /// A pair of images, and how long it took to take them.
 pub(crate) struct Point {
     pub(crate) images: [Vec<u8>; 2],
@@ -116,6 +140,11 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Points that were taken and checked.
+    pub fn points(&self) -> u32 {
+        self.points
+    }
+
     /// Points that were not of one instant.
     pub fn inexact(&self) -> u32 {
         self.inexact
@@ -236,12 +265,12 @@ fn points(
     outcome: &mut Outcome,
     say: &mut dyn FnMut(&str),
 ) -> Result<()> {
+    let mut before = Vec::new();
     for number in 0..cell.points {
         std::thread::sleep(cell.pause);
-        let Some(point) = freezer
-            .point(stage, number)
-            .with_context(|| format!("point {number}"))?
-        else {
+        let floor = stage.written();
+        let point = freezer.point(stage, number);
+        let Some(point) = point.with_context(|| format!("point {number}"))? else {
             outcome.given_up += 1;
             say(&format!("  point {number}: given up at the deadline"));
             continue;
@@ -249,20 +278,37 @@ fn points(
         outcome.add(&point);
         let images: [&dyn Image; 2] = [&point.images[0], &point.images[1]];
         let report = vclock::check(&images, point.bounds.as_ref())?;
-        if report.newest.is_empty() {
-            say(&format!("  point {number}: no writes yet"));
-        }
-        if !report.is_exact() {
+        let complaint = match report.violations.first() {
+            Some(first) => Some(format!(
+                "{} violations, the first: {first}",
+                report.violated
+            )),
+            None => stale(&report.newest, &before, floor),
+        };
+        if let Some(complaint) = complaint {
             outcome.inexact += 1;
-            say(&format!(
-                "  point {number}: {} violations, the first: {}",
-                report.violated, report.violations[0]
-            ));
+            say(&format!("  point {number}: {complaint}"));
             keep(cell, number, &point)?;
         }
+        before = report.newest;
         stage.writers_alive()?;
     }
     Ok(())
+}
+
+/// Why a pair of one instant is that of an old one, if it is: it must hold all that was known to be written before, and
+/// all that the point before it held.
+fn stale(newest: &[u64], before: &[u64], floor: u64) -> Option<String> {
+    let total: u64 = newest.iter().sum();
+    if total < floor {
+        return Some(format!(
+            "stale: {total} writes, {floor} were complete before"
+        ));
+    }
+    let older = (0..)
+        .zip(before)
+        .find(|(writer, old)| newest.get(*writer).is_none_or(|new| new < old));
+    older.map(|(writer, old)| format!("stale: writer {writer} was at {old} at the point before"))
 }
 
 fn keep(cell: &Cell, number: u32, point: &Point) -> Result<()> {

@@ -229,14 +229,19 @@ impl ByRig {
             }
             let path = stage_dir.join(format!("{}-{number}.over", disk.id()));
             std::fs::copy(&template, &path)?;
-            qmp.execute(
-                "blockdev-add",
-                json!({
-                    "driver": "qcow2", "node-name": over(disk),
-                    "file": {"driver": "file", "filename": path.display().to_string()},
-                    "backing": if backing { json!(disk.node_name()) } else { Value::Null },
-                }),
-            )?;
+            // Closing a scratch would flush it: seconds of a busy disk for data that nobody wants.
+            let cache = json!({"direct": false, "no-flush": backing});
+            let file =
+                json!({"driver": "file", "filename": path.display().to_string(), "cache": cache});
+            let backing = if backing {
+                json!(disk.node_name())
+            } else {
+                Value::Null
+            };
+            let node = json!({
+                "driver": "qcow2", "node-name": over(disk), "file": file, "backing": backing, "cache": cache,
+            });
+            qmp.execute("blockdev-add", node)?;
             // QEMU has it open: nothing is left behind whatever happens.
             std::fs::remove_file(&path)?;
         }

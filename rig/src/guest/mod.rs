@@ -25,7 +25,7 @@ use machine::machine_args;
 pub(crate) use machine::machine_without_guest;
 
 /// How long a boot may take; a starved machine is slow.
-const BOOT: Duration = Duration::from_secs(120);
+const BOOT: Duration = Duration::from_secs(240);
 /// What the init prints when modules, ports and mounts are there.
 const UP: &str = "GUEST-UP";
 
@@ -284,14 +284,12 @@ impl Guest {
         }
     }
 
-    /// The last line with this text on the console so far.
+    /// The last whole line with this text on the console so far.
     pub fn last_line(&self, text: &str) -> Result<Option<String>> {
         let log = String::from_utf8_lossy(&fs::read(self.machine.serial_log())?).into_owned();
-        Ok(log
-            .lines()
-            .rev()
-            .find(|line| line.contains(text))
-            .map(|line| line.trim_end().to_owned()))
+        let whole = log.rfind('\n').map_or("", |end| &log[..end]);
+        let line = whole.lines().rev().find(|line| line.contains(text));
+        Ok(line.map(|line| line.trim_end().to_owned()))
     }
 
     /// Runs a shell line in the guest. Returns its exit status and what the console showed meanwhile.

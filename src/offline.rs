@@ -1,0 +1,255 @@
+//! An image of a VM that is off: a private `qemu-storage-daemon` over it for the length of a hold, and what carries a
+//! proof from one hold to the next where the image holds no bitmaps.
+//!
+//! ```text
+//! hold 1          bitmaps live in the daemon      nothing holds the image       hold 2
+//! [ open, read ]  ------------------------------  [ a VM may start and write ]  [ open: same version? add the same names ]
+//! ```
+//!
+//! A raw image's bitmaps die with the daemon. The file's version (inode, size, times) tells whether anybody wrote in
+//! between: if not, bitmaps of the same names are added again, and empty is what they were. A version counts only when
+//! its times are [`SETTLED`] old, so that a later write cannot leave it as it is. A device has no version: it can only be
+//! read in one hold.
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::clock::{self, Deadline};
+use crate::exit::{Failure, Kind};
+use crate::hoststate::TargetState;
+use crate::qmp::Monitor;
+use crate::qmp::command::{action_add_bitmap, action_disable_bitmap, transaction};
+use crate::qmp::graph::{Bitmap, Graph, Machine};
+use crate::qmp::release::FileVersion;
+use crate::qmp::socket::QmpSocket;
+use crate::target::Image;
+
+/// The image's node in the daemon.
+const NODE: &str = "forerun-image";
+/// Times younger than this may be those of a later write, too: file systems count in up to 2 s.
+const SETTLED: Duration = Duration::from_secs(2);
+/// How long an image that somebody just wrote to is waited for.
+const SETTLE_WAIT: Duration = Duration::from_secs(10);
+
+/// A private `qemu-storage-daemon` over an image. It holds the image's lock while it lives.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    child: Child,
+    socket: PathBuf,
+    key: String,
+    device: bool,
+}
+
+impl Daemon {
+    /// Opens an image for reading and, for its bitmaps, writing.
+    pub(crate) fn open(image: &Image, state: &TargetState, run: &str) -> Result<(QmpSocket, Self)> {
+        let path = &image.path;
+        let format = image_format(path)?;
+        let socket = state.directory().join(format!("{run}.qsd"));
+        std::fs::remove_file(&socket).ok();
+        let device = !std::fs::metadata(path)?.is_file();
+        if format == "raw" {
+            // Not under the image's lock, which keeps the VM from starting.
+            settled(path)?;
+        }
+        let protocol = if device { "host_device" } else { "file" };
+        let node = serde_json::json!({
+            "driver": format, "node-name": NODE, "read-only": false,
+            "file": { "driver": protocol, "filename": path, "locking": "on" },
+        });
+        let chardev = format!("socket,id=qmp,server=on,wait=off,path={}", socket.display());
+        let mut command = Command::new("qemu-storage-daemon");
+        command
+            .args([
+                "--chardev",
+                &chardev.replace(",,", ","),
+                "--monitor",
+                "chardev=qmp",
+            ])
+            .arg("--blockdev")
+            .arg(node.to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .process_group(0);
+        let mut child = command.spawn().context("start qemu-storage-daemon")?;
+        let deadline = Deadline::after(Duration::from_secs(20));
+        while !socket.exists() {
+            if child.try_wait()?.is_some() {
+                return Err(refused_image(path, child));
+            }
+            anyhow::ensure!(!deadline.passed(), "qemu-storage-daemon does not start");
+            clock::sleep(Duration::from_millis(2));
+        }
+        let daemon = Self {
+            child,
+            socket,
+            key: image.key(),
+            device,
+        };
+        let monitor = match QmpSocket::connect(&daemon.socket) {
+            Ok(monitor) => monitor,
+            // The monitor comes up before the image is opened: one that is refused ends it.
+            Err(error) => return Err(daemon.refused(path, error.into())),
+        };
+        Ok((monitor, daemon))
+    }
+
+    /// Why a daemon that ended did, or the error that it was noticed by.
+    fn refused(mut self, path: &Path, error: anyhow::Error) -> anyhow::Error {
+        use std::io::Read;
+        let deadline = Deadline::after(Duration::from_secs(1));
+        while !deadline.passed() {
+            if matches!(self.child.try_wait(), Ok(Some(_))) {
+                let mut words = String::new();
+                if let Some(stderr) = &mut self.child.stderr {
+                    stderr.read_to_string(&mut words).ok();
+                }
+                return refusal(path, words.trim());
+            }
+            clock::sleep(Duration::from_millis(5));
+        }
+        error
+    }
+
+    /// Whether it is over a device.
+    pub(crate) fn device(&self) -> bool {
+        self.device
+    }
+
+    /// The image as if it were a VM with one disk.
+    pub(crate) fn machine(&self, monitor: &mut QmpSocket) -> Result<Machine> {
+        let graph = Graph::read(monitor)?;
+        let mut disk = graph
+            .disk(&self.key, NODE, Vec::new())
+            .map_err(|why| Failure::plain(Kind::Attention, why))?;
+        disk.qdev.clone_from(&self.key);
+        "image".clone_into(&mut disk.device);
+        Ok(Machine {
+            uuid: None,
+            name: None,
+            state: "off".to_owned(),
+            version: String::new(),
+            process: monitor.process().clone(),
+            disks: vec![disk],
+            left_out: Vec::new(),
+            jobs: Vec::new(),
+            exports: Vec::new(),
+        })
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        // SIGTERM lets it store the bitmaps and close the image.
+        if matches!(self.child.try_wait(), Ok(None))
+            && rustix::process::kill_process(pid, rustix::process::Signal::TERM).is_ok()
+        {
+            self.child.wait().ok();
+        }
+        std::fs::remove_file(&self.socket).ok();
+    }
+}
+
+fn refused_image(path: &Path, child: Child) -> anyhow::Error {
+    let output = child
+        .wait_with_output()
+        .map(|out| out.stderr)
+        .unwrap_or_default();
+    refusal(path, String::from_utf8_lossy(&output).trim())
+}
+
+fn refusal(path: &Path, words: &str) -> anyhow::Error {
+    let message = format!("cannot open {}: {words}", path.display());
+    if words.contains("lock") {
+        return Failure::hinted(
+            Kind::Busy,
+            message,
+            "a running VM uses the image: name the VM by its `qmp:SOCKET`",
+        );
+    }
+    Failure::plain(Kind::Failed, message)
+}
+
+/// The format of an image: `qcow2` by its magic (QEMU docs/interop/qcow2, "Header"), else `raw`.
+fn image_format(path: &Path) -> Result<&'static str> {
+    use std::io::Read;
+    let mut magic = [0; 4];
+    let mut file =
+        std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    Ok(match file.read_exact(&mut magic) {
+        Ok(()) if &magic == b"QFI\xfb" => "qcow2",
+        _ => "raw",
+    })
+}
+
+/// The bitmaps of an image that holds none, as they were in the last hold, and the image's version then.
+#[derive(Debug, Default)]
+pub(crate) struct Memory {
+    version: Option<FileVersion>,
+    bitmaps: Vec<Bitmap>,
+}
+
+impl Memory {
+    /// The begin of a hold: puts the bitmaps of the last one back when nobody has written since.
+    pub(crate) fn resume(&mut self, path: &Path, monitor: &mut QmpSocket) -> Result<()> {
+        let version = settled(path)?;
+        if version.is_none() || version != self.version {
+            self.version = version;
+            self.bitmaps.clear();
+            return Ok(());
+        }
+        let mut actions = Vec::new();
+        for bitmap in &self.bitmaps {
+            actions.push(action_add_bitmap(
+                NODE,
+                &bitmap.name,
+                bitmap.granularity,
+                false,
+            ));
+            if !bitmap.recording {
+                actions.push(action_disable_bitmap(NODE, &bitmap.name));
+            }
+        }
+        transaction(monitor, &actions)?;
+        Ok(())
+    }
+
+    /// What the bitmaps are now.
+    pub(crate) fn keep(&mut self, bitmaps: &[Bitmap]) {
+        self.bitmaps = bitmaps.to_vec();
+    }
+
+    /// Whether nobody has written to the image since the hold began.
+    pub(crate) fn unchanged(&self, path: &Path) -> bool {
+        self.version.is_none() || FileVersion::of(path) == self.version
+    }
+}
+
+/// The version of an image once its times are old enough to tell; `None` when it has none.
+fn settled(path: &Path) -> Result<Option<FileVersion>> {
+    let deadline = Deadline::after(SETTLE_WAIT);
+    loop {
+        let Some(version) = FileVersion::of(path) else {
+            return Ok(None);
+        };
+        let now = clock::utc_now().as_nanosecond();
+        let young = |time: i128| (now - time).unsigned_abs() < SETTLED.as_nanos();
+        if !young(version.modified) && !young(version.changed) {
+            return Ok(Some(version));
+        }
+        if deadline.passed() {
+            return Err(Failure::hinted(
+                Kind::Busy,
+                format!("{} is being written to", path.display()),
+                "end who writes to it; a running VM is named by its `qmp:SOCKET`",
+            ));
+        }
+        clock::sleep(Duration::from_millis(100));
+    }
+}
