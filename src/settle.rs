@@ -13,6 +13,7 @@ use crate::qmp::release::{FileVersion, Leftover, Overlay};
 
 /// Takes back what a journal lists, then removes the journal. Returns what was found. Without a monitor the VM is off.
 pub fn take_back(journal: &mut Journal, monitor: Option<&mut dyn Monitor>) -> Result<Vec<String>> {
+    let running = monitor.is_some();
     let mut removed = if let Some(monitor) = monitor {
         journal.release(monitor)?.removed
     } else {
@@ -26,7 +27,7 @@ pub fn take_back(journal: &mut Journal, monitor: Option<&mut dyn Monitor>) -> Re
     for item in journal.left().to_vec() {
         match item {
             Leftover::Overlay(overlay) if overlay.file.exists() => {
-                settle_overlay(&overlay)?;
+                settle_overlay(&overlay, running)?;
                 removed.push(format!("overlay file {}", overlay.file.display()));
             }
             Leftover::Server { socket, .. } => {
@@ -41,7 +42,7 @@ pub fn take_back(journal: &mut Journal, monitor: Option<&mut dyn Monitor>) -> Re
 
 /// An overlay's file whose QEMU is gone: the guest's last writes are in it. It is committed only onto a base that
 /// nobody has touched since; else everything stays as it is.
-fn settle_overlay(overlay: &Overlay) -> Result<()> {
+fn settle_overlay(overlay: &Overlay, running: bool) -> Result<()> {
     let stays = |why: &str| {
         Err(Failure::hinted(
             Kind::Attention,
@@ -68,6 +69,9 @@ fn settle_overlay(overlay: &Overlay) -> Result<()> {
     }
     if FileVersion::of(Path::new(&overlay.base_file)).as_ref() != Some(recorded) {
         return stays("its base has been written to since");
+    }
+    if running {
+        return stays("its VM runs again without it");
     }
     let output = Command::new("qemu-img")
         .args(["commit", "-q", "-f", "qcow2", "--"])
