@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use rustix::fs::FallocateFlags;
+use rustix::fs::{Advice, FallocateFlags};
 
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
@@ -19,6 +19,8 @@ use crate::nbd::{Endpoint, Writer, ZeroMode};
 use crate::progress::Progress;
 use crate::units::{Bytes, Extent};
 
+/// After so many bytes the kernel is told to begin writing them out.
+const WRITE_OUT: u64 = 16 << 20;
 /// Requests in flight to a qcow2 image's server.
 const IN_FLIGHT: usize = 8;
 
@@ -224,6 +226,7 @@ fn apply_raw(repo: &Repository, task: &Task, path: &Path, progress: &Progress) -
         file,
         fresh: regular,
         progress,
+        unwritten: None,
     };
     repo.read_disk(&task.disk, threads(), &mut sink)?;
     sink.file.sync_all().context("sync it")?;
@@ -236,14 +239,37 @@ struct RawSink<'a> {
     /// What is not written reads as zeros.
     fresh: bool,
     progress: &'a Progress,
+    /// What was written since the kernel was last told to begin writing it out, as one span, with its bytes.
+    unwritten: Option<(Extent, u64)>,
+}
+
+impl RawSink<'_> {
+    /// Begins to write out what was written, now and then, so that the sync at the end finds little left to do.
+    fn write_out(&mut self, written: Extent) {
+        let (span, bytes) = self.unwritten.take().unwrap_or((written, 0));
+        let offset = span.offset.min(written.offset);
+        let span = Extent {
+            offset,
+            length: span.end().max(written.end()) - offset,
+        };
+        let bytes = bytes + written.length;
+        if bytes < WRITE_OUT {
+            self.unwritten = Some((span, bytes));
+            return;
+        }
+        // It cannot drop dirty pages, so it begins to write them.
+        let length = std::num::NonZeroU64::new(span.length);
+        rustix::fs::fadvise(&self.file, span.offset, length, Advice::DontNeed).ok();
+    }
 }
 
 impl BlockSink for RawSink<'_> {
     fn data(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.progress
-            .done
-            .fetch_add(data.len() as u64, Ordering::Relaxed);
-        self.file.write_all_at(data, offset)
+        let length = data.len() as u64;
+        self.progress.done.fetch_add(length, Ordering::Relaxed);
+        self.file.write_all_at(data, offset)?;
+        self.write_out(Extent { offset, length });
+        Ok(())
     }
 
     fn zero(&mut self, offset: u64, length: u64) -> io::Result<()> {

@@ -190,6 +190,12 @@ impl Hold {
         Ok((&kept.0, &kept.1))
     }
 
+    /// The VM as it was last seen.
+    pub fn machine_seen(&self) -> Result<&Machine> {
+        let seen = self.seen.as_ref().map(|(machine, _)| machine);
+        seen.context("the VM was not looked at")
+    }
+
     /// The chosen disks as they were last seen.
     #[must_use]
     pub fn disks(&self) -> &[Disk] {

@@ -192,9 +192,10 @@ impl Runner {
         }
         self.refuse_risky(hold)?;
         let directory = self.scratch_directory();
-        let was_running = hold.look()?.0.state == "running";
+        let was_running = hold.machine_seen()?.state == "running";
         let rotation = self.intend_freeze(hold)?;
-        let before = hold.look()?.0.clone();
+        // What the rotation was planned with is what must still be there at the end.
+        let before = hold.machine_seen()?.clone();
         let disks = self.freeze_disks(hold, &rotation)?;
         self.check_space(hold, &disks, &directory)?;
         let mut freeze = Freeze::new(

@@ -32,6 +32,8 @@ const WORTH_ASKING: u64 = 16;
 const WINDOW: u64 = 4096;
 /// The spans of runs that are read together.
 const GROUP: usize = 4096;
+/// Bytes of pieces that were read and wait, or are worked on.
+const SPARE: usize = 16 << 20;
 /// How long others' use of the NBD server is waited for.
 const SERVER_WAIT: Duration = Duration::from_secs(30);
 
@@ -299,7 +301,7 @@ impl Runner {
         ReadOptions {
             request_bytes,
             depth,
-            spare_buffers: 64,
+            spare_buffers: SPARE / request_bytes as usize,
             holes: false,
         }
     }
