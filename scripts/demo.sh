@@ -19,7 +19,7 @@ DIR=""
 RIG_PID=""
 
 bold() { if [ -t 1 ]; then printf '\n\033[1m%s\033[0m\n' "$*"; else printf '\n%s\n' "$*"; fi; }
-note() { printf '%s\n' "$*" | fold -s -w 100; }
+note() { printf '%s\n' "$*" | fold -s -w 100 | sed "s, *\$,,"; }
 fail() {
 	printf '\nFAILED: %s\n' "$*" >&2
 	exit 1
@@ -105,7 +105,7 @@ note "$("$FORERUN" --version), $(qemu-system-x86_64 --version | head -n 1)"
 begun=$SECONDS
 
 bold "1. A VM"
-start_guest vm --fill 12000 --rate 60
+start_guest vm --fill 6000 --rate 40
 note "A Linux guest runs with two disks, vda (qcow2) and vdb (raw), and writes 4 KiB at random places of them, one write after the other, each with its number: write $(writes vm) by now. It goes on writing to the end of this demo. So an image of the pair is good if and only if it holds exactly the writes 1 to N, for one N."
 
 bold "2. A repository, and a look at the VM"
@@ -156,7 +156,7 @@ stop_guest
 show forerun restore "$second" --disk vda=vda.qcow2 --format qcow2
 show forerun restore "$second" --disk vdb=vdb.raw
 qemu-img check -q vda.qcow2 || fail "the restored qcow2 image"
-start_guest again --vda "$PWD/vda.qcow2" --vdb "$PWD/vdb.raw" --rate 60
+start_guest again --vda "$PWD/vda.qcow2" --vdb "$PWD/vdb.raw" --rate 40
 said=$(grep '^stamp: resume' again/serial-1.log | tr -d '\r')
 note "
 The guest's program looked at its disks and said: \"$said\"; it is at write $(writes again) already."

@@ -6,12 +6,14 @@
 //! block    pages and devices            stamp    ordered writes; "the state after write N"
 //! nbd      a small client               vclock   concurrent writes; "one instant"
 //! qmp      a raw monitor client         guest    a VM with an initramfs    exports  a QEMU without a guest
-//! freeze   how exact the orders of a freeze are, our own or the product's
+//! freeze   how exact the orders of a freeze are, our own or the product's                    demo     the demo's guest
 //! ```
 //!
 //! Without the feature `host` only what runs inside a guest is built (`rig-guest`).
 
 pub mod block;
+#[cfg(feature = "host")]
+pub mod demo;
 #[cfg(feature = "host")]
 pub mod exports;
 #[cfg(feature = "host")]

@@ -8,12 +8,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use forerun_rig::block::{Image, RawFile};
+use forerun_rig::demo::Demo;
 use forerun_rig::freeze::{self, Cell, Method, Order, Product, Via};
-use forerun_rig::guest::{Disk, Guest, Program};
 use forerun_rig::{exports, stamp, vclock};
 
 /// A guest that was forgotten ends by itself.
-const DEMO: Duration = Duration::from_secs(24 * 60 * 60);
+const DEMO_LASTS: Duration = Duration::from_secs(24 * 60 * 60);
 
 #[derive(Parser)]
 #[command(about = "The test rig of forerun", version)]
@@ -42,15 +42,15 @@ struct DemoArgs {
     #[arg(long)]
     dir: PathBuf,
     /// Of each disk.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 64)]
     disk_mib: u64,
     /// What part of each disk it writes to.
-    #[arg(long, default_value_t = 96)]
+    #[arg(long, default_value_t = 48)]
     span_mib: u64,
-    /// Writes as fast as they go, before the pace.
+    /// Writes that are there from the start, in images that are made.
     #[arg(long, default_value_t = 0)]
     fill: u64,
-    /// Then writes a second.
+    /// Writes a second.
     #[arg(long, default_value_t = 100)]
     rate: u32,
     /// An image for the qcow2 disk, made when it is not there.
@@ -245,29 +245,18 @@ fn run_vclock(args: &VclockArgs) -> Result<()> {
 }
 
 fn demo_guest(args: &DemoArgs) -> Result<()> {
-    let size = args.disk_mib << 20;
-    let words = format!("--span {} /dev/vda /dev/vdb", args.span_mib);
-    let fill = match args.fill {
-        0 => String::new(),
-        steps => format!("rig-guest stamp --steps {steps} {words}\n"),
+    let demo = Demo {
+        dir: args.dir.clone(),
+        size: args.disk_mib << 20,
+        span_mib: args.span_mib,
+        fill: args.fill,
+        rate: args.rate,
+        images: [args.vda.clone(), args.vdb.clone()],
+        uuid: args.uuid.clone(),
     };
-    let script = format!("{fill}rig-guest stamp --rate {} {words}", args.rate);
-    let mut disks = [Disk::qcow2("vda", size), Disk::raw("vdb", size)];
-    for (disk, image) in disks.iter_mut().zip([&args.vda, &args.vdb]) {
-        if let Some(image) = image {
-            *disk = disk.clone().image(image);
-        }
-    }
-    let mut builder = Guest::builder(&args.dir).program(Program::Script(script));
-    for disk in disks {
-        builder = builder.disk(disk);
-    }
-    if let Some(uuid) = &args.uuid {
-        builder = builder.uuid(uuid);
-    }
-    let mut guest = builder.boot()?;
+    let mut guest = demo.boot()?;
     say("up");
-    guest.wait_exit(DEMO)
+    guest.wait_exit(DEMO_LASTS)
 }
 
 fn freeze_exact(args: &FreezeArgs) -> bool {
