@@ -149,8 +149,10 @@ mod on {
             kill_process(pid, Signal::KILL).ok();
         }
         kill_process(getpid(), signal).ok();
-        while signal == Signal::KILL {
-            std::thread::park();
+        if signal == Signal::KILL {
+            loop {
+                std::thread::park();
+            }
         }
     }
 }

@@ -173,7 +173,9 @@ impl Freeze {
                 monitor,
                 json!({
                     "driver": "file", "node-name": name(Part::File), "locking": "off",
-                    "filename": format!("/dev/fdset/{set}"), "cache": { "no-flush": true },
+                    "filename": format!("/dev/fdset/{set}"),
+                    // A scratch is rubbish when the host dies; what a guest has flushed into an overlay is not.
+                    "cache": { "no-flush": self.method == Method::Fleece },
                 }),
             )?;
             let mut options =
