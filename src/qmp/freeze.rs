@@ -176,7 +176,9 @@ impl Freeze {
                 monitor,
                 json!({
                     "driver": "file", "node-name": name(Part::File), "locking": "off",
-                    "filename": format!("/dev/fdset/{set}"), "cache": { "no-flush": self.method == Method::Fleece },
+                    "filename": format!("/dev/fdset/{set}"),
+                    // A scratch is rubbish when the host dies; what a guest has flushed into an overlay is not.
+                    "cache": { "no-flush": self.method == Method::Fleece },
                 }),
             )?;
             let mut options =

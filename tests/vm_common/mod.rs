@@ -187,6 +187,11 @@ impl Lab {
         }
     }
 
+    /// How many points are published, by the files of the repository.
+    pub(crate) fn published(&self) -> usize {
+        std::fs::read_dir(self.repo.join("points")).unwrap().count()
+    }
+
     /// All points' ids, oldest first.
     pub(crate) fn points(&mut self) -> Vec<String> {
         let list = self.run(&["list"]).done();
