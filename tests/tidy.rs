@@ -9,8 +9,6 @@ use std::path::{Path, PathBuf};
 
 /// Lines of a file, its test module apart.
 const LONGEST: usize = 700;
-/// Files that are longer, each to be split when it is touched next.
-const TOO_LONG: [&str; 1] = ["src/backup/freeze.rs"];
 
 /// Who may import what of this crate. What a layer is not allowed here it must be handed by a caller.
 const LAYERS: [(&str, &[&str]); 11] = [
@@ -85,14 +83,9 @@ fn every_file_says_what_it_is_for() {
 fn no_file_is_too_long_to_read() {
     for (name, text) in sources() {
         let lines = without_tests(&text).lines().count();
-        let excused = TOO_LONG.contains(&name.as_str());
         assert!(
-            lines <= LONGEST || excused,
+            lines <= LONGEST,
             "{name} has {lines} lines: make it a folder"
-        );
-        assert!(
-            lines > LONGEST || !excused,
-            "{name} is short enough: strike it from TOO_LONG"
         );
     }
 }

@@ -1,0 +1,257 @@
+//! The residual on its way into the spool, and whether what was read was the snapshot.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::GivenUp;
+use crate::backup::pass::{Reading, pending_names};
+use crate::backup::spool::Spool;
+use crate::backup::{RunDisk, Runner};
+use crate::bitmap::blocks::BlockSet;
+use crate::clock::Deadline;
+use crate::nbd::{Endpoint, ReadOptions};
+use crate::qmp::export::{self, Export, Listening};
+use crate::qmp::freeze::{Freeze, Method};
+use crate::qmp::graph::Machine;
+use crate::units::BlockSize;
+use crate::vm::{Hold, seen};
+
+impl Runner {
+    pub(super) fn spool_residual(
+        &mut self,
+        hold: &mut Hold,
+        freeze: &Freeze,
+        listening: &Listening,
+        deadline: Deadline,
+        spool: &mut Spool,
+    ) -> Result<()> {
+        let mut disks = std::mem::take(&mut self.disks);
+        let mut result = Ok(());
+        let mut clients = Vec::new();
+        for (index, disk) in disks.iter_mut().enumerate() {
+            let opened = self.open_residual(hold, freeze, listening, index, disk, deadline);
+            match opened {
+                Ok(client) => clients.push(client),
+                Err(_) if deadline.passed() => {
+                    result = Err(self.why_given_up(freeze));
+                    break;
+                }
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
+            }
+        }
+        let failure = std::cell::RefCell::new(None);
+        if result.is_ok() {
+            let interrupted = &self.interrupted;
+            let reading = Reading {
+                block_size: self.repo.block_size(),
+                options: residual_options(self.repo.block_size()),
+                permit: &|_| {
+                    if deadline.passed()
+                        || freeze.filling().is_some()
+                        || interrupted.load(Ordering::Relaxed)
+                    {
+                        ControlFlow::Break(())
+                    } else {
+                        ControlFlow::Continue(())
+                    }
+                },
+            };
+            for (index, (disk, client)) in disks.iter().zip(&mut clients).enumerate() {
+                let open = disk
+                    .open
+                    .as_ref()
+                    .map_or_else(|| BlockSet::new(0), Clone::clone);
+                let mut give = |piece: crate::copy::Piece| match spool.put(
+                    piece.disk,
+                    piece.extent,
+                    piece.data.as_deref().map(|data| &**data),
+                ) {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(error) => {
+                        *failure.borrow_mut() = Some(error);
+                        ControlFlow::Break(())
+                    }
+                };
+                let ended = reading.read_open(client, index, disk.size, &open, &mut give);
+                match ended {
+                    Ok(ControlFlow::Continue(())) => {}
+                    Ok(ControlFlow::Break(())) => {
+                        result = Err(self.why_given_up(freeze));
+                        break;
+                    }
+                    Err(_) if deadline.passed() => {
+                        result = Err(self.why_given_up(freeze));
+                        break;
+                    }
+                    Err(error) => {
+                        result = Err(error)
+                            .with_context(|| format!("read the residual of disk `{}`", disk.key));
+                        break;
+                    }
+                }
+            }
+        }
+        self.disks = disks;
+        if let Some(error) = failure.into_inner() {
+            return Err(error);
+        }
+        // A polite end is not waited for while the guest is held; the exports are deleted anyway.
+        drop(clients);
+        result
+    }
+
+    pub(super) fn why_given_up(&self, freeze: &Freeze) -> anyhow::Error {
+        if let Err(interrupted) = self.check_interrupt() {
+            return interrupted;
+        }
+        if let Some(disk) = freeze.filling() {
+            let message = format!("half of the scratch of disk `{}` is used", disk.key);
+            return GivenUp(message).into();
+        }
+        let held = self.options.deadline;
+        GivenUp(format!(
+            "the residual was not read within {} s",
+            held.as_secs()
+        ))
+        .into()
+    }
+
+    pub(super) fn open_residual(
+        &self,
+        hold: &mut Hold,
+        freeze: &Freeze,
+        listening: &Listening,
+        index: usize,
+        disk: &mut RunDisk,
+        deadline: Deadline,
+    ) -> Result<crate::nbd::Client> {
+        let tracked = self.tracked(&disk.key)?;
+        // What was worked out before the freeze holds; the bitmap that ended with it comes on top.
+        let bitmaps = match &disk.open {
+            Some(_) => tracked
+                .needed
+                .last()
+                .map(|named| (named.epoch, named.name.clone()))
+                .into_iter()
+                .collect(),
+            None => pending_names(&tracked),
+        };
+        let node = freeze.disks()[index].node.clone();
+        let export = Export {
+            disk: index,
+            node: freeze.frozen_node(index),
+            bitmaps: bitmaps
+                .iter()
+                .map(|(_, name)| (node.clone(), name.clone()))
+                .collect(),
+        };
+        export::add(&mut hold.monitor, &self.run, &export)?;
+        let id = export::export_id(&self.run, index);
+        let mut endpoint = Endpoint::new(&listening.socket, id)
+            .allocation()
+            .timeout(self.options.deadline);
+        for (_, name) in &bitmaps {
+            endpoint = endpoint.bitmap(name);
+        }
+        let mut client = endpoint.connect()?;
+        client.set_deadline(Some(deadline));
+        match &mut disk.open {
+            None => disk.open = Some(self.load(&tracked, disk, &mut client)?),
+            Some(open) => {
+                let block_size = self.repo.block_size();
+                let whole = crate::units::Extent {
+                    offset: 0,
+                    length: disk.size,
+                };
+                for (_, name) in &bitmaps {
+                    client.dirty_extents(name, whole, &mut |extent| {
+                        open.insert(block_size.cover(extent));
+                        ControlFlow::Continue(())
+                    })?;
+                }
+            }
+        }
+        Ok(client)
+    }
+
+    /// A spool is valid only if, after the last reply, every job still runs and the disks are what they were.
+    pub(super) fn check_valid(
+        &self,
+        hold: &mut Hold,
+        freeze: &Freeze,
+        before: &Machine,
+    ) -> Result<()> {
+        if !freeze.still_holds(&mut hold.monitor)? {
+            return Err(GivenUp("the block snapshot was ended by somebody else".to_owned()).into());
+        }
+        let running = |state: &str| {
+            matches!(
+                state,
+                "running" | "io-error" | "paused" | "prelaunch" | "suspended"
+            )
+        };
+        let after = match hold.look() {
+            Ok((machine, _)) => machine.clone(),
+            Err(error) => {
+                return Err(GivenUp(format!("the VM changed meanwhile: {error:#}")).into());
+            }
+        };
+        for disk in &self.disks {
+            let pick = |machine: &Machine| {
+                let found = machine
+                    .disks
+                    .iter()
+                    .find(|found| found.key == disk.key)
+                    .map(seen);
+                found.map(|found| (found.size, chain_under(&found.identity, freeze.method())))
+            };
+            if pick(before) != pick(&after) {
+                return Err(GivenUp(format!("disk `{}` changed meanwhile", disk.key)).into());
+            }
+        }
+        if before.disks.len() != after.disks.len() {
+            return Err(GivenUp("a disk came or went meanwhile".to_owned()).into());
+        }
+        if running(&before.state) != running(&after.state) {
+            return Err(GivenUp(format!(
+                "the VM went from `{}` to `{}`",
+                before.state, after.state
+            ))
+            .into());
+        }
+        Ok(())
+    }
+}
+
+/// The residual is read as fast as it goes, whatever the pace of passes; but a request of a scratch holds up the guest's
+/// writes to its range, so they stay small.
+fn residual_options(block_size: BlockSize) -> ReadOptions {
+    let request_bytes = (256 << 10).max(u32::from(block_size));
+    ReadOptions {
+        request_bytes,
+        depth: 32,
+        spare_buffers: 32,
+        holes: false,
+    }
+}
+
+/// With a snapshot in place the disk's node is the overlay; what is under it must be what was.
+fn chain_under(identity: &Value, method: Method) -> Value {
+    let mut layers = identity.as_array().cloned().unwrap_or_default();
+    let ours = |layer: &Value| {
+        layer
+            .get("filename")
+            .and_then(Value::as_str)
+            .is_some_and(|name| name.starts_with("/dev/fdset/"))
+    };
+    if method == Method::Snapshot && layers.len() > 1 && layers.first().is_some_and(ours) {
+        layers.remove(0);
+    }
+    Value::Array(layers)
+}

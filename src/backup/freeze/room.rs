@@ -1,0 +1,125 @@
+//! Room for a freeze: how large the scratches may grow, whether there is space for them and the spool, and which devices
+//! would feel a scratch that fails.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use qapi::qmp as commands;
+use serde_json::json;
+
+use super::millis;
+use crate::backup::Runner;
+use crate::clock;
+use crate::exit::{Failure, Kind};
+use crate::qmp::command::list;
+use crate::qmp::freeze::{FreezeDisk, Method};
+use crate::units::Bytes;
+use crate::vm::Hold;
+
+/// The least that a scratch is given.
+const SCRATCH_LEAST: u64 = 1 << 30;
+
+impl Runner {
+    /// At least 1 GiB, or what the guest's writes could fill until the deadline; never more than the disk can.
+    pub(super) fn scratch_limit(&self, size: u64, writes_per_second: u64) -> u64 {
+        if let Some(reserve) = self.options.scratch_reserve {
+            return reserve;
+        }
+        let seconds = self.options.deadline.as_secs().max(1);
+        let could = writes_per_second
+            .saturating_mul(seconds)
+            .saturating_mul(64 << 10);
+        // A scratch holds the disk and its own tables at most; half of the limit is the end.
+        let most = (size + size / 64 + (4 << 20)) * 2;
+        could.max(SCRATCH_LEAST).min(most)
+    }
+
+    /// How many writes a second the guest has made since the run's first look.
+    pub(super) fn writes_per_second(&self, hold: &mut Hold) -> Result<u64> {
+        let Some((since, before)) = self.writes else {
+            return Ok(0);
+        };
+        let writes = count_writes(hold)?.saturating_sub(before);
+        let millis = millis(clock::now() - since).max(200);
+        Ok(writes.saturating_mul(1000) / millis)
+    }
+
+    pub(super) fn scratch_directory(&self) -> PathBuf {
+        self.options
+            .scratch
+            .clone()
+            .unwrap_or_else(|| self.vm.state.directory().to_path_buf())
+    }
+
+    /// A freeze is not begun where the scratches and the spool have no room, or would leave their file system less than a
+    /// tenth free: the guest's own images may grow there.
+    pub(super) fn check_space(
+        &self,
+        hold: &Hold,
+        disks: &[FreezeDisk],
+        directory: &PathBuf,
+    ) -> Result<()> {
+        let stat = rustix::fs::statvfs(directory)
+            .with_context(|| format!("look at {}", directory.display()))?;
+        let free = stat.f_bavail * stat.f_frsize;
+        let tenth = stat.f_blocks * stat.f_frsize / 10;
+        let spool = self.estimate(hold);
+        let scratch: u64 = match self.options.method {
+            Method::Fleece => disks.iter().map(|disk| disk.scratch_limit).sum(),
+            Method::Snapshot => 0,
+        };
+        if free < scratch + spool + tenth {
+            return Err(Failure::hinted(
+                Kind::NoSpace,
+                format!(
+                    "{} has {} free; the freeze needs {} for scratches and {} for the residual, and leaves a tenth ({}) free",
+                    directory.display(),
+                    Bytes(free),
+                    Bytes(scratch),
+                    Bytes(spool),
+                    Bytes(tenth)
+                ),
+                "name a larger place with `--scratch DIR`, or a smaller limit with `--scratch-reserve`",
+            ));
+        }
+        Ok(())
+    }
+
+    /// A scratch that fails would be felt by a guest whose device reports write errors.
+    pub(super) fn refuse_risky(&self, hold: &Hold) -> Result<()> {
+        if self.options.method != Method::Fleece || self.options.scratch_reserve.is_some() {
+            return Ok(());
+        }
+        match hold.disks().iter().find(|disk| disk.werror == "report") {
+            None => Ok(()),
+            Some(disk) => Err(Failure::hinted(
+                Kind::Attention,
+                format!(
+                    "disk `{}` reports write errors to the guest (werror=report), so a full scratch would be its error",
+                    disk.key
+                ),
+                "use `--freeze snapshot`, or accept the risk with a limit of your own, `--scratch-reserve SIZE`",
+            )),
+        }
+    }
+
+    /// Counts the guest's writes since the first look, for the size of the scratches.
+    pub(in crate::backup) fn sample_writes(&mut self, hold: &mut Hold) -> Result<()> {
+        if self.vm.offline() {
+            return Ok(());
+        }
+        if self.writes.is_none() {
+            self.writes = Some((clock::now(), count_writes(hold)?));
+        }
+        Ok(())
+    }
+}
+
+/// The write requests that the guest has made on all its disks.
+fn count_writes(hold: &mut Hold) -> Result<u64> {
+    let stats = list::<commands::query_blockstats>(&mut hold.monitor, json!({}))?;
+    let counts = stats
+        .iter()
+        .filter_map(|device| device.pointer("/stats/wr_operations")?.as_u64());
+    Ok(counts.sum())
+}
