@@ -211,3 +211,23 @@ fn a_later_format_or_an_unknown_feature_is_refused_in_clear_words() {
 fn sha256(bytes: &[u8]) -> String {
     forerun::image::BlockId::of(bytes).to_string()
 }
+
+/// A large object is written out in parts before it is finished; nothing of it may be lost or come twice.
+#[test]
+fn a_large_object_is_whole() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = DirStore::init(&directory.path().join("store")).unwrap();
+    let bytes: Vec<u8> = (0..40_u32 << 18).flat_map(u32::to_le_bytes).collect();
+    let mut writer = store.create("packs/ab/large").unwrap();
+    let mut rest = &bytes[..];
+    for length in [1, 300 << 10, 65_588, 17 << 20].into_iter().cycle() {
+        let (part, after) = rest.split_at(length.min(rest.len()));
+        writer.write(part).unwrap();
+        rest = after;
+        if rest.is_empty() {
+            break;
+        }
+    }
+    writer.finish().unwrap();
+    assert!(store.get("packs/ab/large").unwrap() == bytes);
+}
