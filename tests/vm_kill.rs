@@ -2,6 +2,7 @@
 //! put into the VM comes out, no point is lost, and the next run goes on from there.
 #![cfg(feature = "fault-injection")]
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
+#![expect(clippy::print_stdout, reason = "numbers for who reads the log")]
 
 mod vm_common;
 
@@ -151,7 +152,7 @@ fn die_at(lab: &mut Lab, words: &[&str], step: &Step, with_guard: bool, counts: 
     let published = lab.published() - points;
     assert!(published <= 1, "{fault}");
     counts.published += published;
-    let method = if counts.killed % 2 == 0 {
+    let method = if counts.killed.is_multiple_of(2) {
         "fleece"
     } else {
         "snapshot"
