@@ -2,7 +2,7 @@
 //!
 //! With the feature on, `FORERUN_FAULT` says what happens: `count` appends each step's name as a line to the file that
 //! `FORERUN_FAULT_LOG` names, so that a test knows which steps there are. `ACTION@STEP` acts at one step and appends that
-//! step's name to the log first. A step is a number, counted from 1, or `NAME#K`, the K-th step of that name.
+//! step's name to the log first, with the word `guarded` while a guard watches. A step is a number, counted from 1, or `NAME#K`, the K-th step of that name.
 //!
 //! | action | what happens to this process |
 //! |---|---|
@@ -21,7 +21,7 @@ pub fn step(_name: &str) {}
 #[inline]
 pub fn step_of(_layer: &str, _operation: &str, _object: &str) {}
 
-/// Says which process is the guard, for `kill-with-guard`.
+/// Says which process is the guard, for `kill-with-guard`; 0 when there is none any more.
 #[cfg(not(feature = "fault-injection"))]
 #[inline]
 pub fn guard(_pid: u32) {}
@@ -107,7 +107,8 @@ mod on {
             } => {
                 let counts = wanted.as_ref().is_none_or(|wanted| wanted == name);
                 if counts && STEPS.fetch_add(1, Ordering::SeqCst) + 1 == *at {
-                    log(name);
+                    let guarded = GUARD.load(Ordering::SeqCst) != 0;
+                    log(&format!("{name}{}", if guarded { " guarded" } else { "" }));
                     act(*signal, *guard_too);
                 }
             }
@@ -119,7 +120,7 @@ mod on {
         step(&format!("{layer}:{operation}:{object}"));
     }
 
-    /// Says which process is the guard, for `kill-with-guard`.
+    /// Says which process is the guard, for `kill-with-guard`; 0 when there is none any more.
     pub fn guard(pid: u32) {
         GUARD.store(i32::try_from(pid).unwrap_or(0), Ordering::SeqCst);
     }

@@ -126,6 +126,7 @@ impl Guard {
         crate::fault::step("guard:dismiss:before");
         self.pair.write_all(b"D").context("dismiss the guard")?;
         self.child.wait().context("wait for the guard")?;
+        crate::fault::guard(0);
         crate::fault::step("guard:dismiss:after");
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! A guest that writes as fast as it can: every recovery point is exactly the state after one of its writes.
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
+#![expect(clippy::print_stdout, reason = "numbers for who reads the log")]
 
 mod vm_common;
 

@@ -92,10 +92,10 @@ pub struct FileVersion {
     pub inode: (u64, u64),
     /// Bytes.
     pub size: u64,
-    /// Modification time, nanoseconds since the epoch.
-    pub modified: i128,
-    /// Status change time, nanoseconds since the epoch.
-    pub changed: i128,
+    /// Modification time: seconds since the epoch and nanoseconds.
+    pub modified: (i64, i64),
+    /// Status change time: seconds since the epoch and nanoseconds.
+    pub changed: (i64, i64),
 }
 
 impl FileVersion {
@@ -104,13 +104,11 @@ impl FileVersion {
     pub fn of(path: &Path) -> Option<Self> {
         use std::os::unix::fs::MetadataExt;
         let meta = std::fs::metadata(path).ok()?;
-        let nanos =
-            |seconds: i64, nanos: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
         meta.is_file().then(|| Self {
             inode: (meta.dev(), meta.ino()),
             size: meta.size(),
-            modified: nanos(meta.mtime(), meta.mtime_nsec()),
-            changed: nanos(meta.ctime(), meta.ctime_nsec()),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+            changed: (meta.ctime(), meta.ctime_nsec()),
         })
     }
 }
@@ -362,5 +360,47 @@ fn delete_node(monitor: &mut dyn Monitor, name: &str, done: &mut Released) -> Re
             }
             Err(error) => return Err(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_that_is_written_down_can_be_read_again() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let id = "forerun-01234567-89abcdef-j0".to_owned();
+        let overlay = Overlay {
+            disk: "vda".to_owned(),
+            base: "node".to_owned(),
+            node: id.clone(),
+            job: id.clone(),
+            file: file.path().to_path_buf(),
+            base_file: file.path().display().to_string(),
+            base_version: FileVersion::of(file.path()),
+            committing: false,
+        };
+        assert!(overlay.base_version.is_some());
+        let left = vec![
+            Leftover::Frozen {
+                agent: "/agent".into(),
+            },
+            Leftover::Job { id: id.clone() },
+            Leftover::Running,
+            Leftover::Overlay(overlay),
+            Leftover::Export { id: id.clone() },
+            Leftover::Server {
+                socket: "/socket".into(),
+                listener: id.clone(),
+            },
+            Leftover::Node { name: id },
+            Leftover::FdSet { id: i64::MAX },
+        ];
+        let bytes = serde_json::to_vec(&left).unwrap();
+        assert_eq!(
+            serde_json::from_slice::<Vec<Leftover>>(&bytes).unwrap(),
+            left
+        );
     }
 }
