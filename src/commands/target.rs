@@ -196,7 +196,7 @@ pub(super) fn untrack(args: &RepoTargetArgs) -> Result<Outcome> {
     }
     let mut outcome = Outcome::default();
     outcome.line(format!(
-        "{}: removed {} bitmaps; the next backup reads the disks in full",
+        "{}: bitmaps removed: {}; the next backup reads the disks in full",
         vm.target,
         bitmaps.len()
     ));
