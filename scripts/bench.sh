@@ -118,12 +118,12 @@ for _ in $(seq 200); do
 done
 target="qmp:$work/qmp.sock"
 
-# Sends the lines of stdin to the monitor as commands of qemu-io and waits until the last is done.
+# Sends the lines of stdin to the monitor as commands of qemu-io, flushes, and waits until all is done.
 marks=0
 guest_io() {
 	marks=$((marks + 1))
 	{
-		sed 's|.*|qemu-io -d /machine/peripheral/vda/virtio-backend "&"|'
+		{ cat && echo flush; } | sed 's|.*|qemu-io -d /machine/peripheral/vda/virtio-backend "&"|'
 		echo "info mark$marks"
 	} >&9
 	until grep -aq "mark$marks'" "$work/monitor.out"; do sleep 0.01; done
@@ -219,7 +219,7 @@ one_run() {
 	note "$label|residual: freeze, ms" "$(of_point freeze_ms)"
 	note "$label|residual: freeze to released, ms" "$(of_point released_ms)"
 	note "$label|peak memory, residual, MiB" "$(awk 'END { printf "%.1f", $2 / 1024 }' "$work/time")"
-	echo "" | guest_io
+	echo flush | guest_io
 	forerun "$label" - untrack "$target" --repo "$repo"
 	rm -rf "$repo"
 }

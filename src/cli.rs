@@ -281,6 +281,19 @@ pub enum Format {
 }
 
 impl Command {
+    /// Whether a signal must not end it before the VM is released; the others are ended by one at once.
+    #[must_use]
+    pub fn holds_a_vm(&self) -> bool {
+        matches!(
+            self,
+            Self::Track(_)
+                | Self::Changed(_)
+                | Self::Precopy { .. }
+                | Self::Backup { .. }
+                | Self::Run { .. }
+        )
+    }
+
     /// The command's name, for reports.
     #[must_use]
     pub fn name(&self) -> &'static str {

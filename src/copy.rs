@@ -15,9 +15,9 @@ use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::image::{Content, Encoded, Entry, MapReader, PackWriter, Repository};
-use crate::units::{BlockRun, Extent};
+use crate::units::{BlockRun, BlockSize, Extent};
 
-/// Pieces that wait for a worker, and results that wait for the writer.
+/// Pieces that wait for a worker, and pieces' results that wait for the writer.
 const QUEUE: usize = 32;
 
 /// A piece of a disk that was read.
@@ -38,6 +38,8 @@ pub struct CopyDisk {
     pub size: u64,
     /// The base's map, for disks that have one.
     pub base: Option<MapReader>,
+    /// The disk's size in the base, bytes; 0 without.
+    pub base_size: u64,
 }
 
 /// What blocks were proved to hold; a run of more than one block is zero or the same as the base.
@@ -60,17 +62,19 @@ enum Done {
 }
 
 /// Copies what `source` hands out and makes it durable. `source` runs on this thread; it gets a function that takes a
-/// piece, and must stop when that says so.
+/// piece, and must stop when that says so. With `patience` it says so, too, when the repository has taken nothing for that
+/// long: whoever waits holds a VM.
 pub fn copy<T>(
     repo: &Repository,
     disks: &[CopyDisk],
     label: &str,
     progress: &AtomicU64,
+    patience: Option<Duration>,
     source: impl FnOnce(&mut dyn FnMut(Piece) -> ControlFlow<()>) -> Result<T>,
 ) -> Result<(T, Copied)> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let (work, pieces) = bounded::<Piece>(QUEUE);
-    let (out, results) = bounded::<Result<Done>>(QUEUE * 16);
+    let (out, results) = bounded::<Result<Vec<Done>>>(QUEUE);
     let read = AtomicU64::new(0);
     std::thread::scope(|scope| {
         for _ in 0..workers {
@@ -82,8 +86,12 @@ pub fn copy<T>(
         let writer = scope.spawn(|| write(repo, disks, label, results));
         let mut give = |piece: Piece| {
             let bytes = piece.extent.length;
-            // Nobody takes pieces any more: the writer failed, and says why below.
-            if work.send(piece).is_err() {
+            let taken = match patience {
+                Some(patience) => work.send_timeout(piece, patience).is_ok(),
+                None => work.send(piece).is_ok(),
+            };
+            // Nobody takes pieces any more: the writer failed, and says why below, or the repository stalls.
+            if !taken {
                 return ControlFlow::Break(());
             }
             read.fetch_add(bytes, Ordering::Relaxed);
@@ -107,62 +115,54 @@ fn work_on(
     repo: &Repository,
     disks: &[CopyDisk],
     pieces: &Receiver<Piece>,
-    out: &Sender<Result<Done>>,
+    out: &Sender<Result<Vec<Done>>>,
 ) {
     for piece in pieces {
-        let send = |done| {
-            if out.send(done).is_err() {
-                Err(())
-            } else {
-                Ok(())
-            }
+        let done = match &piece.data {
+            Some(data) => encode(repo, disks, &piece, data),
+            None => zeros(repo, disks, &piece),
         };
-        let ended = match &piece.data {
-            Some(data) => encode(repo, disks, &piece, data, &send),
-            None => zeros(repo, disks, &piece, &send),
-        };
-        if ended.is_err() {
+        // Its buffer is read into again while the results wait.
+        drop(piece);
+        let failed = done.is_err();
+        if out.send(done).is_err() || failed {
             return;
         }
     }
 }
 
-type Out<'a> = dyn Fn(Result<Done>) -> Result<(), ()> + 'a;
-
-fn encode(
-    repo: &Repository,
-    disks: &[CopyDisk],
-    piece: &Piece,
-    data: &[u8],
-    send: &Out<'_>,
-) -> Result<(), ()> {
+fn encode(repo: &Repository, disks: &[CopyDisk], piece: &Piece, data: &[u8]) -> Result<Vec<Done>> {
     let block_size = repo.block_size();
     let disk = &disks[piece.disk];
     let first = piece.extent.offset / block_size.bytes();
-    for (block, plain) in (first..).zip(data.chunks(block_size.as_usize())) {
-        let done = base_entry(disk, block).and_then(|base| {
-            let expected = if let Entry::Data(id) = base {
-                Some(id)
-            } else {
-                None
-            };
-            let encoded = repo
-                .encode_expecting(plain, expected)
-                .map_err(anyhow::Error::from)?;
-            Ok(match (&encoded, base) {
-                (Encoded::Zero, Entry::Zero) => same(piece.disk, block),
-                (Encoded::Known(id), Entry::Data(base)) if *id == base => same(piece.disk, block),
-                _ => Done::Block(piece.disk, block, encoded),
-            })
-        });
-        let failed = done.is_err();
-        let at = || format!("block {block} of disk {}", disk.key);
-        send(done.with_context(at))?;
-        if failed {
-            return Err(());
-        }
-    }
-    Ok(())
+    let blocks = (first..).zip(data.chunks(block_size.as_usize()));
+    blocks
+        .map(|(block, plain)| {
+            encode_block(repo, disk, piece.disk, block, plain)
+                .with_context(|| format!("block {block} of disk {}", disk.key))
+        })
+        .collect()
+}
+
+fn encode_block(
+    repo: &Repository,
+    disk: &CopyDisk,
+    number: usize,
+    block: u64,
+    plain: &[u8],
+) -> Result<Done> {
+    let base = base_entry(disk, block, repo.block_size())?;
+    let expected = if let Entry::Data(id) = base {
+        Some(id)
+    } else {
+        None
+    };
+    let encoded = repo.encode_expecting(plain, expected)?;
+    Ok(match (&encoded, base) {
+        (Encoded::Zero, Entry::Zero) => same(number, block),
+        (Encoded::Known(id), Entry::Data(base)) if *id == base => same(number, block),
+        _ => Done::Block(number, block, encoded),
+    })
 }
 
 fn same(disk: usize, block: u64) -> Done {
@@ -176,7 +176,13 @@ fn same(disk: usize, block: u64) -> Done {
     )
 }
 
-fn base_entry(disk: &CopyDisk, block: u64) -> Result<Entry> {
+/// What the base holds at a block. Where the sizes differ, a block that is not whole in both has nothing to be the same
+/// as.
+fn base_entry(disk: &CopyDisk, block: u64, block_size: BlockSize) -> Result<Entry> {
+    let common = disk.base_size.min(disk.size);
+    if disk.base_size != disk.size && block >= common / block_size.bytes() {
+        return Ok(Entry::Unset);
+    }
     match &disk.base {
         Some(base) => Ok(base.get(block)?),
         None => Ok(Entry::Unset),
@@ -184,38 +190,36 @@ fn base_entry(disk: &CopyDisk, block: u64) -> Result<Entry> {
 }
 
 /// A run of zeros is one proof, whatever its length, where there is no base to compare with.
-fn zeros(repo: &Repository, disks: &[CopyDisk], piece: &Piece, send: &Out<'_>) -> Result<(), ()> {
+fn zeros(repo: &Repository, disks: &[CopyDisk], piece: &Piece) -> Result<Vec<Done>> {
     let run = repo.block_size().cover(piece.extent);
     let disk = &disks[piece.disk];
+    let mut proofs = Vec::new();
     if disk.base.is_none() {
-        return send(Ok(Done::Run(piece.disk, run, Content::Zero)));
-    }
-    for block in run.first..run.end() {
-        let done = base_entry(disk, block).map(|base| match base {
-            Entry::Zero => same(piece.disk, block),
-            _ => Done::Run(
-                piece.disk,
-                BlockRun {
-                    first: block,
-                    count: 1,
-                },
-                Content::Zero,
-            ),
-        });
-        let failed = done.is_err();
-        send(done)?;
-        if failed {
-            return Err(());
+        proofs.push((run, Content::Zero));
+    } else {
+        for block in run.first..run.end() {
+            let content = match base_entry(disk, block, repo.block_size())? {
+                Entry::Zero => Content::Same,
+                _ => Content::Zero,
+            };
+            let one = BlockRun {
+                first: block,
+                count: 1,
+            };
+            push(&mut proofs, one, content);
         }
     }
-    Ok(())
+    let done = proofs
+        .into_iter()
+        .map(|(run, content)| Done::Run(piece.disk, run, content));
+    Ok(done.collect())
 }
 
 fn write(
     repo: &Repository,
     disks: &[CopyDisk],
     label: &str,
-    results: Receiver<Result<Done>>,
+    results: Receiver<Result<Vec<Done>>>,
 ) -> Result<Copied> {
     let mut packs: Vec<PackWriter> = disks
         .iter()
@@ -225,19 +229,18 @@ fn write(
         proofs: disks.iter().map(|_| Vec::new()).collect(),
         ..Copied::default()
     };
-    for done in results {
-        match done? {
-            Done::Run(disk, run, content) => push(&mut copied.proofs[disk], run, content),
-            Done::Block(disk, block, encoded) => {
-                let content = packs[disk].put(encoded)?;
-                push(
-                    &mut copied.proofs[disk],
-                    BlockRun {
+    for piece in results {
+        for done in piece? {
+            match done {
+                Done::Run(disk, run, content) => push(&mut copied.proofs[disk], run, content),
+                Done::Block(disk, block, encoded) => {
+                    let content = packs[disk].put(encoded)?;
+                    let one = BlockRun {
                         first: block,
                         count: 1,
-                    },
-                    content,
-                );
+                    };
+                    push(&mut copied.proofs[disk], one, content);
+                }
             }
         }
     }
@@ -258,11 +261,4 @@ fn push(proofs: &mut Vec<Proof>, run: BlockRun, content: Content) {
         return;
     }
     proofs.push((run, content));
-}
-
-/// The rate at which something goes, for reports.
-#[must_use]
-pub fn rate(bytes: u64, took: Duration) -> u64 {
-    let millis = u64::try_from(took.as_millis()).unwrap_or(u64::MAX).max(1);
-    bytes.saturating_mul(1000) / millis
 }

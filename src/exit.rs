@@ -104,6 +104,10 @@ pub fn classify(error: &anyhow::Error) -> (Kind, Option<String>) {
             let hint = "wait for it, or end it: its work goes on in the next run";
             return (Kind::Busy, Some(hint.to_owned()));
         }
+        if let Some(hoststate::Error::Journal { .. }) = cause.downcast_ref() {
+            let hint = "it lists what a dead run left in the VM: look there for names that begin with `forerun-`, then remove the file and run `forerun recover --repo REPO`";
+            return (Kind::Attention, Some(hint.to_owned()));
+        }
         if let Some(found) = cause.downcast_ref::<qmp::Error>().and_then(of_qmp) {
             return found;
         }

@@ -20,10 +20,14 @@ use rustix::process::{Pid, Signal};
 use crate::clock::{self, Deadline};
 use crate::hoststate::{Journal, Lock};
 use crate::qmp::Monitor;
+use crate::qmp::agent::THAW_FOR;
 use crate::qmp::socket::QmpSocket;
+use crate::settle;
 
 /// How long a new guard may take to say that it is there.
 const READY: Duration = Duration::from_secs(5);
+/// The deadline of a guard that watches for a death only.
+const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
 /// The hidden command that a guard is started with.
 pub const COMMAND: &str = "guard";
 
@@ -109,6 +113,14 @@ impl Guard {
         Ok(pid)
     }
 
+    /// What comes now takes as long as it takes (a commit of an overlay that the guard would only repeat): the guard
+    /// watches for our death, no longer for the time.
+    pub fn lift_deadline(&mut self) -> Result<()> {
+        self.pair
+            .write_all(b"L")
+            .context("lift the guard's deadline")
+    }
+
     /// Everything is released: the guard goes.
     pub fn dismiss(mut self) -> Result<()> {
         crate::fault::step("guard:dismiss:before");
@@ -137,7 +149,7 @@ fn scope_command(binary: &Path) -> Option<Command> {
 /// The guard's own life.
 pub fn run(journal: &Path, deadline: Duration, main: i32) -> Result<()> {
     rustix::process::setsid().ok();
-    let deadline = Deadline::after(deadline);
+    let mut deadline = Deadline::after(deadline);
     let pair = std::io::stdin()
         .as_fd()
         .try_clone_to_owned()
@@ -150,7 +162,7 @@ pub fn run(journal: &Path, deadline: Duration, main: i32) -> Result<()> {
     let own = std::process::id().to_be_bytes();
     // A main process that died meanwhile hears nothing; its end is seen below.
     pair.write_all(&[b'R', own[0], own[1], own[2], own[3]]).ok();
-    if dismissed(&mut pair, deadline)? {
+    if dismissed(&mut pair, &mut deadline)? {
         return Ok(());
     }
     if deadline.passed() {
@@ -162,14 +174,13 @@ pub fn run(journal: &Path, deadline: Duration, main: i32) -> Result<()> {
     }
     let mut monitor = QmpSocket::inherit(UnixStream::from(monitor))?;
     let mut journal = Journal::load(journal.to_path_buf())?;
-    let released = journal.release(&mut monitor)?;
-    tracing::warn!(removed = ?released.removed, "the guard released the VM for a dead run");
-    journal.close()?;
+    let taken = settle::take_back(&mut journal, Some(&mut monitor), THAW_FOR)?;
+    tracing::warn!(removed = ?taken.removed, "the guard released the VM for a dead run");
     Ok(())
 }
 
 /// Waits for the dismissal; `false` when the main process died or the deadline passed first.
-fn dismissed(pair: &mut UnixStream, deadline: Deadline) -> Result<bool> {
+fn dismissed(pair: &mut UnixStream, deadline: &mut Deadline) -> Result<bool> {
     loop {
         let left = deadline.left().max(Duration::from_millis(1));
         pair.set_read_timeout(Some(left))
@@ -177,6 +188,7 @@ fn dismissed(pair: &mut UnixStream, deadline: Deadline) -> Result<bool> {
         let mut byte = [0];
         match pair.read(&mut byte) {
             Ok(1) if byte == *b"D" => return Ok(true),
+            Ok(1) if byte == *b"L" => *deadline = Deadline::after(FOR_EVER),
             Ok(0) => return Ok(false),
             Ok(_) => bail!("an unknown word from the main process"),
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}

@@ -35,6 +35,14 @@ pub enum Error {
         /// Who, since when.
         holder: String,
     },
+    /// A journal that is none.
+    #[error("the journal {path} cannot be understood")]
+    Journal {
+        /// Its file.
+        path: String,
+        /// Why.
+        source: serde_json::Error,
+    },
     /// The file system failed us.
     #[error("{what} {path}")]
     Io {
@@ -167,10 +175,14 @@ impl TargetState {
             std::process::id(),
             clock::utc_now()
         );
-        file.set_len(0).map_err(io("write", &path))?;
-        file.seek(SeekFrom::Start(0)).map_err(io("write", &path))?;
-        file.write_all(holder.as_bytes())
-            .map_err(io("write", &path))?;
+        // Who holds it is told to those who wait; on a full disk they must do without.
+        let told = file
+            .set_len(0)
+            .and_then(|()| file.seek(SeekFrom::Start(0)))
+            .and_then(|_| file.write_all(holder.as_bytes()));
+        if let Err(error) = told {
+            tracing::warn!(%error, lock = %path.display(), "cannot note who holds the lock");
+        }
         Ok(Lock { file })
     }
 
@@ -233,8 +245,10 @@ impl Journal {
     /// Reads a journal.
     pub fn load(path: PathBuf) -> Result<Self> {
         let bytes = std::fs::read(&path).map_err(io("read", &path))?;
-        let content = serde_json::from_slice(&bytes)
-            .map_err(|error| io("understand", &path)(std::io::Error::other(error)))?;
+        let content = serde_json::from_slice(&bytes).map_err(|source| Error::Journal {
+            path: path.display().to_string(),
+            source,
+        })?;
         Ok(Self { path, content })
     }
 
@@ -268,6 +282,11 @@ impl Journal {
         self.save()
     }
 
+    /// Leaves items out of the list in memory: what is on disk may say more than there is, never less.
+    pub fn forget(&mut self, left: Vec<Leftover>) {
+        self.content.left = left;
+    }
+
     #[expect(
         clippy::disallowed_methods,
         reason = "the journal is replaced whole, then its directory is synced"
@@ -299,20 +318,34 @@ impl Journal {
     }
 
     /// Takes back everything that it lists, through a monitor of the VM. The journal stays until [`close`](Self::close).
-    pub fn release(&mut self, monitor: &mut dyn Monitor) -> anyhow::Result<Released> {
+    pub fn release(
+        &mut self,
+        monitor: &mut dyn Monitor,
+        patience: Duration,
+    ) -> anyhow::Result<Released> {
         if monitor.process() != &self.content.process {
             // That QEMU is gone, and with it everything but files: nothing is committed, and a socket is not its server.
             let frozen = |item: &&Leftover| matches!(item, Leftover::Frozen { .. });
             let left: Vec<_> = self.content.left.iter().filter(frozen).cloned().collect();
-            return Ok(qmp::release::release(monitor, &left)?);
+            return Ok(qmp::release::release(monitor, &left, patience)?);
         }
-        self.before_commit()?;
-        Ok(qmp::release::release(monitor, &self.content.left)?)
+        self.before_commit();
+        Ok(qmp::release::release(
+            monitor,
+            &self.content.left,
+            patience,
+        )?)
     }
 
     /// Frees the guest only.
     pub fn free_guest(&self, monitor: &mut dyn Monitor, done: &mut Released) -> anyhow::Result<()> {
-        Ok(qmp::release::free_guest(monitor, &self.content.left, done)?)
+        let patience = qmp::agent::THAW_FOR;
+        Ok(qmp::release::free_guest(
+            monitor,
+            &self.content.left,
+            patience,
+            done,
+        )?)
     }
 
     /// Takes back the rest.
@@ -321,7 +354,7 @@ impl Journal {
         monitor: &mut dyn Monitor,
         done: &mut Released,
     ) -> anyhow::Result<()> {
-        self.before_commit()?;
+        self.before_commit();
         Ok(qmp::release::release_rest(
             monitor,
             &self.content.left,
@@ -329,8 +362,9 @@ impl Journal {
         )?)
     }
 
-    /// A commit makes the base a mix until it ends: that must be known before it begins.
-    fn before_commit(&mut self) -> Result<()> {
+    /// A commit makes the base a mix until it ends: that is noted before it begins. Where it cannot be noted (a full file
+    /// system) the guest is freed all the same: a base that a commit has written to is not what was recorded of it.
+    fn before_commit(&mut self) {
         let mut changed = false;
         for item in &mut self.content.left {
             if let Leftover::Overlay(overlay) = item
@@ -341,7 +375,9 @@ impl Journal {
                 changed = true;
             }
         }
-        if changed { self.save() } else { Ok(()) }
+        if changed && let Err(error) = self.save() {
+            tracing::warn!(%error, "cannot note that a commit begins");
+        }
     }
 
     /// The VM is clean: the journal goes.

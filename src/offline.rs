@@ -21,13 +21,15 @@ use anyhow::{Context, Result};
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
 use crate::hoststate::TargetState;
-use crate::qmp::Monitor;
 use crate::qmp::command::{action_add_bitmap, action_disable_bitmap, transaction};
 use crate::qmp::graph::{Bitmap, Graph, Machine};
 use crate::qmp::release::FileVersion;
 use crate::qmp::socket::QmpSocket;
+use crate::qmp::{self, Monitor};
 use crate::target::Image;
 
+/// How long the daemon may take to start.
+const START_WAIT: Duration = Duration::from_secs(20);
 /// The image's node in the daemon.
 const NODE: &str = "forerun-image";
 /// Times younger than this may be those of a later write, too: file systems count in up to 2 s.
@@ -61,42 +63,37 @@ impl Daemon {
             "driver": format, "node-name": NODE, "read-only": false,
             "file": { "driver": protocol, "filename": path, "locking": "on" },
         });
-        let chardev = format!("socket,id=qmp,server=on,wait=off,path={}", socket.display());
-        let mut command = Command::new("qemu-storage-daemon");
+        // A comma in a value is written twice (QEMU docs, "Options parsing").
+        let shown = socket.display().to_string().replace(',', ",,");
+        let chardev = format!("socket,id=qmp,server=on,wait=off,path={shown}");
+        let mut command = dying_with_us("qemu-storage-daemon");
         command
-            .args([
-                "--chardev",
-                &chardev.replace(",,", ","),
-                "--monitor",
-                "chardev=qmp",
-            ])
+            .args(["--chardev", &chardev, "--monitor", "chardev=qmp"])
             .arg("--blockdev")
             .arg(node.to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .process_group(0);
-        let mut child = command.spawn().context("start qemu-storage-daemon")?;
-        let deadline = Deadline::after(Duration::from_secs(20));
-        while !socket.exists() {
-            if child.try_wait()?.is_some() {
-                return Err(refused_image(path, child));
-            }
-            anyhow::ensure!(!deadline.passed(), "qemu-storage-daemon does not start");
-            clock::sleep(Duration::from_millis(2));
-        }
-        let daemon = Self {
-            child,
+        let mut daemon = Self {
+            child: command.spawn().context("start qemu-storage-daemon")?,
             socket,
             key: image.key(),
             device,
         };
-        let monitor = match QmpSocket::connect(&daemon.socket) {
-            Ok(monitor) => monitor,
-            // The monitor comes up before the image is opened: one that is refused ends it.
-            Err(error) => return Err(daemon.refused(path, error.into())),
-        };
-        Ok((monitor, daemon))
+        let deadline = Deadline::after(START_WAIT);
+        loop {
+            let ended = daemon.child.try_wait()?.is_some();
+            match QmpSocket::connect(&daemon.socket) {
+                Ok(monitor) => return Ok((monitor, daemon)),
+                // Not there, or not listening yet.
+                Err(qmp::Error::Unreachable { .. }) if !ended && !deadline.passed() => {
+                    clock::sleep(Duration::from_millis(2));
+                }
+                // The monitor comes up before the image is opened: one that is refused ends it.
+                Err(error) => return Err(daemon.refused(path, error.into())),
+            }
+        }
     }
 
     /// Why a daemon that ended did, or the error that it was noticed by.
@@ -156,12 +153,20 @@ impl Drop for Daemon {
     }
 }
 
-fn refused_image(path: &Path, child: Child) -> anyhow::Error {
-    let output = child
-        .wait_with_output()
-        .map(|out| out.stderr)
-        .unwrap_or_default();
-    refusal(path, String::from_utf8_lossy(&output).trim())
+/// A command that gets SIGTERM when we die (prctl(2), `PR_SET_PDEATHSIG`, by setpriv(1) of util-linux): a daemon that
+/// outlived us would keep the image's lock, and the VM from starting.
+fn dying_with_us(program: &str) -> Command {
+    let there = Command::new("setpriv")
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    if !there.is_ok_and(|status| status.success()) {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "TERM", "--", program]);
+    command
 }
 
 fn refusal(path: &Path, words: &str) -> anyhow::Error {

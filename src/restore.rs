@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use rustix::fs::FallocateFlags;
+use rustix::fs::{Advice, FallocateFlags};
 
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
@@ -19,6 +19,8 @@ use crate::nbd::{Endpoint, Writer, ZeroMode};
 use crate::progress::Progress;
 use crate::units::{Bytes, Extent};
 
+/// After so many bytes the kernel is told to begin writing them out.
+const WRITE_OUT: u64 = 16 << 20;
 /// Requests in flight to a qcow2 image's server.
 const IN_FLIGHT: usize = 8;
 
@@ -68,7 +70,7 @@ pub fn check(tasks: &[Task], force: bool) -> Result<()> {
                 hint,
             ));
         }
-        if meta.is_file() && in_use(&task.path)? {
+        if in_use(&task.path)? {
             let hint = "stop the VM that uses it, or restore to another place";
             return Err(Failure::hinted(
                 Kind::Busy,
@@ -148,18 +150,23 @@ pub fn make_directory(path: &Path) -> Result<()> {
         .with_context(|| format!("create {}", path.display()))
 }
 
-/// Restores one disk.
+/// Restores one disk. A new file gets its name only when it is complete: until then it is `NAME.partial`, so that what a
+/// killed restore leaves is not taken for an image.
 pub fn apply(repo: &Repository, task: &Task, force: bool, progress: &Progress) -> Result<()> {
-    let existed = task.path.exists();
-    let done = if task.qcow2 {
-        apply_qcow2(repo, task, force, progress)
+    let write = if task.qcow2 { apply_qcow2 } else { apply_raw };
+    let done = if task.path.exists() {
+        anyhow::ensure!(force, "{} exists already", task.path.display());
+        write(repo, task, &task.path, progress)
     } else {
-        apply_raw(repo, task, force, progress)
+        let partial = with_suffix(&task.path, ".partial");
+        let done = claim(&partial)
+            .and_then(|()| write(repo, task, &partial, progress))
+            .and_then(|()| give_name(&partial, &task.path));
+        if done.is_err() {
+            std::fs::remove_file(&partial).ok();
+        }
+        done
     };
-    // A half-written new image must not be taken for a restored one.
-    if done.is_err() && !existed {
-        std::fs::remove_file(&task.path).ok();
-    }
     done.with_context(|| {
         format!(
             "restore disk `{}` to {}",
@@ -169,19 +176,46 @@ pub fn apply(repo: &Repository, task: &Task, force: bool, progress: &Progress) -
     })
 }
 
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+/// Makes the file under its first name, readable by us alone; what an earlier restore left there goes.
+fn claim(partial: &Path) -> Result<()> {
+    std::fs::remove_file(partial).ok();
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(partial)
+        .with_context(|| format!("create {}", partial.display()))?;
+    Ok(())
+}
+
+/// Gives a finished file its name, which must still be free, durably.
+fn give_name(partial: &Path, path: &Path) -> Result<()> {
+    use rustix::fs::{CWD, RenameFlags};
+    rustix::fs::renameat_with(CWD, partial, CWD, path, RenameFlags::NOREPLACE)
+        .context("give it its name")?;
+    let directory = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    File::open(directory.unwrap_or(Path::new(".")))?
+        .sync_all()
+        .context("sync its directory")
+}
+
 fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn apply_raw(repo: &Repository, task: &Task, force: bool, progress: &Progress) -> Result<()> {
-    let mut options = OpenOptions::new();
-    options.write(true).mode(0o600);
-    if force {
-        options.create(true)
-    } else {
-        options.create_new(true)
-    };
-    let file = options.open(&task.path).context("open it")?;
+fn apply_raw(repo: &Repository, task: &Task, path: &Path, progress: &Progress) -> Result<()> {
+    let file = OpenOptions::new()
+        .write(true)
+        .open(path)
+        .context("open it")?;
     let regular = file.metadata()?.is_file();
     if regular {
         // Nothing of an old image stays, its bitmaps included.
@@ -192,6 +226,7 @@ fn apply_raw(repo: &Repository, task: &Task, force: bool, progress: &Progress) -
         file,
         fresh: regular,
         progress,
+        unwritten: None,
     };
     repo.read_disk(&task.disk, threads(), &mut sink)?;
     sink.file.sync_all().context("sync it")?;
@@ -204,14 +239,37 @@ struct RawSink<'a> {
     /// What is not written reads as zeros.
     fresh: bool,
     progress: &'a Progress,
+    /// What was written since the kernel was last told to begin writing it out, as one span, with its bytes.
+    unwritten: Option<(Extent, u64)>,
+}
+
+impl RawSink<'_> {
+    /// Begins to write out what was written, now and then, so that the sync at the end finds little left to do.
+    fn write_out(&mut self, written: Extent) {
+        let (span, bytes) = self.unwritten.take().unwrap_or((written, 0));
+        let offset = span.offset.min(written.offset);
+        let span = Extent {
+            offset,
+            length: span.end().max(written.end()) - offset,
+        };
+        let bytes = bytes + written.length;
+        if bytes < WRITE_OUT {
+            self.unwritten = Some((span, bytes));
+            return;
+        }
+        // It cannot drop dirty pages, so it begins to write them.
+        let length = std::num::NonZeroU64::new(span.length);
+        rustix::fs::fadvise(&self.file, span.offset, length, Advice::DontNeed).ok();
+    }
 }
 
 impl BlockSink for RawSink<'_> {
     fn data(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.progress
-            .done
-            .fetch_add(data.len() as u64, Ordering::Relaxed);
-        self.file.write_all_at(data, offset)
+        let length = data.len() as u64;
+        self.progress.done.fetch_add(length, Ordering::Relaxed);
+        self.file.write_all_at(data, offset)?;
+        self.write_out(Extent { offset, length });
+        Ok(())
     }
 
     fn zero(&mut self, offset: u64, length: u64) -> io::Result<()> {
@@ -237,19 +295,10 @@ impl BlockSink for RawSink<'_> {
     }
 }
 
-fn apply_qcow2(repo: &Repository, task: &Task, force: bool, progress: &Progress) -> Result<()> {
-    if !force {
-        // Claims the name; two restores at once cannot both have it.
-        OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&task.path)
-            .context("create it")?;
-    }
+fn apply_qcow2(repo: &Repository, task: &Task, path: &Path, progress: &Progress) -> Result<()> {
     let created = Command::new("qemu-img")
         .args(["create", "-q", "-f", "qcow2", "--"])
-        .arg(&task.path)
+        .arg(path)
         .arg(task.disk.size.to_string())
         .output()
         .context("run qemu-img create")?;
@@ -258,7 +307,7 @@ fn apply_qcow2(repo: &Repository, task: &Task, force: bool, progress: &Progress)
         "qemu-img create: {}",
         String::from_utf8_lossy(&created.stderr).trim()
     );
-    let server = ImageServer::start(&task.path)?;
+    let server = ImageServer::start(path)?;
     let client = Endpoint::new(&server.socket, "").connect()?;
     let writer = Writer::new(client, IN_FLIGHT)?;
     let mut sink = NbdSink { writer, progress };
@@ -266,7 +315,7 @@ fn apply_qcow2(repo: &Repository, task: &Task, force: bool, progress: &Progress)
     sink.writer.flush()?;
     sink.writer.finish()?.disconnect()?;
     server.stop()?;
-    File::open(&task.path)?.sync_all().context("sync it")?;
+    File::open(path)?.sync_all().context("sync it")?;
     Ok(())
 }
 

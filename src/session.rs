@@ -40,6 +40,8 @@ pub struct Session {
     pass: u64,
     /// The sessions that the target's points came from.
     published: Vec<image::SessionId>,
+    /// A session whose point is published, to be removed.
+    committed: Option<image::Session>,
 }
 
 impl Session {
@@ -55,10 +57,11 @@ impl Session {
             segments: Vec::new(),
             pass: 0,
             published: Vec::new(),
+            committed: None,
         };
         session.find_bases()?;
         if session.committed() {
-            session.remove()?;
+            session.committed = session.log.take();
         }
         if let Some(log) = &session.log {
             for item in log.items()? {
@@ -77,6 +80,14 @@ impl Session {
             }
         }
         Ok(session)
+    }
+
+    /// Removes a session whose point is published. The run lock must be held.
+    pub fn remove_committed(&mut self) -> Result<()> {
+        match self.committed.take() {
+            Some(log) => Ok(log.remove()?),
+            None => Ok(()),
+        }
     }
 
     /// Whether the session's point is published already: only its removal was cut off.
@@ -107,12 +118,6 @@ impl Session {
             }
         }
         Ok(())
-    }
-
-    /// Whether anything has been recorded yet.
-    #[must_use]
-    pub fn begun(&self) -> bool {
-        self.log.is_some()
     }
 
     /// The session's id, once it has begun.

@@ -1,91 +1,136 @@
 //! Settling what a dead run left: through the VM's monitor while its QEMU lives, and what is on the file system after.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use crate::exit::{Failure, Kind};
 use crate::hoststate::Journal;
 use crate::qmp::Monitor;
-use crate::qmp::agent;
 use crate::qmp::release::{FileVersion, Leftover, Overlay};
 
 /// What [`take_back`] says of a VM that a full scratch had stopped.
 pub const RESUMED: &str = "a VM that a full scratch had stopped goes on";
 
-/// Takes back what a journal lists, then removes the journal. Returns what was found. Without a monitor the VM is off.
-pub fn take_back(journal: &mut Journal, monitor: Option<&mut dyn Monitor>) -> Result<Vec<String>> {
-    let mut removed = if let Some(monitor) = monitor {
-        let released = journal.release(monitor)?;
-        let resumed = released.resumed.then(|| RESUMED.to_owned());
-        released.removed.into_iter().chain(resumed).collect()
-    } else {
-        for item in journal.left() {
-            if let Leftover::Frozen { agent } = item {
-                agent::thaw_until_thawed(agent).ok();
-            }
-        }
-        Vec::new()
-    };
-    for item in journal.left().to_vec() {
-        match item {
-            Leftover::Overlay(overlay) if overlay.file.exists() => {
-                settle_overlay(&overlay)?;
-                removed.push(format!("overlay file {}", overlay.file.display()));
-            }
-            Leftover::Server { socket, .. } => {
-                std::fs::remove_file(&socket).ok();
-            }
-            _ => {}
-        }
-    }
-    journal.close()?;
-    Ok(removed)
+/// What a journal listed and what became of it.
+#[derive(Debug, Default)]
+pub struct TakenBack {
+    /// What was found and taken back.
+    pub removed: Vec<String>,
+    /// Agents that do not say that their guests' file systems are thawed. The journal stays for them.
+    pub unthawed: Vec<PathBuf>,
 }
 
-/// An overlay's file whose QEMU is gone: the guest's last writes are in it. It is committed only onto a base that
-/// nobody has touched since; else everything stays as it is.
-fn settle_overlay(overlay: &Overlay) -> Result<()> {
-    let stays = |why: &str| {
-        Err(Failure::hinted(
-            Kind::Attention,
-            format!(
-                "disk `{}`: the guest's last writes are in the overlay {} and {why}",
-                overlay.disk,
-                overlay.file.display()
-            ),
-            format!(
-                "its base is {}: decide which of both states is wanted (`qemu-img commit` joins them while the VM is off), then remove the overlay",
-                overlay.base_file
-            ),
-        ))
-    };
+/// Takes back what a journal lists, then removes the journal. Without a monitor the VM is off. An agent that does not
+/// answer is asked again for as long as `patience`; after that the journal keeps the guest for the next command.
+pub fn take_back(
+    journal: &mut Journal,
+    monitor: Option<&mut dyn Monitor>,
+    patience: Duration,
+) -> Result<TakenBack> {
+    let mut taken = TakenBack::default();
+    let running = monitor.is_some();
+    if let Some(monitor) = monitor {
+        let released = journal.release(monitor, patience)?;
+        let resumed = released.resumed.then(|| RESUMED.to_owned());
+        taken.removed = released.removed.into_iter().chain(resumed).collect();
+        taken.unthawed = released.unthawed;
+    }
+    // All overlays are judged before the first one is touched: disks of two instants would be worse than either.
+    let mut ends = Vec::new();
+    for item in journal.left() {
+        if let Leftover::Overlay(overlay) = item
+            && overlay.file.exists()
+        {
+            ends.push((overlay.clone(), judge(overlay, running)?));
+        }
+    }
+    for (overlay, end) in &ends {
+        if *end == End::Commit {
+            commit(overlay)?;
+        }
+        std::fs::remove_file(&overlay.file)
+            .with_context(|| format!("remove {}", overlay.file.display()))?;
+        taken
+            .removed
+            .push(format!("overlay file {}", overlay.file.display()));
+    }
+    for item in journal.left() {
+        if let Leftover::Server { socket, .. } = item {
+            std::fs::remove_file(socket).ok();
+        }
+    }
+    if taken.unthawed.is_empty() {
+        journal.close()?;
+    } else {
+        let frozen = taken.unthawed.iter().map(|agent| Leftover::Frozen {
+            agent: agent.clone(),
+        });
+        journal.write(frozen.collect())?;
+    }
+    Ok(taken)
+}
+
+/// What is to become of an overlay's file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// It was never in place.
+    Remove,
+    /// The guest's last writes are in it, and belong into its base.
+    Commit,
+}
+
+/// Judges the file of an overlay whose QEMU is gone: the guest's last writes are in it. It is committed only onto a base
+/// that nobody has touched since; else everything stays as it is.
+fn judge(overlay: &Overlay, running: bool) -> Result<End> {
     let Some(recorded) = &overlay.base_version else {
         // It was never seen in place; it holds something only if it was, just before the end.
         if holds_data(&overlay.file)? {
-            return stays("how its base looked is not known");
+            return Err(stays(overlay, "how its base looked is not known"));
         }
-        return remove(&overlay.file);
+        return Ok(End::Remove);
     };
     if overlay.committing {
-        return stays("its commit had begun");
+        return Err(stays(overlay, "its commit had begun"));
     }
     if FileVersion::of(Path::new(&overlay.base_file)).as_ref() != Some(recorded) {
-        return stays("its base has been written to since");
+        return Err(stays(overlay, "its base has been written to since"));
     }
+    if running {
+        return Err(stays(overlay, "its VM runs again without it"));
+    }
+    Ok(End::Commit)
+}
+
+fn stays(overlay: &Overlay, why: &str) -> anyhow::Error {
+    Failure::hinted(
+        Kind::Attention,
+        format!(
+            "disk `{}`: the guest's last writes are in the overlay {} and {why}",
+            overlay.disk,
+            overlay.file.display()
+        ),
+        format!(
+            "its base is {}: decide which of both states is wanted, for all disks alike (`qemu-img commit` joins them while the VM is off), then remove the overlays",
+            overlay.base_file
+        ),
+    )
+}
+
+fn commit(overlay: &Overlay) -> Result<()> {
     let output = Command::new("qemu-img")
         .args(["commit", "-q", "-f", "qcow2", "--"])
         .arg(&overlay.file)
         .output()
         .context("run qemu-img commit")?;
-    if !output.status.success() {
-        return stays(&format!(
-            "it could not be committed: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        ));
+    if output.status.success() {
+        return Ok(());
     }
-    remove(&overlay.file)
+    let words = String::from_utf8_lossy(&output.stderr);
+    let why = format!("it could not be committed: {}", words.trim());
+    Err(stays(overlay, &why))
 }
 
 fn holds_data(file: &Path) -> Result<bool> {
@@ -107,8 +152,4 @@ fn holds_data(file: &Path) -> Result<bool> {
                 .and_then(serde_json::Value::as_bool)
                 .unwrap_or(true)
     }))
-}
-
-fn remove(file: &Path) -> Result<()> {
-    std::fs::remove_file(file).with_context(|| format!("remove {}", file.display()))
 }

@@ -2,9 +2,11 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 /// The longest path that fits an address (unix(7)).
 const LONGEST: usize = 107;
@@ -47,6 +49,16 @@ impl ShortPath {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Connects without waiting: a server whose queue of clients is full answers with [`std::io::ErrorKind::WouldBlock`]. The
+/// stream stays non-blocking.
+pub fn connect_now(path: &Path) -> std::io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let short = ShortPath::of(path)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(short.path())?)?;
+    Ok(UnixStream::from(socket))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! A target in our hands: for the length of a batch or a freeze, under its lock, with its monitor, after whatever a dead
 //! run left in it has been taken back.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use crate::bitmap::track::Seen;
 use crate::exit::{Failure, Kind};
 use crate::hoststate::{Journal, Lock, TargetState};
 use crate::offline::{Daemon, Memory};
+use crate::qmp::agent::THAW_FOR;
 use crate::qmp::command::{
     action_add_bitmap, action_disable_bitmap, action_remove_bitmap, transaction,
 };
@@ -19,9 +20,11 @@ use crate::qmp::graph::{self, Disk, Machine};
 use crate::qmp::names::{PREFIX, RunName};
 use crate::qmp::socket::QmpSocket;
 use crate::qmp::{Monitor, Process};
-use crate::settle;
+use crate::settle::{self, TakenBack};
 use crate::target::{Choice, Chosen, Target, key_without_uuid};
 
+/// How long the agent of a dead run is asked for a thaw before the command goes on with its own work.
+const THAW_PATIENCE: Duration = Duration::from_secs(4);
 /// How long we wait for another run's batch on the same target.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
 /// Run states in which the disks are not this QEMU's to read.
@@ -96,8 +99,11 @@ impl Vm {
         };
         self.state.remove_unwritten()?;
         let mut recovered = Vec::new();
+        let mut unthawed = Vec::new();
         for mut journal in self.state.journals()? {
-            recovered.extend(settle::take_back(&mut journal, Some(&mut monitor))?);
+            let taken = settle::take_back(&mut journal, Some(&mut monitor), THAW_PATIENCE)?;
+            recovered.extend(taken.removed);
+            unthawed.extend(taken.unthawed);
         }
         if !recovered.is_empty() {
             tracing::warn!(?recovered, "took back what a dead run left in the VM");
@@ -119,6 +125,7 @@ impl Vm {
             journal,
             lock,
             recovered,
+            unthawed,
             seen: None,
             choice: self.choice.clone(),
             granularity: 0,
@@ -151,6 +158,8 @@ pub struct Hold {
     pub journal: Journal,
     /// What was left by dead runs and has been taken back.
     pub recovered: Vec<String>,
+    /// Agents of dead runs that do not say that their guests are thawed; every command asks them again.
+    pub unthawed: Vec<PathBuf>,
     seen: Option<(Machine, Chosen)>,
     choice: Choice,
     /// Bytes a bit of the bitmaps that are added.
@@ -188,6 +197,12 @@ impl Hold {
         Ok((&kept.0, &kept.1))
     }
 
+    /// The VM as it was last seen.
+    pub fn machine_seen(&self) -> Result<&Machine> {
+        let seen = self.seen.as_ref().map(|(machine, _)| machine);
+        seen.context("the VM was not looked at")
+    }
+
     /// The chosen disks as they were last seen.
     #[must_use]
     pub fn disks(&self) -> &[Disk] {
@@ -195,8 +210,8 @@ impl Hold {
     }
 
     /// Takes back all that the journal lists, in the VM and on the file system.
-    pub fn release(&mut self) -> Result<Vec<String>> {
-        settle::take_back(&mut self.journal, Some(&mut self.monitor))
+    pub fn release(&mut self) -> Result<TakenBack> {
+        settle::take_back(&mut self.journal, Some(&mut self.monitor), THAW_FOR)
     }
 
     /// The ids of the jobs that were there at the last look and are not ours.

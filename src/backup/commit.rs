@@ -2,6 +2,7 @@
 //! replaces is removed from the VM.
 
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use jiff::Timestamp;
@@ -14,12 +15,17 @@ use super::{Bytes, Rescan, Runner};
 use crate::bitmap::rotate;
 use crate::clock::{self, Deadline};
 use crate::copy;
-use crate::exit::{Failure, Kind};
+use crate::exit::{Failure, Kind, classify};
 use crate::image::{self, DiskPoint, Manifest, PointId, RetiredBitmap, Tracking};
+use crate::qmp;
 use crate::qmp::freeze::Method;
 
 /// So much residual is not worth a live pass before the freeze.
 pub(super) const SMALL: u64 = 64 << 20;
+/// So little is left alone while there is time.
+const LITTLE: u64 = 16 << 20;
+/// Between two looks at what is left.
+const BETWEEN_LOOKS: Duration = Duration::from_secs(2);
 /// More live passes than this do not make a residual smaller.
 const PASSES: u32 = 12;
 /// How often a freeze that was given up is tried again.
@@ -65,47 +71,71 @@ pub struct PointDisk {
 
 impl Runner {
     /// Copies ahead until what is left no longer shrinks, or until one of the limits. Returns the bytes that a freeze would
-    /// find now.
+    /// find now, and whether the limit was reached.
     pub fn precopy(
         &mut self,
         once: bool,
         until: Option<Deadline>,
         converge: Option<u64>,
-    ) -> Result<u64> {
+    ) -> Result<(u64, bool)> {
+        if let Some(until) = until {
+            return self.precopy_until(until, converge);
+        }
         let mut before = u64::MAX;
-        let mut passes = 0;
-        loop {
-            let end = self.pass(until)?;
-            passes += 1;
-            let mut hold = self.hold()?;
-            self.sample_writes(&mut hold)?;
-            let left = self.estimate(&hold);
-            drop(hold);
-            let out_of_time =
-                end == super::pass::PassEnd::OutOfTime || until.is_some_and(Deadline::passed);
-            if once || out_of_time || converge.is_some_and(|converge| left <= converge) {
-                return Ok(left);
-            }
-            if let Some(until) = until {
-                // Until its time has come, it looks again now and then whether there is enough to copy.
-                let pause = std::time::Duration::from_secs(1);
-                let pause = if left <= SMALL { pause * 10 } else { pause };
-                self.pause(pause.min(until.left()))?;
-                continue;
-            }
+        for _ in 0..PASSES {
+            self.pass(None)?;
+            let left = self.left()?;
+            let reached = converge.is_none_or(|converge| left <= converge);
             let shrinks = left < before / 10 * 8;
-            if converge.is_none() && (!shrinks || left <= SMALL / 4) || passes >= PASSES {
-                return Ok(left);
+            if once || (converge.is_some() && reached) || !shrinks || left <= LITTLE {
+                return Ok((left, reached));
             }
             before = left;
         }
+        Ok((before, converge.is_none_or(|converge| before <= converge)))
     }
 
-    pub(super) fn pause(&self, pause: std::time::Duration) -> Result<()> {
+    /// Copies ahead for as long as there is time. What passes by itself (somebody else's use of the VM, a restart) is
+    /// waited for: the time that a backup is due has not come.
+    fn precopy_until(&mut self, until: Deadline, converge: Option<u64>) -> Result<(u64, bool)> {
+        let mut left = u64::MAX;
+        let mut trouble = String::new();
+        loop {
+            let looked = if left > LITTLE {
+                self.pass(Some(until)).and_then(|_| self.left())
+            } else {
+                self.left()
+            };
+            match looked {
+                Ok(found) => left = found,
+                Err(error) if passes_by_itself(&error) => {
+                    let words = format!("{error:#}");
+                    if words != trouble {
+                        tracing::warn!("{words}; trying again");
+                        trouble = words;
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+            if until.passed() || converge.is_some_and(|converge| left <= converge) {
+                return Ok((left, converge.is_none_or(|converge| left <= converge)));
+            }
+            self.pause(BETWEEN_LOOKS.min(until.left()))?;
+        }
+    }
+
+    /// What a freeze would find now, in bytes.
+    fn left(&mut self) -> Result<u64> {
+        let mut hold = self.hold()?;
+        self.sample_writes(&mut hold)?;
+        Ok(self.estimate(&hold))
+    }
+
+    pub(super) fn pause(&self, pause: Duration) -> Result<()> {
         let deadline = Deadline::after(pause);
         while !deadline.passed() {
             self.check_interrupt()?;
-            clock::sleep(deadline.left().min(std::time::Duration::from_millis(50)));
+            clock::sleep(deadline.left().min(Duration::from_millis(50)));
         }
         Ok(())
     }
@@ -180,6 +210,7 @@ impl Runner {
             &copy_disks,
             "residual",
             &self.progress.done,
+            None,
             |give| {
                 let ended = spool.hand_on(give)?;
                 anyhow::ensure!(
@@ -231,7 +262,12 @@ impl Runner {
         };
         let manifest = self.manifest(&point, disks, machine, instant.scratch_bytes)?;
         self.repo.publish(&manifest)?;
-        self.session.remove()?;
+        // The point stands; the next run removes a session that is committed.
+        if let Err(error) = self.session.remove() {
+            self.warnings.push(format!(
+                "the finished session stays until the next run: {error:#}"
+            ));
+        }
         Ok(point)
     }
 
@@ -281,7 +317,13 @@ impl Runner {
     ) -> Result<Manifest> {
         let mut retired: Vec<RetiredBitmap> = Vec::new();
         for tracked in self.session.state.disks.values() {
-            for named in &tracked.needed {
+            // A disk that is not in the point loses its place in the session, and with it all its bitmaps.
+            let left_out = !point.disks.iter().any(|disk| disk.key == tracked.key);
+            for named in tracked
+                .needed
+                .iter()
+                .chain(tracked.new.iter().filter(|_| left_out))
+            {
                 retired.push(RetiredBitmap {
                     disk: tracked.key.clone(),
                     name: named.name.clone(),
@@ -351,6 +393,18 @@ impl Runner {
             ));
         }
     }
+}
+
+/// Trouble that may be over in a while.
+fn passes_by_itself(error: &anyhow::Error) -> bool {
+    let (kind, _) = classify(error);
+    let gone = error.chain().any(|cause| {
+        matches!(
+            cause.downcast_ref(),
+            Some(qmp::Error::Unreachable { .. } | qmp::Error::Closed | qmp::Error::Timeout { .. })
+        )
+    });
+    kind == Kind::Busy || gone
 }
 
 fn format_of(identity: &serde_json::Value) -> String {

@@ -2,7 +2,7 @@
 //! held for as long as this takes, so nothing here hashes, compresses or waits for the repository.
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ use crate::bitmap::track::Rotation;
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
 use crate::guard::Guard;
-use crate::nbd::Endpoint;
+use crate::nbd::{Endpoint, ReadOptions};
 use crate::qmp::Monitor as _;
 use crate::qmp::agent::{Agent, Status};
 use crate::qmp::command::list;
@@ -30,7 +30,7 @@ use crate::qmp::freeze::{Freeze, FreezeDisk, Method};
 use crate::qmp::graph::Machine;
 use crate::qmp::release::{Leftover, Released};
 use crate::settle;
-use crate::units::Bytes;
+use crate::units::{BlockSize, Bytes};
 use crate::vm::{Hold, seen};
 
 /// The least that a scratch is given.
@@ -140,7 +140,10 @@ impl Runner {
         }
         match hold.release() {
             Ok(done) => {
-                self.note_resumed(done.iter().any(|what| what == settle::RESUMED));
+                self.note_resumed(done.removed.iter().any(|what| what == settle::RESUMED));
+                for agent in done.unthawed {
+                    self.warnings.push(unthawed(&agent));
+                }
                 self.dismiss(guard);
             }
             Err(error) => {
@@ -189,9 +192,10 @@ impl Runner {
         }
         self.refuse_risky(hold)?;
         let directory = self.scratch_directory();
-        let was_running = hold.look()?.0.state == "running";
+        let was_running = hold.machine_seen()?.state == "running";
         let rotation = self.intend_freeze(hold)?;
-        let before = hold.look()?.0.clone();
+        // What the rotation was planned with is what must still be there at the end.
+        let before = hold.machine_seen()?.clone();
         let disks = self.freeze_disks(hold, &rotation)?;
         self.check_space(hold, &disks, &directory)?;
         let mut freeze = Freeze::new(
@@ -220,26 +224,40 @@ impl Runner {
         start_server(&listening, hold)?;
         freeze.prepare(&mut hold.monitor)?;
         let mut spool = Spool::new(&directory)?;
-        let guard_after = self.options.deadline + GUARD_GRACE + QUIESCE;
+        let guard_after = self.options.deadline + GUARD_GRACE + QUIESCE + THAW;
         let (monitor, journal) = (&hold.monitor, hold.journal.path());
         *guard = Some(Guard::start(monitor, journal, &hold.lock, guard_after)?);
         let (mut instant, begin) = self.cut(hold, &freeze, agent)?;
+        // The guest has said that it is thawed: no release needs to ask it again.
+        let left = hold.journal.left().iter();
+        let left = left
+            .filter(|item| !matches!(item, Leftover::Frozen { .. }))
+            .cloned()
+            .collect();
+        hold.journal.forget(left);
         let deadline = Deadline::after(self.options.deadline);
         if freeze.method() == Method::Snapshot {
-            Self::journal_overlays(hold, &freeze)?;
+            Self::journal_overlays(hold, &freeze);
         }
         self.spool_residual(hold, &freeze, &listening, deadline, &mut spool)?;
         self.check_valid(hold, &freeze, &before)?;
+        if freeze.method() == Method::Snapshot
+            && let Some(guard) = guard.as_mut()
+        {
+            guard.lift_deadline()?;
+        }
         instant.scratch_bytes = freeze.scratch_used();
         let mut released = Released::default();
         hold.journal.free_guest(&mut hold.monitor, &mut released)?;
-        if freeze.method() == Method::Snapshot {
-            hold.journal
-                .release_rest(&mut hold.monitor, &mut released)?;
-        }
-        instant.released_ms = instant.freeze_ms + millis(clock::now() - begin);
+        let freed = clock::now();
         hold.journal
             .release_rest(&mut hold.monitor, &mut released)?;
+        // An overlay is the guest's until it is committed; a scratch is gone with its job.
+        let freed = match freeze.method() {
+            Method::Fleece => freed,
+            Method::Snapshot => clock::now(),
+        };
+        instant.released_ms = instant.freeze_ms + millis(freed - begin);
         self.note_resumed(released.resumed);
         self.dismiss(guard.take());
         hold.journal.close()?;
@@ -274,6 +292,9 @@ impl Runner {
         let rotation = intended?;
         hold.look()?;
         self.take_in_disks(hold)?;
+        if hold.disks().len() != self.disks.len() {
+            return Err(GivenUp("a disk came or went".to_owned()).into());
+        }
         // A disk that came into doubt only now is read whole: its open blocks are to be worked out anew, and live where
         // there are many.
         for disk in &mut self.disks {
@@ -293,6 +314,15 @@ impl Runner {
                     let why = format!("disk `{}` must be read in full first", disk.key);
                     return Err(GivenUp(why).into());
                 }
+            }
+        }
+        // The repository is read now, not while the guest is held.
+        for index in 0..self.disks.len() {
+            if self.disks[index].open.is_none() {
+                let tracked = self.tracked(&self.disks[index].key)?;
+                let (proofs, proved) = self.session.proofs(&tracked, self.repo.block_size())?;
+                self.disks[index].proofs = Some(proofs);
+                self.disks[index].proved = proved;
             }
         }
         Ok(rotation)
@@ -526,7 +556,7 @@ impl Runner {
     }
 
     /// How the overlays' bases look now that they are frozen, for `recover` after a death of QEMU.
-    fn journal_overlays(hold: &mut Hold, freeze: &Freeze) -> Result<()> {
+    fn journal_overlays(hold: &mut Hold, freeze: &Freeze) {
         let root = PathBuf::from(format!("/proc/{}/root", hold.monitor.process().pid));
         let overlays = freeze.overlays_in_place(&root);
         let left = hold.journal.left().iter().map(|item| match item {
@@ -537,8 +567,10 @@ impl Runner {
             other => other.clone(),
         });
         let left = left.collect();
-        hold.journal.write(left)?;
-        Ok(())
+        // On a full file system the guest is freed all the same.
+        if let Err(error) = hold.journal.write(left) {
+            tracing::warn!(%error, "cannot note how the bases look");
+        }
     }
 
     fn spool_residual(
@@ -556,6 +588,10 @@ impl Runner {
             let opened = self.open_residual(hold, freeze, listening, index, disk, deadline);
             match opened {
                 Ok(client) => clients.push(client),
+                Err(_) if deadline.passed() => {
+                    result = Err(self.why_given_up(freeze));
+                    break;
+                }
                 Err(error) => {
                     result = Err(error);
                     break;
@@ -567,7 +603,7 @@ impl Runner {
             let interrupted = &self.interrupted;
             let reading = Reading {
                 block_size: self.repo.block_size(),
-                options: self.read_options(),
+                options: residual_options(self.repo.block_size()),
                 permit: &|_| {
                     if deadline.passed()
                         || freeze.filling().is_some()
@@ -599,7 +635,11 @@ impl Runner {
                 match ended {
                     Ok(ControlFlow::Continue(())) => {}
                     Ok(ControlFlow::Break(())) => {
-                        result = Err(self.why_given_up(freeze, deadline));
+                        result = Err(self.why_given_up(freeze));
+                        break;
+                    }
+                    Err(_) if deadline.passed() => {
+                        result = Err(self.why_given_up(freeze));
                         break;
                     }
                     Err(error) => {
@@ -614,14 +654,12 @@ impl Runner {
         if let Some(error) = failure.into_inner() {
             return Err(error);
         }
-        result?;
-        for client in clients {
-            client.disconnect()?;
-        }
-        Ok(())
+        // A polite end is not waited for while the guest is held; the exports are deleted anyway.
+        drop(clients);
+        result
     }
 
-    fn why_given_up(&self, freeze: &Freeze, deadline: Deadline) -> anyhow::Error {
+    fn why_given_up(&self, freeze: &Freeze) -> anyhow::Error {
         if let Err(interrupted) = self.check_interrupt() {
             return interrupted;
         }
@@ -630,7 +668,6 @@ impl Runner {
             return GivenUp(message).into();
         }
         let held = self.options.deadline;
-        debug_assert!(deadline.passed());
         GivenUp(format!(
             "the residual was not read within {} s",
             held.as_secs()
@@ -802,6 +839,26 @@ fn count_writes(hold: &mut Hold) -> Result<u64> {
         .iter()
         .filter_map(|device| device.pointer("/stats/wr_operations")?.as_u64());
     Ok(counts.sum())
+}
+
+/// The residual is read as fast as it goes, whatever the pace of passes; but a request of a scratch holds up the guest's
+/// writes to its range, so they stay small.
+fn residual_options(block_size: BlockSize) -> ReadOptions {
+    let request_bytes = (256 << 10).max(u32::from(block_size));
+    ReadOptions {
+        request_bytes,
+        depth: 32,
+        spare_buffers: 32,
+        holes: false,
+    }
+}
+
+/// What is said of a guest that may be frozen still.
+pub(super) fn unthawed(agent: &Path) -> String {
+    format!(
+        "the guest agent at {} does not say that the guest's file systems are thawed; every command on this target asks again, and so does `forerun recover`",
+        agent.display()
+    )
 }
 
 /// A path of QEMU's without regard to its working directory.

@@ -27,7 +27,9 @@ pub use changed::Changed;
 pub use commit::Point;
 
 use crate::bitmap::blocks::BlockSet;
+use crate::bitmap::dirty::Proofs;
 use crate::bitmap::rotate::{self, Settings};
+use crate::bitmap::track::Named;
 use crate::clock::{self, Deadline};
 use crate::copy::CopyDisk;
 use crate::exit::{Failure, Kind};
@@ -35,6 +37,7 @@ use crate::hoststate::Lock;
 use crate::image::{MapReader, Repository};
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
+use crate::qmp::graph::Bitmap;
 use crate::qmp::names::RunName;
 use crate::session::{Session, base_map};
 use crate::throttle::{Pace, Throttle};
@@ -111,6 +114,10 @@ struct RunDisk {
     open: Option<BlockSet>,
     /// Blocks that have been copied in this session.
     proved: BlockSet,
+    /// The proofs against the pending bitmaps, read ahead for the next time that `open` is worked out.
+    proofs: Option<Proofs>,
+    /// Pending epochs that turned out to be of no use any more.
+    idle: Vec<u64>,
 }
 
 /// One run of a repository on a target.
@@ -147,7 +154,8 @@ impl Runner {
     ) -> Result<Self> {
         let short = repo.id().short();
         let lock = vm.state.lock_run(&short, &options.doing)?;
-        let session = Session::open(&repo, &vm.key)?;
+        let mut session = Session::open(&repo, &vm.key)?;
+        session.remove_committed()?;
         Ok(Self {
             run: RunName::new(&short),
             throttle: Throttle::new(options.pace.rate),
@@ -184,6 +192,12 @@ impl Runner {
             self.warnings.push(format!(
                 "took back what an earlier run left in the VM: {what}"
             ));
+        }
+        for agent in &hold.unthawed {
+            let warning = freeze::unthawed(agent);
+            if !self.warnings.contains(&warning) {
+                self.warnings.push(warning);
+            }
         }
         hold.look()?;
         Ok(hold)
@@ -242,6 +256,8 @@ impl Runner {
                     size: tracked.size,
                     open: None,
                     proved: BlockSet::new(blocks),
+                    proofs: None,
+                    idle: Vec::new(),
                 },
                 |at| before.swap_remove(at),
             ));
@@ -252,6 +268,7 @@ impl Runner {
             copy_disks.push(CopyDisk {
                 key: tracked.key.clone(),
                 size: tracked.size,
+                base_size: tracked.base.as_ref().map_or(0, |base| base.size),
                 base,
             });
         }
@@ -271,24 +288,21 @@ impl Runner {
                 bytes += disk.size;
                 continue;
             };
+            let found = |named: &Named| disk.bitmaps.iter().find(|has| has.name == named.name);
+            let (live, frozen): (Vec<&Bitmap>, Vec<&Bitmap>) = tracked
+                .names()
+                .filter_map(found)
+                .partition(|bitmap| bitmap.recording);
+            let count =
+                |bitmaps: &[&Bitmap]| bitmaps.iter().map(|bitmap| bitmap.count).sum::<u64>();
             let open = self.disks.iter().find(|known| known.key == disk.key);
-            let count = |name: &str| {
-                disk.bitmaps
-                    .iter()
-                    .find(|bitmap| bitmap.name == name)
-                    .map(|bitmap| bitmap.count)
-            };
-            let live = tracked.new.as_ref().map(|new| count(&new.name));
-            match (live, open.and_then(|disk| disk.open.as_ref())) {
-                (Some(Some(live)), Some(open)) => {
-                    bytes += live + open.count() * self.repo.block_size().bytes();
-                }
-                (Some(Some(live)), None) if tracked.whole.is_none() => {
-                    let pending = tracked.needed.iter().filter_map(|named| count(&named.name));
-                    bytes += live + pending.sum::<u64>();
-                }
-                _ => bytes += disk.size,
+            bytes += match open.and_then(|disk| disk.open.as_ref()) {
+                _ if live.is_empty() => disk.size,
+                Some(open) => count(&live) + open.count() * self.repo.block_size().bytes(),
+                None if tracked.whole.is_some() => disk.size,
+                None => count(&live) + count(&frozen),
             }
+            .min(disk.size);
         }
         bytes
     }
@@ -314,7 +328,7 @@ impl Runner {
         let state = &self.session.state;
         let followed = hold.disks().iter().all(|disk| {
             let known = match state.disks.get(&disk.key) {
-                Some(tracked) => Some((tracked, state.confirmed)),
+                Some(tracked) => Some((tracked, state.confirmed(tracked))),
                 None => self.session.bases.get(&disk.key).map(|base| (base, true)),
             };
             known.is_some_and(|(tracked, confirmed)| {

@@ -32,8 +32,20 @@ const WORTH_ASKING: u64 = 16;
 const WINDOW: u64 = 4096;
 /// The spans of runs that are read together.
 const GROUP: usize = 4096;
+/// Bytes of pieces that were read and wait, or are worked on.
+const SPARE: usize = 16 << 20;
 /// How long others' use of the NBD server is waited for.
 const SERVER_WAIT: Duration = Duration::from_secs(30);
+
+/// So long a repository may keep a batch waiting before the VM is let go.
+const STALLED: Duration = Duration::from_secs(5);
+/// More pending bitmaps than this are thinned out.
+const MANY_PENDING: usize = 16;
+
+/// The VM was not what it had been when a batch ended.
+#[derive(Debug, thiserror::Error)]
+#[error("the VM changed within a batch: {0}")]
+struct Astray(String);
 
 /// Why a pass ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +72,7 @@ impl Runner {
                     "back it up while the VM runs, or with `backup --deadline` long enough to read it at once",
                 ));
             }
-            if rotated && let Some(why) = self.astray(&hold) {
+            if rotated && let Some(why) = self.astray(&hold, self.disks.len()) {
                 tracing::info!(%why, "the VM changed between two batches: rotating anew");
                 rotated = false;
             }
@@ -71,7 +83,15 @@ impl Runner {
                 }
                 rotated = true;
             }
-            self.batch(hold, pass, until)?;
+            match self.batch(hold, pass, until) {
+                Err(error) if error.downcast_ref::<Astray>().is_some() => {
+                    tracing::info!("{error:#}: nothing of this batch counts, rotating anew");
+                    rotated = false;
+                    continue;
+                }
+                done => done?,
+            }
+            self.strike_idle()?;
             if self
                 .disks
                 .iter()
@@ -88,11 +108,11 @@ impl Runner {
     }
 
     /// Why the newest rotation cannot be gone on with, when it cannot.
-    fn astray(&self, hold: &Hold) -> Option<String> {
+    fn astray(&self, hold: &Hold, disks: usize) -> Option<String> {
         if self.session.state.process.as_ref() != Some(&hold.process()) {
             return Some("another QEMU process".to_owned());
         }
-        if hold.disks().len() != self.disks.len() {
+        if hold.disks().len() != disks {
             return Some("a disk came or went".to_owned());
         }
         hold.disks().iter().find_map(|disk| {
@@ -128,6 +148,7 @@ impl Runner {
             &copy_disks,
             &label,
             &this.progress.done,
+            Some(STALLED),
             |give| {
                 let read = this.export_and_read(
                     &mut hold,
@@ -137,9 +158,18 @@ impl Runner {
                     ends,
                     give,
                 );
+                // What was read is what the bitmaps are about only if the disks are still what they were: an export follows
+                // to an overlay that somebody puts on.
+                let same = read.and_then(|()| {
+                    hold.look()?;
+                    match this.astray(&hold, disks.len()) {
+                        Some(why) => Err(Astray(why).into()),
+                        None => Ok(()),
+                    }
+                });
                 let released = hold.release();
                 drop(hold);
-                read?;
+                same?;
                 released.map(drop)
             },
         );
@@ -271,7 +301,7 @@ impl Runner {
         ReadOptions {
             request_bytes,
             depth,
-            spare_buffers: 64,
+            spare_buffers: SPARE / request_bytes as usize,
             holes: false,
         }
     }
@@ -292,30 +322,60 @@ impl Runner {
     ) -> Result<BlockSet> {
         let block_size = self.repo.block_size();
         let blocks = block_size.blocks(tracked.size);
-        let (proofs, proved) = self.session.proofs(tracked, block_size)?;
-        disk.proved = proved;
+        let proofs = if let Some(proofs) = disk.proofs.take() {
+            proofs
+        } else {
+            let (proofs, proved) = self.session.proofs(tracked, block_size)?;
+            disk.proved = proved;
+            proofs
+        };
         let mut open = BlockSet::new(blocks);
         if let Some(epoch) = tracked.whole {
-            proofs.unsafe_of(
-                epoch,
-                BlockRun {
-                    first: 0,
-                    count: blocks,
-                },
-                &mut open,
-            );
+            let all = BlockRun {
+                first: 0,
+                count: blocks,
+            };
+            proofs.unsafe_of(epoch, all, &mut open);
         }
         let whole = Extent {
             offset: 0,
             length: tracked.size,
         };
+        disk.idle.clear();
         for (epoch, name) in pending_names(tracked) {
+            let before = open.count();
+            let mut found = 0;
             client.dirty_extents(&name, whole, &mut |extent| {
-                proofs.unsafe_of(epoch, block_size.cover(extent), &mut open);
+                found += proofs.unsafe_of(epoch, block_size.cover(extent), &mut open);
                 ControlFlow::Continue(())
             })?;
+            // A later proof is newer than every pending bitmap there is, so of two that hold the same unsafe blocks one is
+            // enough.
+            let covered = open.count() == before && tracked.needed.len() > MANY_PENDING;
+            if found == 0 || covered {
+                disk.idle.push(epoch);
+            }
         }
         Ok(open)
+    }
+
+    /// Strikes the pending bitmaps that turned out to be of no use, so that passes that never end do not pile them up.
+    fn strike_idle(&mut self) -> Result<()> {
+        let idle: Vec<(String, Vec<u64>)> = self
+            .disks
+            .iter_mut()
+            .filter(|disk| !disk.idle.is_empty())
+            .filter(|disk| disk.open.as_ref().is_some_and(|open| !open.is_empty()))
+            .map(|disk| (disk.key.clone(), std::mem::take(&mut disk.idle)))
+            .collect();
+        if idle.is_empty() {
+            return Ok(());
+        }
+        let mut hold = self.hold()?;
+        let mut state = std::mem::take(&mut self.session.state);
+        let struck = rotate::strike_idle(&mut state, &mut hold, &mut self.session, idle);
+        self.session.state = state;
+        struck
     }
 
     /// Everything older than the newest rotation is safe: strikes it and removes it from the VM.

@@ -51,8 +51,9 @@ impl Proofs {
         u8::try_from(self.pending.partition_point(|older| *older < epoch)).unwrap_or(u8::MAX)
     }
 
-    /// Adds those blocks of a run of the pending bitmap `epoch` that are not safe.
-    pub fn unsafe_of(&self, epoch: u64, run: BlockRun, found: &mut BlockSet) {
+    /// Adds those blocks of a run of the pending bitmap `epoch` that are not safe, and says how many.
+    pub fn unsafe_of(&self, epoch: u64, run: BlockRun, found: &mut BlockSet) -> u64 {
+        let mut count = 0;
         let needed = self.rank(epoch) + 1;
         let end = usize::try_from(run.end())
             .unwrap_or(usize::MAX)
@@ -66,9 +67,11 @@ impl Proofs {
                 first: at as u64,
                 count: (stop - at) as u64,
             });
+            count += (stop - at) as u64;
             let safe = self.ranks[stop..end].iter().position(|rank| *rank < needed);
             at = safe.map_or(end, |safe| stop + safe);
         }
+        count
     }
 
     fn of(&mut self, run: BlockRun) -> &mut [u8] {

@@ -113,12 +113,29 @@ pub fn strike(
     Ok(())
 }
 
+/// As [`strike`], for single pending bitmaps of each disk.
+pub fn strike_idle(
+    state: &mut State,
+    port: &mut dyn Port,
+    journal: &mut dyn Journal,
+    disks: Vec<(String, Vec<u64>)>,
+) -> Result<()> {
+    let record = Record::Idle { disks };
+    journal.append(&record)?;
+    state.apply(&record);
+    sweep(state, port)
+}
+
 /// Removes what is no longer needed and still there.
 pub fn sweep(state: &mut State, port: &mut dyn Port) -> Result<()> {
     let seen = port.seen()?;
     let there: Vec<(String, String)> = state
         .retired
         .iter()
+        .filter(|(_, name)| {
+            let needed = state.disks.values().flat_map(super::track::Tracked::names);
+            !needed.into_iter().any(|named| &named.name == name)
+        })
         .filter(|(key, name)| {
             seen.iter().any(|disk| {
                 &disk.key == key

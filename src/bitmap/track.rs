@@ -84,6 +84,11 @@ pub enum Record {
         /// Bitmaps of a base that this rotation found wanting, as (disk, name).
         retired: Vec<(String, String)>,
     },
+    /// Pending bitmaps all of whose blocks are safe although others' are not, by disk and epoch.
+    Idle {
+        /// Each disk with the epochs of the bitmaps that may go.
+        disks: Vec<(String, Vec<u64>)>,
+    },
     /// Bitmaps that are no longer needed and may be removed, by disk.
     Strike {
         /// The epoch up to which all of the disk's bitmaps, and its whole-disk marker, are struck.
@@ -138,6 +143,21 @@ impl State {
                     .collect();
                 self.confirmed = false;
             }
+            Record::Idle { disks } => {
+                self.confirmed = true;
+                for (key, epochs) in disks {
+                    let Some(disk) = self.disks.get_mut(key) else {
+                        continue;
+                    };
+                    let (gone, kept): (Vec<Named>, Vec<Named>) = disk
+                        .needed
+                        .drain(..)
+                        .partition(|named| epochs.contains(&named.epoch));
+                    disk.needed = kept;
+                    self.retired
+                        .extend(gone.into_iter().map(|named| (key.clone(), named.name)));
+                }
+            }
             Record::Strike { up_to, disks } => {
                 self.confirmed = true;
                 for key in disks {
@@ -155,6 +175,13 @@ impl State {
                 }
             }
         }
+    }
+
+    /// Whether the newest rotation of a disk certainly happened. One that a later rotation left out has no say in that
+    /// later one's: its own is taken as made, which at worst costs a rescan.
+    #[must_use]
+    pub fn confirmed(&self, disk: &Tracked) -> bool {
+        self.confirmed || disk.new.as_ref().is_some_and(|new| new.epoch < self.epoch)
     }
 
     /// Takes in that blocks were proved in an epoch.
@@ -295,7 +322,7 @@ pub fn plan(
     for disk in seen {
         let known = state.disks.get(&disk.key);
         let (before, confirmed) = match known {
-            Some(tracked) => (Some(tracked), state.confirmed),
+            Some(tracked) => (Some(tracked), state.confirmed(tracked)),
             None => (bases.get(&disk.key), true),
         };
         let trusted = match before {

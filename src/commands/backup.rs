@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use crate::backup::{Options, Point, Quiesce, Runner};
 use crate::cli::{FreezeArgs, FreezeMethod, PaceArgs, RepoTargetArgs};
 use crate::clock;
+use crate::exit::Kind;
 use crate::image::Repository;
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
@@ -127,7 +128,7 @@ pub(super) fn precopy(
     let until = until.map(super::super::schedule::Due::deadline);
     let left = begun.runner.precopy(limits.once, until, limits.converge);
     drop(bar);
-    let left = match left {
+    let (left, reached) = match left {
         Ok(left) => left,
         Err(error) => return Ok(failed(begun, error)),
     };
@@ -149,6 +150,12 @@ pub(super) fn precopy(
         "rescanned": rescanned,
     }));
     outcome.warnings.append(&mut begun.runner.warnings);
+    if !reached {
+        outcome.kind = Some(Kind::Missed);
+        outcome
+            .warnings
+            .push("more is left than `--converge` asks for".to_owned());
+    }
     Ok(outcome)
 }
 

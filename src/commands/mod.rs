@@ -56,9 +56,12 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         return Ok(Outcome::default());
     }
     let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        signal_hook::flag::register(signal, Arc::clone(&interrupted))
-            .context("take care of signals")?;
+    if command.holds_a_vm() {
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
+            signal_hook::flag::register(signal, Arc::clone(&interrupted))
+                .context("take care of signals")?;
+        }
     }
     match command {
         Command::Init { repo, block_size } => repository::init(&repo, block_size),

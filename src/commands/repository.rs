@@ -251,16 +251,16 @@ pub(super) fn drop_session(path: &Path, target: &str) -> Result<Outcome> {
             hint,
         ));
     };
+    let state = crate::hoststate::TargetState::open(key)?;
+    let _run = state.lock_run(&repo.id().short(), "forerun drop-session")?;
+    let id = session.id();
+    session.remove()?;
     let mut outcome = Outcome::default();
     outcome.line(format!(
-        "dropped session {} of {key}; the next backup reads its disks in full",
-        session.id()
+        "dropped session {id} of {key}; the next backup reads its disks in full"
     ));
     outcome
         .targets
-        .push(json!({ "target": target, "key": key, "session": session.id() }));
-    let state = crate::hoststate::TargetState::open(key)?;
-    let _run = state.lock_run(&repo.id().short(), "forerun drop-session")?;
-    session.remove()?;
+        .push(json!({ "target": target, "key": key, "session": id }));
     Ok(outcome)
 }

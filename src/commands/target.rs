@@ -1,20 +1,21 @@
 //! `inspect`, `status`, `untrack` and `recover`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::bitmap::name;
-use crate::bitmap::rotate::Port;
 use crate::bitmap::track::{self, Tracked};
 use crate::cli::{RepoTargetArgs, TargetArgs};
-use crate::exit::Kind;
+use crate::exit::{Failure, Kind};
 use crate::hoststate::{self, TargetState};
 use crate::image::Repository;
+use crate::qmp::agent::THAW_FOR;
+use crate::qmp::command::{action_remove_bitmap, transaction};
 use crate::qmp::graph;
 use crate::qmp::names::{PREFIX, RunName};
-use crate::qmp::{export, orphans, release};
+use crate::qmp::{export, orphans, release, socket};
 use crate::report::Outcome;
 use crate::session::Session;
 use crate::settle;
@@ -112,7 +113,7 @@ pub(super) fn status(args: &RepoTargetArgs) -> Result<Outcome> {
     let mut disks = Vec::new();
     for disk in hold.disks() {
         let (tracked, confirmed) = match session.state.disks.get(&disk.key) {
-            Some(tracked) => (Some(tracked), session.state.confirmed),
+            Some(tracked) => (Some(tracked), session.state.confirmed(tracked)),
             None => (session.bases.get(&disk.key), true),
         };
         let (state, dirty, doubt) = describe(tracked, confirmed, disk);
@@ -180,20 +181,23 @@ pub(super) fn untrack(args: &RepoTargetArgs) -> Result<Outcome> {
     let vm = super::find(&args.target)?;
     let _run = vm.state.lock_run(&short, "forerun untrack")?;
     let mut hold = vm.hold(&RunName::new(&short), "forerun untrack")?;
-    hold.look()?;
+    // All disks: one that cannot be backed up must not stand in the way out.
     let bitmaps: Vec<(String, String)> = hold
-        .disks()
+        .machine()?
+        .disks
         .iter()
         .flat_map(|disk| {
             disk.bitmaps
                 .iter()
-                .map(|bitmap| (disk.key.clone(), bitmap.name.clone()))
+                .map(|bitmap| (disk.node.clone(), bitmap.name.clone()))
         })
         .filter(|(_, name)| name::belongs_to(name, &short))
         .collect();
-    if !bitmaps.is_empty() {
-        hold.remove(&bitmaps)?;
-    }
+    let actions: Vec<Value> = bitmaps
+        .iter()
+        .map(|(node, name)| action_remove_bitmap(node, name))
+        .collect();
+    transaction(&mut hold.monitor, &actions)?;
     let mut outcome = Outcome::default();
     outcome.line(format!(
         "{}: bitmaps removed: {}; the next backup reads the disks in full",
@@ -215,13 +219,15 @@ pub(super) fn recover(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome>
         .map(|repo| repo.id().short());
     let mut outcome = Outcome::default();
     let mut removed = Vec::new();
+    let mut unthawed: Vec<PathBuf> = Vec::new();
     match super::find(args) {
         Ok(vm) => {
             let mut hold = vm.hold(&looking(), "forerun recover")?;
             removed.append(&mut hold.recovered);
+            unthawed.append(&mut hold.unthawed);
             if let Some(repository) = &repository {
                 let left = orphans::of(&mut hold.monitor, Some(repository))?;
-                removed.extend(release::release(&mut hold.monitor, &left)?.removed);
+                removed.extend(release::release(&mut hold.monitor, &left, THAW_FOR)?.removed);
             }
             let foreign = orphans::of(&mut hold.monitor, None)?;
             if !foreign.is_empty() {
@@ -237,7 +243,14 @@ pub(super) fn recover(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome>
             _ => return Err(error),
         },
     }
-    if removed.is_empty() {
+    for agent in &unthawed {
+        outcome.kind = Some(Kind::Attention);
+        outcome.warnings.push(format!(
+            "the guest agent at {} does not say that the file systems are thawed: look at the guest, then run `recover` again",
+            agent.display()
+        ));
+    }
+    if removed.is_empty() && unthawed.is_empty() {
         outcome.line(format!("{}: nothing was left behind", args.target));
     }
     for what in &removed {
@@ -279,7 +292,19 @@ fn recover_off(socket: &Path) -> Result<Vec<String>> {
         state.remove_unwritten()?;
         for mut journal in state.journals()? {
             if journal.monitor() == socket {
-                removed.extend(settle::take_back(&mut journal, None)?);
+                // A socket that we may not open looks like a VM that is off.
+                let process = journal.process();
+                if socket::start_time(process.pid) == Some(process.start) {
+                    return Err(Failure::hinted(
+                        Kind::Attention,
+                        format!(
+                            "the VM's QEMU (pid {}) runs, but its socket cannot be reached",
+                            process.pid
+                        ),
+                        "run `recover` as a user who may open the QMP socket",
+                    ));
+                }
+                removed.extend(settle::take_back(&mut journal, None, THAW_FOR)?.removed);
             }
         }
     }

@@ -15,6 +15,8 @@
     )
 )]
 
+use std::cell::RefCell;
+
 use lz4_flex::block::{compress_into, decompress_into, get_maximum_output_size};
 
 use super::bytes::Cursor;
@@ -86,6 +88,11 @@ impl Location {
 /// [`ENTRY_HEADER`] in the type of offsets.
 pub(super) const ENTRY_BYTES: u64 = 52;
 
+thread_local! {
+    /// Where a thread compresses: a new buffer of the largest possible length for every block costs more than the copy.
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
 /// A block that the repository does not hold yet, ready to be appended to a pack.
 #[derive(Debug)]
 pub struct NewBlock {
@@ -110,29 +117,27 @@ impl NewBlock {
             .ok()
             .filter(|length| (1..=BlockSize::MAX).contains(length))
             .ok_or_else(too_long)?;
-        let room = ENTRY_HEADER.saturating_add(get_maximum_output_size(plain.len()));
-        let mut entry = vec![0; room];
-        let (head, body) = entry.split_at_mut(ENTRY_HEADER);
-        let packed = compress_into(plain, body)
-            .ok()
-            .filter(|packed| *packed < plain.len());
-        let (codec, stored) = if let Some(packed) = packed {
-            (Codec::Lz4, packed)
-        } else {
-            let place = body.get_mut(..plain.len()).ok_or_else(too_long)?;
-            place.copy_from_slice(plain);
-            (Codec::Raw, plain.len())
-        };
-        let stored_length = u32::try_from(stored).map_err(|_| too_long())?;
-        let body = body.get(..stored).ok_or_else(too_long)?;
-        head.copy_from_slice(&entry_header(id, codec, plain_length, stored_length, body));
-        entry.truncate(ENTRY_HEADER.saturating_add(stored));
-        Ok(Self {
-            id,
-            codec,
-            plain: plain_length,
-            stored: stored_length,
-            entry,
+        SCRATCH.with_borrow_mut(|scratch| {
+            scratch.resize(get_maximum_output_size(plain.len()), 0);
+            let packed = compress_into(plain, scratch)
+                .ok()
+                .and_then(|packed| scratch.get(..packed))
+                .filter(|packed| packed.len() < plain.len());
+            let (codec, body) = match packed {
+                Some(packed) => (Codec::Lz4, packed),
+                None => (Codec::Raw, plain),
+            };
+            let stored = u32::try_from(body.len()).map_err(|_| too_long())?;
+            let mut entry = Vec::with_capacity(ENTRY_HEADER.saturating_add(body.len()));
+            entry.extend_from_slice(&entry_header(id, codec, plain_length, stored, body));
+            entry.extend_from_slice(body);
+            Ok(Self {
+                id,
+                codec,
+                plain: plain_length,
+                stored,
+                entry,
+            })
         })
     }
 }

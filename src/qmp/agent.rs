@@ -19,11 +19,12 @@ use serde_json::{Value, json};
 use super::socket::wait;
 use super::{Error, Result};
 use crate::clock::{self, Deadline};
+use crate::unix_path::connect_now;
 
 /// How long the agent may take to show that it is there.
 const PING: Duration = Duration::from_secs(3);
-/// How long a thaw is tried for.
-const THAW_FOR: Duration = Duration::from_secs(60);
+/// How long a thaw is tried for where nobody waits for it.
+pub const THAW_FOR: Duration = Duration::from_secs(60);
 /// The longest answer taken.
 const LINE_LIMIT: usize = 1 << 20;
 
@@ -47,11 +48,9 @@ impl Agent {
     /// Connects and proves within [`PING`] that the agent answers.
     pub fn connect(socket: &Path) -> Result<Self> {
         let path = socket.display().to_string();
-        let stream =
-            UnixStream::connect(socket).map_err(|source| Error::Unreachable { path, source })?;
-        stream.set_nonblocking(true).map_err(|source| Error::Io {
-            what: "set up the agent's socket".to_owned(),
-            source,
+        let stream = connect_now(socket).map_err(|source| match source.kind() {
+            std::io::ErrorKind::WouldBlock => Error::Busy { path },
+            _ => Error::Unreachable { path, source },
         })?;
         let mut agent = Self {
             stream,
@@ -209,9 +208,9 @@ impl Agent {
     }
 }
 
-/// Thaws until the agent says `thawed`, with new sessions, for at most [`THAW_FOR`]. Returns whether it was frozen.
-pub fn thaw_until_thawed(socket: &Path) -> Result<bool> {
-    let deadline = Deadline::after(THAW_FOR);
+/// Thaws until the agent says `thawed`, with new sessions, for at most `patience`. Returns whether it was frozen.
+pub fn thaw_until_thawed(socket: &Path, patience: Duration) -> Result<bool> {
+    let deadline = Deadline::after(patience);
     let mut was_frozen = false;
     loop {
         let tried = Agent::connect(socket).and_then(|mut agent| {
@@ -221,8 +220,23 @@ pub fn thaw_until_thawed(socket: &Path) -> Result<bool> {
         match tried {
             Ok(Status::Thawed) => return Ok(was_frozen),
             Ok(Status::Frozen) => was_frozen = true,
+            // Nobody listens: the guest has gone, and its freeze with it.
+            Err(Error::Unreachable { source, .. })
+                if matches!(
+                    source.kind(),
+                    std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused
+                ) =>
+            {
+                return Ok(was_frozen);
+            }
             Err(error) if deadline.passed() => return Err(error),
             Err(_) => {}
+        }
+        if deadline.passed() {
+            return Err(Error::Timeout {
+                command: "guest-fsfreeze-thaw".to_owned(),
+                seconds: patience.as_secs(),
+            });
         }
         clock::sleep(Duration::from_millis(100));
     }

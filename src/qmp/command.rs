@@ -86,18 +86,6 @@ pub fn transaction(monitor: &mut dyn Monitor, actions: &[Value]) -> Result<()> {
     call::<qmp::transaction>(monitor, json!({ "actions": actions })).map(drop)
 }
 
-/// Whether this QEMU's command takes an argument of that name, by its own schema (QEMU docs/devel/qapi-code-gen,
-/// "Client JSON Protocol introspection").
-pub fn takes(monitor: &mut dyn Monitor, command: &str, argument: &str) -> Result<bool> {
-    let schema = list::<qmp::query_qmp_schema>(monitor, json!({}))?;
-    let entry = |name: &str| schema.iter().find(|entry| text(entry, "name") == name);
-    let arguments = entry(command).and_then(|found| entry(text(found, "arg-type")));
-    let members = arguments
-        .and_then(|found| found.get("members"))
-        .and_then(Value::as_array);
-    Ok(members.is_some_and(|members| members.iter().any(|has| text(has, "name") == argument)))
-}
-
 /// The jobs that there are, as QEMU lists them.
 pub fn jobs(monitor: &mut dyn Monitor) -> Result<Vec<Value>> {
     list::<qmp::query_jobs>(monitor, json!({}))

@@ -71,8 +71,17 @@ impl Listening {
         std::fs::remove_file(&self.socket).ok();
         let listener = UnixListener::bind(short.path()).map_err(|error| io("listen on", error))?;
         let passed = json!({ "fdname": self.listener });
-        call_within::<qmp::getfd>(monitor, passed, Some(listener.as_fd()), REPLY_TIMEOUT)?;
-        let address = json!({ "type": "fd", "data": { "str": self.listener } });
+        let address =
+            match call_within::<qmp::getfd>(monitor, passed, Some(listener.as_fd()), REPLY_TIMEOUT)
+            {
+                Ok(_) => json!({ "type": "fd", "data": { "str": self.listener } }),
+                // `qemu-storage-daemon` takes no descriptors; ours is our own child and may make the socket itself.
+                Err(Error::Command { class, .. }) if class == "CommandNotFound" => {
+                    std::fs::remove_file(&self.socket).ok();
+                    json!({ "type": "unix", "data": { "path": self.socket } })
+                }
+                Err(error) => return Err(error),
+            };
         call::<qmp::nbd_server_start>(monitor, json!({ "addr": address })).map(drop)
     }
 }

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::command::{
-    action_add_bitmap, action_disable_bitmap, call, call_within, job_status, jobs, takes, text,
+    action_add_bitmap, action_disable_bitmap, call, call_within, job_status, jobs, text,
     transaction,
 };
 use super::graph::Graph;
@@ -33,6 +33,9 @@ use super::names::{Part, RunName};
 use super::release::{FileVersion, Leftover, Overlay, Released};
 use super::{Error, Monitor, REPLY_TIMEOUT, Result, export};
 use crate::clock::{self, Deadline};
+
+/// Between two looks at a commit.
+const COMMIT_POLL: Duration = Duration::from_millis(5);
 
 /// How the block snapshot is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,8 +86,6 @@ pub struct Freeze {
     disks: Vec<FreezeDisk>,
     scratches: Vec<File>,
     directory: PathBuf,
-    /// A scratch that fails spoils the snapshot, not the guest's write.
-    break_snapshot: bool,
 }
 
 impl Freeze {
@@ -97,7 +98,6 @@ impl Freeze {
             disks,
             scratches: Vec::new(),
             directory,
-            break_snapshot: false,
         }
     }
 
@@ -161,8 +161,6 @@ impl Freeze {
 
     /// Makes the scratch or overlay of each disk and adds their nodes. The guest does not notice.
     pub fn prepare(&mut self, monitor: &mut dyn Monitor) -> Result<()> {
-        self.break_snapshot =
-            self.method == Method::Fleece && takes(monitor, "blockdev-backup", "on-cbw-error")?;
         for index in 0..self.disks.len() {
             let disk = self.disks[index].clone();
             if self.method == Method::Snapshot {
@@ -178,7 +176,9 @@ impl Freeze {
                 monitor,
                 json!({
                     "driver": "file", "node-name": name(Part::File), "locking": "off",
-                    "filename": format!("/dev/fdset/{set}"), "cache": { "no-flush": true },
+                    "filename": format!("/dev/fdset/{set}"),
+                    // A scratch is rubbish when the host dies; what a guest has flushed into an overlay is not.
+                    "cache": { "no-flush": self.method == Method::Fleece },
                 }),
             )?;
             let mut options =
@@ -200,6 +200,8 @@ impl Freeze {
                 json!({
                     "driver": "qcow2", "node-name": name(Part::Scratch),
                     "file": name(Part::File), "backing": backing,
+                    // Rubbish need not reach the disk; an overlay must.
+                    "cache": { "no-flush": self.method == Method::Fleece },
                 }),
             )?;
         }
@@ -323,14 +325,13 @@ impl Freeze {
         for disk in &self.disks {
             let name = |part| self.run.part(part, disk.index);
             actions.push(match self.method {
+                // Never `on-cbw-error=break-snapshot`: the job goes on running then, and the scratch answers with live data
+                // where it could not keep the old.
                 Method::Fleece => {
-                    let mut data = json!({
+                    let data = json!({
                         "job-id": name(Part::Job), "device": disk.node, "target": name(Part::Scratch),
                         "sync": "none", "filter-node-name": name(Part::Filter),
                     });
-                    if self.break_snapshot {
-                        data["on-cbw-error"] = "break-snapshot".into();
-                    }
                     json!({ "type": "blockdev-backup", "data": data })
                 }
                 Method::Snapshot => json!({ "type": "blockdev-snapshot", "data": {
@@ -407,8 +408,10 @@ impl Freeze {
         let jobs = jobs(monitor)?;
         Ok(self.disks.iter().all(|disk| {
             let id = self.run.part(Part::Job, disk.index);
-            jobs.iter()
-                .any(|job| text(job, "id") == id && text(job, "status") == "running")
+            // A job is `paused` for a moment while another change of the graph drains: it holds all the same.
+            jobs.iter().any(|job| {
+                text(job, "id") == id && matches!(text(job, "status"), "running" | "paused")
+            })
         }))
     }
 
@@ -484,6 +487,6 @@ fn finish_commit(monitor: &mut dyn Monitor, overlay: &Overlay) -> Result<()> {
             }
             Some(_) => {}
         }
-        clock::sleep(Duration::from_millis(1));
+        clock::sleep(COMMIT_POLL);
     }
 }

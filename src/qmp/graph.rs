@@ -393,6 +393,14 @@ impl Graph {
                 header.insert(key.to_owned(), found.clone());
             }
         }
+        if let Some(data) = self
+            .child(node, "data-file")
+            .and_then(|child| self.nodes.get(child))
+        {
+            let meta = std::fs::metadata(self.seen_from_here(text(data, "file")));
+            let inode = meta.ok().map(|meta| meta.ino());
+            header.insert("data-file-inode".to_owned(), inode.into());
+        }
         let inode = std::fs::metadata(self.seen_from_here(&filename))
             .ok()
             .map(|meta| meta.ino());

@@ -122,10 +122,18 @@ pub struct Released {
     pub removed: Vec<String>,
     /// The VM was stopped by a full scratch and goes on.
     pub resumed: bool,
+    /// Agents that do not say that their guests' file systems are thawed.
+    pub unthawed: Vec<PathBuf>,
 }
 
-/// Frees the guest: thaws it, ends the jobs that hold up its writes, lets it run on. The first half of [`release`].
-pub fn free_guest(monitor: &mut dyn Monitor, left: &[Leftover], done: &mut Released) -> Result<()> {
+/// Frees the guest: ends the jobs that hold up its writes, lets it run on, thaws it. The first half of [`release`].
+/// `patience` is how long an agent that does not answer is asked again.
+pub fn free_guest(
+    monitor: &mut dyn Monitor,
+    left: &[Leftover],
+    patience: Duration,
+    done: &mut Released,
+) -> Result<()> {
     let ids: Vec<&str> = left
         .iter()
         .filter_map(|item| {
@@ -136,15 +144,22 @@ pub fn free_guest(monitor: &mut dyn Monitor, left: &[Leftover], done: &mut Relea
             }
         })
         .collect();
-    let ended = end_jobs(monitor, &ids, done);
+    let ended = end_jobs(monitor, &ids, done).and_then(|()| go_on(monitor, left, done));
     for item in left {
-        if let Leftover::Frozen { agent } = item
-            && agent::thaw_until_thawed(agent).is_ok_and(|thawed| thawed)
-        {
-            done.removed.push("frozen guest file systems".to_owned());
+        if let Leftover::Frozen { agent } = item {
+            match agent::thaw_until_thawed(agent, patience) {
+                Ok(true) => done.removed.push("frozen guest file systems".to_owned()),
+                Ok(false) => {}
+                Err(_) => done.unthawed.push(agent.clone()),
+            }
         }
     }
-    ended?;
+    ended
+}
+
+/// A VM that was running and that a full scratch has stopped goes on. That comes before the thaw: a guest that is stopped
+/// cannot thaw.
+fn go_on(monitor: &mut dyn Monitor, left: &[Leftover], done: &mut Released) -> Result<()> {
     if left.contains(&Leftover::Running) {
         let status = call::<qmp::query_status>(monitor, json!({}))?;
         if text(&status, "status") == "io-error" {
@@ -156,9 +171,13 @@ pub fn free_guest(monitor: &mut dyn Monitor, left: &[Leftover], done: &mut Relea
 }
 
 /// Takes back everything of `left` that is there.
-pub fn release(monitor: &mut dyn Monitor, left: &[Leftover]) -> Result<Released> {
+pub fn release(
+    monitor: &mut dyn Monitor,
+    left: &[Leftover],
+    patience: Duration,
+) -> Result<Released> {
     let mut done = Released::default();
-    free_guest(monitor, left, &mut done)?;
+    free_guest(monitor, left, patience, &mut done)?;
     release_rest(monitor, left, &mut done)?;
     Ok(done)
 }
@@ -280,6 +299,11 @@ fn stop_server(
     listener: &str,
     done: &mut Released,
 ) -> Result<()> {
+    // A descriptor that no server took still listens, and would be mistaken for one that hangs.
+    match call::<qmp::closefd>(monitor, json!({ "fdname": listener })) {
+        Err(error) if !error.refused() => return Err(error),
+        _ => {}
+    }
     if greets(socket) {
         let exports = list::<qmp::query_block_exports>(monitor, json!({}))?;
         if exports.iter().any(|export| text(export, "type") == "nbd") {
@@ -291,10 +315,6 @@ fn stop_server(
                 Err(error) => return Err(error),
             }
         }
-    }
-    match call::<qmp::closefd>(monitor, json!({ "fdname": listener })) {
-        Err(error) if !error.refused() => return Err(error),
-        _ => {}
     }
     if let Err(error) = std::fs::remove_file(socket)
         && error.kind() != std::io::ErrorKind::NotFound
@@ -325,7 +345,12 @@ fn delete_node(monitor: &mut dyn Monitor, name: &str, done: &mut Released) -> Re
                 done.removed.push(format!("node {name}"));
                 return Ok(());
             }
-            Err(Error::Command { description, .. }) if description.contains("in use") => {
+            Err(Error::Command { description, .. })
+                if description.contains("Failed to find node") =>
+            {
+                return Ok(());
+            }
+            Err(Error::Command { .. }) => {
                 if deadline.passed() {
                     let command = format!("delete node {name}");
                     return Err(Error::Timeout {
@@ -335,7 +360,6 @@ fn delete_node(monitor: &mut dyn Monitor, name: &str, done: &mut Released) -> Re
                 }
                 clock::sleep(LOOK_AGAIN);
             }
-            Err(Error::Command { .. }) => return Ok(()),
             Err(error) => return Err(error),
         }
     }

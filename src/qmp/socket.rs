@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use super::{Error, Event, Monitor, Process, Result};
 use crate::clock::Deadline;
+use crate::unix_path::connect_now;
 
 /// The longest line taken from QEMU (`query-qmp-schema` is about 200 KiB; block graphs of many disks reach megabytes).
 const LINE_LIMIT: usize = 64 << 20;
@@ -43,9 +44,14 @@ impl QmpSocket {
     /// Connects, waits for the greeting and negotiates.
     pub fn connect(path: &Path) -> Result<Self> {
         let shown = path.display().to_string();
-        let stream = UnixStream::connect(path).map_err(|source| Error::Unreachable {
-            path: shown.clone(),
-            source,
+        let stream = connect_now(path).map_err(|source| match source.kind() {
+            std::io::ErrorKind::WouldBlock => Error::Busy {
+                path: shown.clone(),
+            },
+            _ => Error::Unreachable {
+                path: shown.clone(),
+                source,
+            },
         })?;
         let mut socket = Self::over(stream, "forerun")?;
         let deadline = Deadline::after(GREETING_TIMEOUT);
@@ -297,7 +303,7 @@ pub(crate) fn wait(fd: BorrowedFd<'_>, flags: PollFlags, deadline: Deadline) -> 
 
 /// The start time of a process, proc(5), `/proc/PID/stat`, field 22. The command's name in field 2 may hold anything,
 /// a closing parenthesis too, so fields are counted from the last one.
-pub(crate) fn start_time(pid: i32) -> Option<u64> {
+pub fn start_time(pid: i32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let rest = stat.get(stat.rfind(')')? + 2..)?;
     rest.split_ascii_whitespace().nth(19)?.parse().ok()

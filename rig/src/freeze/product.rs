@@ -49,7 +49,7 @@ impl ByProduct {
         let state = self.repository.with_file_name("state");
         command
             .args(&self.product.extra)
-            .env("XDG_STATE_HOME", state);
+            .env("FORERUN_STATE_DIR", state);
         let output = command
             .output()
             .with_context(|| format!("run {command:?}"))?;
