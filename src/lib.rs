@@ -8,13 +8,13 @@
 //! the program       main -> commands -> report          cli: what can be asked; exit: how it may end
 //! the main job      backup: pass -> freeze -> commit    session: the next point while it is incomplete
 //! its tools         copy: hash, compare, compress       throttle, progress, schedule
-//! a VM in hand      target -> vm -> hoststate           guard, settle: what if we die
+//! a VM in hand      target -> vm, offline -> hoststate  guard, settle: what if we die
 //! what changed      bitmap: names, trust, rotation, proofs
 //! QEMU              qmp: monitor, graph, exports, freeze, agent, release
 //! the data plane    nbd: an NBD client
 //! the repository    image: packs, index, maps, points, sessions
 //! the way back      restore
-//! the ground        units, clock, fault
+//! the ground        units, clock, fault, unix_path
 //! ```
 //!
 //! What must hold, and what most of the code is about:

@@ -62,10 +62,17 @@ impl Vm {
                 key_without_uuid(&image.path, given)?
             }
             Target::Name(name) => {
+                let hint = if name.contains('/') {
+                    format!(
+                        "name it `qmp:{name}` when it is a QMP socket, `disk:{name}` when it is an image of a VM that is off"
+                    )
+                } else {
+                    "libvirt domains cannot be reached yet: give the VM a QMP socket and name it `qmp:SOCKET`, or `disk:PATH` for an image of a VM that is off".to_owned()
+                };
                 return Err(Failure::hinted(
                     Kind::Usage,
                     format!("`{name}` is no target that can be reached"),
-                    "name it `qmp:SOCKET`, or `disk:PATH` for an image of a VM that is off",
+                    hint,
                 ));
             }
         };

@@ -45,12 +45,17 @@ pub(super) fn list(path: &Path, target: Option<&str>) -> Result<Outcome> {
         }
         let size: u64 = point.disks.iter().map(|disk| disk.size).sum();
         outcome.line(format!(
-            "{}  {}  {}  {} in {} disks  {}",
+            "{}  {}  {}  {} on {}  {}",
             point.id,
             point.instant,
             name_of(point),
             Bytes(size),
-            point.disks.len(),
+            point
+                .disks
+                .iter()
+                .map(|disk| disk.key.as_str())
+                .collect::<Vec<_>>()
+                .join(", "),
             quiesce(point)
         ));
         listed.push(summary(point));

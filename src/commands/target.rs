@@ -200,7 +200,7 @@ pub(super) fn untrack(args: &RepoTargetArgs) -> Result<Outcome> {
     transaction(&mut hold.monitor, &actions)?;
     let mut outcome = Outcome::default();
     outcome.line(format!(
-        "{}: removed {} bitmaps; the next backup reads the disks in full",
+        "{}: bitmaps removed: {}; the next backup reads the disks in full",
         vm.target,
         bitmaps.len()
     ));
