@@ -244,7 +244,10 @@ fn settled(path: &Path) -> Result<Option<FileVersion>> {
             return Ok(None);
         };
         let now = clock::utc_now().as_nanosecond();
-        let young = |time: i128| (now - time).unsigned_abs() < SETTLED.as_nanos();
+        let young = |(seconds, nanos): (i64, i64)| {
+            let time = i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
+            (now - time).unsigned_abs() < SETTLED.as_nanos()
+        };
         if !young(version.modified) && !young(version.changed) {
             return Ok(Some(version));
         }
