@@ -245,7 +245,7 @@ impl Lab {
         };
         let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         names
-            .filter(|name| !Path::new(name).extension().is_some_and(|ext| ext == "lock"))
+            .filter(|name| Path::new(name).extension().is_none_or(|ext| ext != "lock"))
             .collect()
     }
 
