@@ -36,7 +36,6 @@ fn next_point(lab: &mut Lab, method: &str) -> Vec<(String, String)> {
     let step = lab.step_of(&backup.point());
     assert!(step > resumed, "{step}, resumed after {resumed}");
     let rescanned: Vec<(String, String)> = backup.rescanned().into_iter().collect();
-    println!("{method}: {rescanned:?}");
     rescanned
 }
 
