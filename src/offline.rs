@@ -30,6 +30,8 @@ use crate::target::Image;
 
 /// The image's node in the daemon.
 const NODE: &str = "forerun-image";
+/// The node that holds the image's lock.
+const LOCK: &str = "forerun-lock";
 /// Times younger than this may be those of a later write, too: file systems count in up to 2 s.
 const SETTLED: Duration = Duration::from_secs(2);
 /// How long an image that somebody just wrote to is waited for.
@@ -61,6 +63,11 @@ impl Daemon {
             "driver": format, "node-name": NODE, "read-only": false,
             "file": { "driver": protocol, "filename": path, "locking": "on" },
         });
+        // A raw node that nobody uses locks nothing; this one keeps writers out, and is refused where there is one.
+        let lock = serde_json::json!({
+            "driver": "blkdebug", "node-name": LOCK, "image": NODE,
+            "take-child-perms": ["write"], "unshare-child-perms": ["write"],
+        });
         let chardev = format!("socket,id=qmp,server=on,wait=off,path={}", socket.display());
         let mut command = Command::new("qemu-storage-daemon");
         command
@@ -72,48 +79,30 @@ impl Daemon {
             ])
             .arg("--blockdev")
             .arg(node.to_string())
+            .arg("--blockdev")
+            .arg(lock.to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .process_group(0);
-        let mut child = command.spawn().context("start qemu-storage-daemon")?;
-        let deadline = Deadline::after(Duration::from_secs(20));
-        while !socket.exists() {
-            if child.try_wait()?.is_some() {
-                return Err(refused_image(path, child));
-            }
-            anyhow::ensure!(!deadline.passed(), "qemu-storage-daemon does not start");
-            clock::sleep(Duration::from_millis(2));
-        }
-        let daemon = Self {
-            child,
+        let mut daemon = Self {
+            child: command.spawn().context("start qemu-storage-daemon")?,
             socket,
             key: image.key(),
             device,
         };
-        let monitor = match QmpSocket::connect(&daemon.socket) {
-            Ok(monitor) => monitor,
-            // The monitor comes up before the image is opened: one that is refused ends it.
-            Err(error) => return Err(daemon.refused(path, error.into())),
-        };
-        Ok((monitor, daemon))
-    }
-
-    /// Why a daemon that ended did, or the error that it was noticed by.
-    fn refused(mut self, path: &Path, error: anyhow::Error) -> anyhow::Error {
-        use std::io::Read;
-        let deadline = Deadline::after(Duration::from_secs(1));
-        while !deadline.passed() {
-            if matches!(self.child.try_wait(), Ok(Some(_))) {
-                let mut words = String::new();
-                if let Some(stderr) = &mut self.child.stderr {
-                    stderr.read_to_string(&mut words).ok();
+        // The monitor comes up before the image is opened: one that is refused ends the daemon.
+        let deadline = Deadline::after(Duration::from_secs(20));
+        loop {
+            match QmpSocket::connect(&daemon.socket) {
+                Ok(monitor) => return Ok((monitor, daemon)),
+                Err(_) if daemon.child.try_wait()?.is_some() => {
+                    return Err(refused(path, &mut daemon.child));
                 }
-                return refusal(path, words.trim());
+                Err(error) if deadline.passed() => return Err(error.into()),
+                Err(_) => clock::sleep(Duration::from_millis(5)),
             }
-            clock::sleep(Duration::from_millis(5));
         }
-        error
     }
 
     /// Whether it is over a device.
@@ -156,16 +145,13 @@ impl Drop for Daemon {
     }
 }
 
-fn refused_image(path: &Path, child: Child) -> anyhow::Error {
-    let output = child
-        .wait_with_output()
-        .map(|out| out.stderr)
-        .unwrap_or_default();
-    refusal(path, String::from_utf8_lossy(&output).trim())
-}
-
-fn refusal(path: &Path, words: &str) -> anyhow::Error {
-    let message = format!("cannot open {}: {words}", path.display());
+fn refused(path: &Path, child: &mut Child) -> anyhow::Error {
+    use std::io::Read;
+    let mut words = String::new();
+    if let Some(stderr) = &mut child.stderr {
+        stderr.read_to_string(&mut words).ok();
+    }
+    let message = format!("cannot open {}: {}", path.display(), words.trim());
     if words.contains("lock") {
         return Failure::hinted(
             Kind::Busy,

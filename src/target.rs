@@ -218,10 +218,7 @@ mod tests {
             Ok(Target::Disk(image)) => (image.key(), image.path),
             other => panic!("{text}: {other:?}"),
         };
-        assert_eq!(
-            image("disk:/a.qcow2"),
-            ("a".to_owned(), "/a.qcow2".into())
-        );
+        assert_eq!(image("disk:/a.qcow2"), ("a".to_owned(), "/a.qcow2".into()));
         assert_eq!(
             image("disk:vda=/a.qcow2"),
             ("vda".to_owned(), "/a.qcow2".into())

@@ -11,10 +11,10 @@ use crate::bitmap::rotate::Port;
 use crate::bitmap::track::Seen;
 use crate::exit::{Failure, Kind};
 use crate::hoststate::{Journal, Lock, TargetState};
+use crate::offline::{Daemon, Memory};
 use crate::qmp::command::{
     action_add_bitmap, action_disable_bitmap, action_remove_bitmap, transaction,
 };
-use crate::offline::{Daemon, Memory};
 use crate::qmp::graph::{self, Disk, Machine};
 use crate::qmp::names::{PREFIX, RunName};
 use crate::qmp::socket::QmpSocket;
