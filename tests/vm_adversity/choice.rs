@@ -21,15 +21,14 @@ fn node(id: &str, image: &std::path::Path, more: &str) -> String {
 fn what_cannot_be_backed_up_is_refused_by_name() {
     let lab = Lab::new();
     let new = |name: &str| image(lab.path(), name, "qcow2", 4 * MIB);
-    let (a, b, c, d, e) = (new("a"), new("b"), new("c"), new("d"), new("e"));
-    let no_id = node("b", &b, "");
-    let shared = node("c", &c, "");
-    let read_only = node("d", &d, r#","read-only":true"#);
-    let removable = node("e", &e, r#","read-only":true"#);
+    let no_id = node("b", &new("b"), "");
+    let shared = node("c", &new("c"), "");
+    let read_only = node("d", &new("d"), r#","read-only":true"#);
+    let removable = node("e", &new("e"), r#","read-only":true"#);
     let vm = Still::start(
         lab.path(),
         &[
-            drive("vda", &a, "qcow2"),
+            drive("vda", &new("a"), "qcow2"),
             words(&[
                 "-blockdev",
                 &no_id,

@@ -509,7 +509,7 @@ impl Tmpfs {
     pub(crate) fn fill(&self) {
         use std::io::Write;
         let mut file = fs::File::create(self.0.join("ballast")).unwrap();
-        while file.write_all(&[1; 65536]).is_ok() {}
+        while file.write_all(&[1; 16384]).is_ok() {}
         while file.write_all(&[1; 4096]).is_ok() {}
     }
 
