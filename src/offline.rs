@@ -32,6 +32,8 @@ use crate::target::Image;
 const START_WAIT: Duration = Duration::from_secs(20);
 /// The image's node in the daemon.
 const NODE: &str = "forerun-image";
+/// The node that holds the image's lock.
+const LOCK: &str = "forerun-lock";
 /// Times younger than this may be those of a later write, too: file systems count in up to 2 s.
 const SETTLED: Duration = Duration::from_secs(2);
 /// How long an image that somebody just wrote to is waited for.
@@ -66,11 +68,18 @@ impl Daemon {
         // A comma in a value is written twice (QEMU docs, "Options parsing").
         let shown = socket.display().to_string().replace(',', ",,");
         let chardev = format!("socket,id=qmp,server=on,wait=off,path={shown}");
+        // A raw node that nobody uses locks nothing; this one keeps writers out, and is refused where there is one.
+        let lock = serde_json::json!({
+            "driver": "blkdebug", "node-name": LOCK, "image": NODE,
+            "take-child-perms": ["write"], "unshare-child-perms": ["write"],
+        });
         let mut command = dying_with_us("qemu-storage-daemon");
         command
             .args(["--chardev", &chardev, "--monitor", "chardev=qmp"])
             .arg("--blockdev")
             .arg(node.to_string())
+            .arg("--blockdev")
+            .arg(lock.to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -83,34 +92,16 @@ impl Daemon {
         };
         let deadline = Deadline::after(START_WAIT);
         loop {
-            let ended = daemon.child.try_wait()?.is_some();
             match QmpSocket::connect(&daemon.socket) {
                 Ok(monitor) => return Ok((monitor, daemon)),
-                // Not there, or not listening yet.
-                Err(qmp::Error::Unreachable { .. }) if !ended && !deadline.passed() => {
-                    clock::sleep(Duration::from_millis(2));
+                // The monitor comes up before the image is opened: one that is refused ends the daemon.
+                Err(_) if daemon.child.try_wait()?.is_some() => {
+                    return Err(refused(path, &mut daemon.child));
                 }
-                // The monitor comes up before the image is opened: one that is refused ends it.
-                Err(error) => return Err(daemon.refused(path, error.into())),
+                Err(error) if deadline.passed() => return Err(error.into()),
+                Err(_) => clock::sleep(Duration::from_millis(2)),
             }
         }
-    }
-
-    /// Why a daemon that ended did, or the error that it was noticed by.
-    fn refused(mut self, path: &Path, error: anyhow::Error) -> anyhow::Error {
-        use std::io::Read;
-        let deadline = Deadline::after(Duration::from_secs(1));
-        while !deadline.passed() {
-            if matches!(self.child.try_wait(), Ok(Some(_))) {
-                let mut words = String::new();
-                if let Some(stderr) = &mut self.child.stderr {
-                    stderr.read_to_string(&mut words).ok();
-                }
-                return refusal(path, words.trim());
-            }
-            clock::sleep(Duration::from_millis(5));
-        }
-        error
     }
 
     /// Whether it is over a device.
@@ -169,8 +160,13 @@ fn dying_with_us(program: &str) -> Command {
     command
 }
 
-fn refusal(path: &Path, words: &str) -> anyhow::Error {
-    let message = format!("cannot open {}: {words}", path.display());
+fn refused(path: &Path, child: &mut Child) -> anyhow::Error {
+    use std::io::Read;
+    let mut words = String::new();
+    if let Some(stderr) = &mut child.stderr {
+        stderr.read_to_string(&mut words).ok();
+    }
+    let message = format!("cannot open {}: {}", path.display(), words.trim());
     if words.contains("lock") {
         return Failure::hinted(
             Kind::Busy,

@@ -454,8 +454,15 @@ impl Graph {
             .ok_or_else(|| format!("node `{node}` has no size"))?;
         let chain = self.chain(node);
         let format = text(value, "drv").to_owned();
+        // A mirror's filter is none of those above the node: QEMU does not show it there unless it was named.
+        let users = self
+            .children
+            .iter()
+            .filter(|(_, children)| children.iter().any(|child| child == node));
+        let users: BTreeSet<&String> = users.map(|((user, _), _)| user).collect();
         let foreign_filters = filters
             .iter()
+            .chain(users.into_iter().filter(|name| !filters.contains(name)))
             .filter(|name| JOB_FILTERS.contains(&self.driver(name)))
             .filter(|name| !name.starts_with(super::names::PREFIX))
             .cloned()

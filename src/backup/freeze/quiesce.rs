@@ -86,7 +86,18 @@ impl Runner {
             }
             quiesced_ms = Some(millis(clock::now() - frozen_at));
         }
-        let took = cut.context("the freeze")?;
+        let took = match cut {
+            Err(crate::qmp::Error::Command { description, .. })
+                if description.contains("in use by block job") =>
+            {
+                return Err(Failure::hinted(
+                    Kind::Busy,
+                    format!("somebody else's block job is on a disk: {description}"),
+                    "wait for its end or cancel it, then run the command again",
+                ));
+            }
+            cut => cut.context("the freeze")?,
+        };
         if agent.is_some() && !quiesced {
             let message = "the guest thawed its file systems before the instant";
             if self.options.quiesce == Quiesce::Always {

@@ -1,0 +1,16 @@
+//! What may happen to a VM, its host and its images while it is backed up: every event of the list of promises, with the
+//! exit code, the report's words and the restored images bit for bit. Needs QEMU; some tests need to be root.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    reason = "a test's files need not be durable, and a test may panic"
+)]
+
+mod agent;
+mod changes;
+mod choice;
+mod foreign;
+mod lab;
+mod offline;
+mod restore;
+mod space;
