@@ -21,11 +21,11 @@ use anyhow::{Context, Result};
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
 use crate::hoststate::TargetState;
+use crate::qmp::Monitor;
 use crate::qmp::command::{action_add_bitmap, action_disable_bitmap, transaction};
 use crate::qmp::graph::{Bitmap, Graph, Machine};
 use crate::qmp::release::FileVersion;
 use crate::qmp::socket::QmpSocket;
-use crate::qmp::{self, Monitor};
 use crate::target::Image;
 
 /// How long the daemon may take to start.

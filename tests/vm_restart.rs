@@ -2,7 +2,6 @@
 //! report says which disks had to be read in full, and why.
 #![cfg(feature = "fault-injection")]
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
-#![expect(clippy::print_stdout, reason = "numbers for who reads the log")]
 
 mod vm_common;
 

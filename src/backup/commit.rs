@@ -315,21 +315,20 @@ impl Runner {
         machine: serde_json::Value,
         scratch_bytes: u64,
     ) -> Result<Manifest> {
-        let mut retired: Vec<RetiredBitmap> = Vec::new();
-        for tracked in self.session.state.disks.values() {
-            // A disk that is not in the point loses its place in the session, and with it all its bitmaps.
-            let left_out = !point.disks.iter().any(|disk| disk.key == tracked.key);
-            for named in tracked
-                .needed
-                .iter()
-                .chain(tracked.new.iter().filter(|_| left_out))
-            {
-                retired.push(RetiredBitmap {
-                    disk: tracked.key.clone(),
-                    name: named.name.clone(),
-                });
-            }
-        }
+        let keys: Vec<String> = disks.iter().map(|disk| disk.key.clone()).collect();
+        let points = self.repo.points()?;
+        let earlier = points
+            .points
+            .iter()
+            .flat_map(|point| &point.retired_bitmaps);
+        let earlier = earlier
+            .map(|retired| (retired.disk.clone(), retired.name.clone()))
+            .collect();
+        let outlived = self.session.state.outlived(&keys, &earlier);
+        let retired = outlived
+            .into_iter()
+            .map(|(disk, name)| RetiredBitmap { disk, name })
+            .collect();
         let session = self.session.id().context("a point without a session")?;
         Ok(Manifest {
             id: point.id,
@@ -373,14 +372,8 @@ impl Runner {
     /// Removes from the VM what the point made needless. The point stands whether or not this works; what stays is
     /// removed by the next run.
     fn sweep(&mut self) {
-        for tracked in self.session.state.disks.values() {
-            for named in &tracked.needed {
-                self.session
-                    .state
-                    .retired
-                    .push((tracked.key.clone(), named.name.clone()));
-            }
-        }
+        let keys: Vec<String> = self.disks.iter().map(|disk| disk.key.clone()).collect();
+        self.session.state.publish(&keys);
         let swept = self.hold().and_then(|mut hold| {
             let mut state = std::mem::take(&mut self.session.state);
             let swept = rotate::sweep(&mut state, &mut hold);

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 
 use super::{RunDisk, Runner};
 use crate::bitmap::blocks::BlockSet;
+use crate::bitmap::dirty::idle;
 use crate::bitmap::rotate;
 use crate::bitmap::track::{self, Tracked};
 use crate::clock::{self, Deadline};
@@ -349,10 +350,12 @@ impl Runner {
                 found += proofs.unsafe_of(epoch, block_size.cover(extent), &mut open);
                 ControlFlow::Continue(())
             })?;
-            // A later proof is newer than every pending bitmap there is, so of two that hold the same unsafe blocks one is
-            // enough.
-            let covered = open.count() == before && tracked.needed.len() > MANY_PENDING;
-            if found == 0 || covered {
+            if idle(
+                found,
+                open.count() > before,
+                tracked.needed.len(),
+                MANY_PENDING,
+            ) {
                 disk.idle.push(epoch);
             }
         }

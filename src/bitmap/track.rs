@@ -13,11 +13,12 @@
 //! or after it. [`trust`] accepts exactly these; anything else, for whatever reason, is a doubt, and a disk in doubt is
 //! read in full.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::dirty::MOST_PENDING;
 use super::name;
 use crate::qmp::Process;
 use crate::qmp::graph::Bitmap;
@@ -177,11 +178,39 @@ impl State {
         }
     }
 
-    /// Whether the newest rotation of a disk certainly happened. One that a later rotation left out has no say in that
-    /// later one's: its own is taken as made, which at worst costs a rescan.
+    /// Whether the newest rotation of a disk certainly happened. A disk that the newest one left out was not part of what
+    /// confirms it.
     #[must_use]
     pub fn confirmed(&self, disk: &Tracked) -> bool {
-        self.confirmed || disk.new.as_ref().is_some_and(|new| new.epoch < self.epoch)
+        let newest = disk.new.as_ref().map(|new| new.epoch);
+        self.confirmed && newest == Some(self.epoch)
+    }
+
+    /// The bitmaps, by disk, that nothing needs once a point of these disks is published, but for those that are `known`
+    /// to be so: what was needed before, and all that the session has of a disk that is not in the point.
+    #[must_use]
+    pub fn outlived(
+        &self,
+        point: &[String],
+        known: &BTreeSet<(String, String)>,
+    ) -> Vec<(String, String)> {
+        let mut outlived: BTreeSet<(String, String)> = self.retired.iter().cloned().collect();
+        for disk in self.disks.values() {
+            let live = disk.new.iter().filter(|_| !point.contains(&disk.key));
+            for named in disk.needed.iter().chain(live) {
+                outlived.insert((disk.key.clone(), named.name.clone()));
+            }
+        }
+        outlived.difference(known).cloned().collect()
+    }
+
+    /// Takes in that a point of these disks is published: what it outlived is only to be removed.
+    pub fn publish(&mut self, point: &[String]) {
+        self.retired = self.outlived(point, &BTreeSet::new());
+        self.disks.retain(|key, _| point.contains(key));
+        for disk in self.disks.values_mut() {
+            disk.needed.clear();
+        }
     }
 
     /// Takes in that blocks were proved in an epoch.
@@ -290,6 +319,25 @@ pub struct Rotation {
     pub disable: Vec<(String, String)>,
 }
 
+/// A disk that is left out of a rotation keeps its place in the session. What is known of its newest bitmap is kept too: one
+/// that certainly came is needed from now on, since there may be proofs that count on it.
+fn left_out(state: &State, disk: &Tracked) -> Tracked {
+    let mut kept = disk.clone();
+    if state.confirmed(disk) {
+        kept.needed.extend(kept.new.take());
+    }
+    kept
+}
+
+/// Runs that are cut off leave a pending bitmap each; more than can be ranked is as good as none.
+fn few_enough(chain: Vec<Named>) -> Result<Vec<Named>, String> {
+    // One more is the whole-disk marker.
+    if chain.len() < MOST_PENDING {
+        return Ok(chain);
+    }
+    Err(format!("{} bitmaps are pending on it", chain.len()))
+}
+
 /// Plans the next rotation of these disks. `bases` has the newest point of each disk, as if it were tracked, for disks
 /// that the session does not know.
 #[must_use]
@@ -312,12 +360,11 @@ pub fn plan(
     let mut disable = Vec::new();
     let mut retired = Vec::new();
     let seen_keys = |key: &String| seen.iter().any(|disk| &disk.key == key);
-    // A disk that is left out this time keeps its place in the session, not rotated.
     let mut disks: Vec<Tracked> = state
         .disks
         .values()
         .filter(|disk| !seen_keys(&disk.key))
-        .cloned()
+        .map(|disk| left_out(state, disk))
         .collect();
     for disk in seen {
         let known = state.disks.get(&disk.key);
@@ -326,7 +373,7 @@ pub fn plan(
             None => (bases.get(&disk.key), true),
         };
         let trusted = match before {
-            Some(tracked) => trust(tracked, confirmed, disk),
+            Some(tracked) => trust(tracked, confirmed, disk).and_then(few_enough),
             None => Err("first copy".to_owned()),
         };
         let new = Named {
