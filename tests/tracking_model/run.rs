@@ -130,7 +130,7 @@ impl<'a> Run<'a> {
         }
         for _ in 0..FREEZES {
             if let Some((instant, spool)) = self.freeze()? {
-                return self.store(&instant, spool);
+                return self.store(&instant, &spool);
             }
             self.pass(None)?;
         }
@@ -559,7 +559,7 @@ impl<'a> Run<'a> {
     }
 
     /// The residual is proved, the maps are built, the point is published, the session goes, old bitmaps go.
-    fn store(&mut self, instant: &Instant, spool: Spool) -> Result<()> {
+    fn store(&mut self, instant: &Instant, spool: &Spool) -> Result<()> {
         let epoch = self.state.epoch;
         for (index, blocks) in spool.iter().enumerate() {
             self.prove(index, epoch, blocks)?;
