@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::Proofs;
 use crate::bitmap::rotate::Journal;
-use crate::bitmap::track::{Base, Named, Record, State, Tracked};
+use crate::bitmap::track::{Base, Named, Record, State, Tracked, withdraw};
 use crate::copy::Proof;
 use crate::image::{self, Item, Manifest, MapRef, Repository, SegmentHeader, SegmentRef};
 use crate::units::BlockSize;
@@ -117,6 +117,7 @@ impl Session {
                 self.bases.insert(disk.key.clone(), based);
             }
         }
+        withdraw(&mut self.bases, &self.state.retired);
         Ok(())
     }
 

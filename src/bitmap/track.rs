@@ -236,6 +236,18 @@ impl Tracked {
     }
 }
 
+/// Takes the bitmap from bases that a later point has retired: a session has rotated on since, and what it knew went with
+/// it. Such a base is only to be compared with.
+pub fn withdraw(bases: &mut BTreeMap<String, Tracked>, retired: &[(String, String)]) {
+    for (key, base) in bases {
+        base.new = base.new.take().filter(|new| {
+            !retired
+                .iter()
+                .any(|(disk, name)| disk == key && *name == new.name)
+        });
+    }
+}
+
 /// A disk as it was just found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use forerun::bitmap::blocks::BlockSet;
 use forerun::bitmap::dirty::{Proofs, idle};
 use forerun::bitmap::rotate::{self, Port, Settings};
-use forerun::bitmap::track::{self, Base, Named, Rotation, State, Tracked};
+use forerun::bitmap::track::{self, Base, Named, Rotation, State, Tracked, withdraw};
 use forerun::units::BlockRun;
 use serde_json::json;
 
@@ -90,6 +90,7 @@ impl<'a> Run<'a> {
                     run.bases.insert(key.clone(), disk.tracked.clone());
                 }
             }
+            withdraw(&mut run.bases, &run.state.retired);
         }
         if committed {
             run.remove_session()?;
@@ -391,7 +392,7 @@ impl<'a> Run<'a> {
             .filter(|disk| disk.open.as_ref().is_some_and(|open| !open.is_empty()))
             .map(|disk| (disk.key.clone(), std::mem::take(&mut disk.idle)))
             .collect();
-        if idle.is_empty() {
+        if true || idle.is_empty() {
             return Ok(());
         }
         let mut hold = self.hold()?;
