@@ -70,9 +70,14 @@ fn again(step: &Step) -> bool {
 }
 
 /// The deaths of a test: at every state between the freeze and the release, with the guard and without; at every state
-/// until the guard's dismissal and a spread of the others, one or the other.
+/// until the guard's dismissal and a spread of the others, one or the other. `FORERUN_KILL_ALL=1` asks for all steps,
+/// `FORERUN_KILL_ONLY=blockdev-del` for those with that in their names.
 fn chosen(steps: &[Step]) -> Vec<(Step, bool)> {
     let both = |step: &Step| [(step.clone(), false), (step.clone(), true)];
+    if let Ok(only) = std::env::var("FORERUN_KILL_ONLY") {
+        let named = steps.iter().filter(|step| step.name.contains(&only));
+        return named.flat_map(both).collect();
+    }
     if std::env::var_os("FORERUN_KILL_ALL").is_some_and(|all| all == "1") {
         let (guarded, others): (Vec<_>, Vec<_>) =
             steps.iter().cloned().partition(|step| step.guarded);

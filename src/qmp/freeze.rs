@@ -430,7 +430,8 @@ impl Freeze {
     }
 }
 
-/// Commits an overlay back into its base and takes it away, wherever an earlier try was cut off.
+/// Commits an overlay back into its base and takes it away, wherever an earlier try was cut off. Only for the QEMU process
+/// that it was made for.
 pub fn commit_overlay(
     monitor: &mut dyn Monitor,
     overlay: &Overlay,
@@ -453,15 +454,12 @@ pub fn commit_overlay(
         }
         done.removed
             .push(format!("overlay of disk {}", overlay.disk));
-    } else if graph.node(&overlay.node).is_none() {
-        // Not of this QEMU process, or not made, or gone already: the file is for `recover` to judge.
-        return Ok(());
     }
-    for name in [&overlay.node] {
-        match call::<qmp::blockdev_del>(monitor, json!({ "node-name": name })) {
-            Err(error) if !error.refused() => return Err(error),
-            _ => {}
-        }
+    // In the QEMU process that it was made for, an overlay that no device is on was never put in place, or its commit has
+    // ended: the file holds nothing that is not in the base.
+    match call::<qmp::blockdev_del>(monitor, json!({ "node-name": overlay.node })) {
+        Err(error) if !error.refused() => return Err(error),
+        _ => {}
     }
     match std::fs::remove_file(&overlay.file) {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(Error::Io {
