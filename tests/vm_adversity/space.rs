@@ -50,8 +50,8 @@ fn a_scratch_without_room_is_not_begun_and_one_that_fills_is_given_up_at_half() 
     lab.forerun(&[&backup[..], &place].concat())
         .failed(8, "free", "--scratch");
     is_clean(guest.monitor());
-    // Half of 1 MiB is a handful of the guest's blocks, and the residual takes seconds.
-    let reserve = ["--scratch-reserve", "1MiB"];
+    // An empty scratch takes 256 KiB: the guest's first block makes it more than half, and the residual takes seconds.
+    let reserve = ["--scratch-reserve", "640KiB"];
     lab.forerun(&[&backup[..], &reserve].concat())
         .failed(4, "half of the scratch of disk", "--scratch-reserve")
         .warned("trying again after another pass");
