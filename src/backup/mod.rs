@@ -243,7 +243,7 @@ impl Runner {
         let mut copy_disks = Vec::new();
         let mut before: Vec<RunDisk> = std::mem::take(&mut self.disks);
         for found in hold.disks() {
-            let Some(tracked) = self.session.state.disks.get(&found.key) else {
+            let Some(tracked) = self.session.state.rotated(&found.key) else {
                 continue;
             };
             let blocks = block_size.blocks(tracked.size);

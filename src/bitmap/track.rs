@@ -178,6 +178,14 @@ impl State {
         }
     }
 
+    /// A disk that the newest rotation rotated: only of such a disk is the newest epoch live. One that was left out, or that
+    /// came in between, is not to be read in it.
+    #[must_use]
+    pub fn rotated(&self, key: &str) -> Option<&Tracked> {
+        let disk = self.disks.get(key)?;
+        (disk.new.as_ref()?.epoch == self.epoch).then_some(disk)
+    }
+
     /// Whether the newest rotation of a disk certainly happened. A disk that the newest one left out was not part of what
     /// confirms it.
     #[must_use]

@@ -228,7 +228,7 @@ impl<'a> Run<'a> {
     fn take_in(&mut self, hold: &Hold<'_>) {
         let mut before = std::mem::take(&mut self.disks);
         for seen in &hold.disks {
-            let Some(tracked) = self.state.disks.get(&seen.key) else {
+            let Some(tracked) = self.state.rotated(&seen.key) else {
                 continue;
             };
             let blocks = tracked.size / u64::from(BLOCK);
@@ -392,7 +392,7 @@ impl<'a> Run<'a> {
             .filter(|disk| disk.open.as_ref().is_some_and(|open| !open.is_empty()))
             .map(|disk| (disk.key.clone(), std::mem::take(&mut disk.idle)))
             .collect();
-        if true || idle.is_empty() {
+        if idle.is_empty() {
             return Ok(());
         }
         let mut hold = self.hold()?;

@@ -378,7 +378,7 @@ fn judge(world: &mut World, repo: usize, record: &Record) {
         let disturbed = world.vm.slots[world.vm.slot(&disk.key)].disturbed;
         let excused = repo.excused.entry(disk.key.clone()).or_default();
         assert!(
-            fresh || disturbed > *excused,
+            fresh || disturbed > 0 && disturbed >= *excused,
             "disk {} is rescanned for nothing: {:?}",
             disk.key,
             disk.doubt
