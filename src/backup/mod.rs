@@ -6,7 +6,7 @@
 //!            between two batches
 //! ```
 //!
-//! [`Runner`] owns what the phases share. Each phase is a file: [`pass`], [`freeze`], [`commit`].
+//! [`Runner`] owns what the phases share. Each phase is a file: `pass`, `freeze`, `commit`.
 
 mod changed;
 mod commit;

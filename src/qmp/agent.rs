@@ -45,7 +45,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Connects and proves within [`PING`] that the agent answers.
+    /// Connects and proves within `PING` that the agent answers.
     pub fn connect(socket: &Path) -> Result<Self> {
         let path = socket.display().to_string();
         let stream = connect_now(socket).map_err(|source| match source.kind() {

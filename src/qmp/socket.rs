@@ -2,7 +2,7 @@
 //!
 //! Each command carries an id; a line is an event, an answer to an id, or rubbish that is skipped, so a late answer of
 //! an earlier command can never be taken for a later one's, nor an unknown event end the connection. A line is at most
-//! [`LINE_LIMIT`] long. One client at a time is served: a second one connects and hears no greeting.
+//! `LINE_LIMIT` long. One client at a time is served: a second one connects and hears no greeting.
 
 use std::collections::VecDeque;
 use std::io::{IoSlice, Read};
