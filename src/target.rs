@@ -7,7 +7,8 @@ use std::str::FromStr;
 use sha2::{Digest, Sha256};
 
 use crate::exit::{Failure, Kind};
-use crate::qmp::graph::{Disk, LeftOut, Machine};
+use crate::qmp::graph::Disk;
+use crate::qmp::machine::{LeftOut, Machine};
 
 /// A VM, as it is spelled on the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]

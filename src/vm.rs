@@ -16,7 +16,8 @@ use crate::qmp::agent::THAW_FOR;
 use crate::qmp::command::{
     action_add_bitmap, action_disable_bitmap, action_remove_bitmap, transaction,
 };
-use crate::qmp::graph::{self, Disk, Machine};
+use crate::qmp::graph::Disk;
+use crate::qmp::machine::{self, Machine};
 use crate::qmp::names::{PREFIX, RunName};
 use crate::qmp::socket::QmpSocket;
 use crate::qmp::{Monitor, Process};
@@ -51,7 +52,7 @@ impl Vm {
         let key = match target {
             Target::Qmp(socket) => {
                 let mut monitor = QmpSocket::connect(socket)?;
-                match graph::uuid(&mut monitor)? {
+                match machine::uuid(&mut monitor)? {
                     Some(uuid) => uuid,
                     None => key_without_uuid(socket, given)?,
                 }
@@ -174,7 +175,7 @@ impl Hold {
     /// What the VM is and has, just now.
     pub fn machine(&mut self) -> Result<Machine> {
         match &self.daemon {
-            None => Ok(graph::identify(&mut self.monitor)?),
+            None => Ok(machine::identify(&mut self.monitor)?),
             Some(daemon) => daemon.machine(&mut self.monitor),
         }
     }

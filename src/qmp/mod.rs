@@ -1,7 +1,7 @@
 //! The control plane: QEMU's machine protocol (QMP, QEMU docs/interop/qmp-spec.rst).
 //!
 //! [`Monitor`] is the seam: a UNIX socket today ([`socket::QmpSocket`]), libvirt's passthrough later. Above it are the
-//! typed commands ([`command`]), what a VM's disks are ([`graph`]), the exports of a batch ([`export`]), the freeze
+//! typed commands ([`command`]), what a VM is and has ([`machine`], [`graph`]), the exports of a batch ([`export`]), the freeze
 //! ([`freeze`]) and the guest agent ([`agent`]). Nothing here knows of repositories or sessions.
 
 pub mod agent;
@@ -9,6 +9,7 @@ pub mod command;
 pub mod export;
 pub mod freeze;
 pub mod graph;
+pub mod machine;
 pub mod names;
 pub mod orphans;
 pub mod release;

@@ -26,7 +26,7 @@ use crate::guard::Guard;
 use crate::qmp::Monitor as _;
 use crate::qmp::export::Listening;
 use crate::qmp::freeze::{Freeze, FreezeDisk, Method};
-use crate::qmp::graph::Machine;
+use crate::qmp::machine::Machine;
 use crate::qmp::release::{Leftover, Released};
 use crate::settle;
 use crate::vm::Hold;

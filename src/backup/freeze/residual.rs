@@ -15,7 +15,7 @@ use crate::clock::Deadline;
 use crate::nbd::{Endpoint, ReadOptions};
 use crate::qmp::export::{self, Export, Listening};
 use crate::qmp::freeze::{Freeze, Method};
-use crate::qmp::graph::Machine;
+use crate::qmp::machine::Machine;
 use crate::units::BlockSize;
 use crate::vm::{Hold, seen};
 

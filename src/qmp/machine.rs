@@ -1,0 +1,323 @@
+//! What a VM is: its disks as guest devices have them (`query-block`, QOM), what is left out of a backup and why, its jobs
+//! and exports. Nothing is guessed: a device that cannot be attributed for certain is refused.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use qapi::qmp;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::command::{call, flag, list, text};
+use super::graph::{Disk, Graph};
+use super::{Error, Monitor, Process, Result};
+
+/// Front ends whose writes all pass through their block node.
+const FRONT_ENDS: [&str; 8] = [
+    "virtio-blk-pci",
+    "virtio-blk-pci-transitional",
+    "virtio-blk-pci-non-transitional",
+    "virtio-blk-device",
+    "virtio-blk-ccw",
+    "scsi-hd",
+    "ide-hd",
+    "nvme-ns",
+];
+/// Devices that are disks for the guest but have no block node in QEMU.
+const NODELESS: [&str; 6] = [
+    "vhost-user-blk",
+    "vhost-scsi",
+    "vhost-user-scsi",
+    "vfio-pci",
+    "vhost-vdpa",
+    "virtio-blk-vhost-vdpa",
+];
+
+/// A device that is not backed up, and why.
+#[derive(Debug, Clone, Serialize)]
+pub struct LeftOut {
+    /// The device's id or path.
+    pub device: String,
+    /// Why.
+    pub reason: String,
+    /// Refused: it may hold data that a backup would lack. Otherwise it is merely skipped.
+    pub refused: bool,
+}
+
+/// A job, export or other thing in the VM by name.
+#[derive(Debug, Clone, Serialize)]
+pub struct Thing {
+    /// Its id.
+    pub id: String,
+    /// Its type or, for an export, its node.
+    pub kind: String,
+    /// Its state, when it has one.
+    pub state: String,
+}
+
+/// What `query-*` says about a VM.
+#[derive(Debug, Clone, Serialize)]
+pub struct Machine {
+    /// Its UUID, `None` when it was started without.
+    pub uuid: Option<String>,
+    /// The guest's name.
+    pub name: Option<String>,
+    /// QEMU's run state.
+    pub state: String,
+    /// QEMU's version.
+    pub version: String,
+    /// The QEMU process.
+    pub process: Process,
+    /// The disks that can be backed up.
+    pub disks: Vec<Disk>,
+    /// The devices that are not.
+    pub left_out: Vec<LeftOut>,
+    /// All jobs.
+    pub jobs: Vec<Thing>,
+    /// All exports.
+    pub exports: Vec<Thing>,
+}
+
+/// Asks a VM what it is and has.
+pub fn identify(monitor: &mut dyn Monitor) -> Result<Machine> {
+    let graph = Graph::read(monitor)?;
+    let mut disks: Vec<Disk> = Vec::new();
+    let mut left_out = nodeless(monitor)?;
+    for device in list::<qmp::query_block>(monitor, json!({}))? {
+        match describe(monitor, &graph, &device)? {
+            Ok(disk) => disks.push(disk),
+            Err(left) => left_out.push(left),
+        }
+    }
+    refuse_ambiguous(&mut disks, &mut left_out);
+    disks.sort_by(|a, b| a.key.cmp(&b.key));
+    let status = call::<qmp::query_status>(monitor, json!({}))?;
+    let version = call::<qmp::query_version>(monitor, json!({}))?;
+    let number = |key| {
+        version["qemu"]
+            .get(key)
+            .and_then(Value::as_u64)
+            .unwrap_or(0)
+    };
+    let thing = |value: &Value, id, kind, state| Thing {
+        id: text(value, id).to_owned(),
+        kind: text(value, kind).to_owned(),
+        state: text(value, state).to_owned(),
+    };
+    let jobs = super::command::jobs(monitor)?;
+    let exports = list::<qmp::query_block_exports>(monitor, json!({}))?;
+    Ok(Machine {
+        uuid: uuid(monitor)?,
+        name: name(monitor)?,
+        state: text(&status, "status").to_owned(),
+        version: format!(
+            "{}.{}.{}",
+            number("major"),
+            number("minor"),
+            number("micro")
+        ),
+        process: monitor.process().clone(),
+        disks,
+        left_out,
+        jobs: jobs
+            .iter()
+            .map(|job| thing(job, "id", "type", "status"))
+            .collect(),
+        exports: exports
+            .iter()
+            .map(|export| thing(export, "id", "node-name", "type"))
+            .collect(),
+    })
+}
+
+/// The VM's UUID; the all-zero one of a QEMU without `-uuid` is none.
+pub fn uuid(monitor: &mut dyn Monitor) -> Result<Option<String>> {
+    let answer = call::<qmp::query_uuid>(monitor, json!({}))?;
+    let uuid = text(&answer, "UUID");
+    Ok((!uuid.chars().all(|c| c == '0' || c == '-')).then(|| uuid.to_owned()))
+}
+
+fn name(monitor: &mut dyn Monitor) -> Result<Option<String>> {
+    let answer = call::<qmp::query_name>(monitor, json!({}))?;
+    Ok(answer
+        .get("name")
+        .and_then(Value::as_str)
+        .map(str::to_owned))
+}
+
+type Described = std::result::Result<Disk, LeftOut>;
+
+fn describe(monitor: &mut dyn Monitor, graph: &Graph, device: &Value) -> Result<Described> {
+    let qdev = text(device, "qdev");
+    let shown = if qdev.is_empty() {
+        text(device, "device")
+    } else {
+        qdev
+    };
+    let leave = |reason: String, refused| {
+        Ok(Err(LeftOut {
+            device: shown.to_owned(),
+            reason,
+            refused,
+        }))
+    };
+    let Some(inserted) = device.get("inserted") else {
+        return leave("no medium".to_owned(), false);
+    };
+    if flag(device, "removable") {
+        return leave("removable medium".to_owned(), false);
+    }
+    if flag(inserted, "ro") {
+        return leave("read-only".to_owned(), false);
+    }
+    if qdev.is_empty() {
+        return leave("no guest device uses it".to_owned(), false);
+    }
+    let (path, key) = device_path(qdev);
+    let kind = property(monitor, &path, "type")?.unwrap_or_default();
+    let kind = kind.as_str().unwrap_or("").to_owned();
+    if !FRONT_ENDS.contains(&kind.as_str()) {
+        let why = format!("a `{kind}` device: not known to pass all its writes through its node");
+        return leave(why, true);
+    }
+    let Some(key) = key else {
+        let why = "the device has no id, so it cannot be told from others after a restart: give it one (`-device ...,id=NAME`)";
+        return leave(why.to_owned(), true);
+    };
+    let shared =
+        property(monitor, &path, "share-rw")?.is_some_and(|value| value == Value::Bool(true));
+    if shared && !rigged() {
+        return leave(
+            "shared with other writers (share-rw=on), which no bitmap sees".to_owned(),
+            true,
+        );
+    }
+    let top = text(inserted, "node-name");
+    let found = graph
+        .below_filters(top)
+        .and_then(|(node, filters)| graph.disk(&key, &node, filters));
+    match found {
+        Ok(mut disk) => {
+            qdev.clone_into(&mut disk.qdev);
+            disk.device = kind;
+            disk.werror = property(monitor, &path, "werror")?
+                .and_then(|value| value.as_str().map(str::to_owned))
+                .unwrap_or_default();
+            Ok(Ok(disk))
+        }
+        Err(why) => leave(why, true),
+    }
+}
+
+/// A test rig's writers write through the disk's own node by NBD, which needs `share-rw` and which bitmaps do see.
+fn rigged() -> bool {
+    cfg!(feature = "fault-injection") && std::env::var_os("FORERUN_TEST_SHARED").is_some()
+}
+
+/// The QOM path of a device and its id, from the spelling that `query-block` uses: an id, or the path of the device or
+/// of the part of it that holds the disk.
+fn device_path(qdev: &str) -> (String, Option<String>) {
+    if !qdev.starts_with('/') {
+        return (format!("/machine/peripheral/{qdev}"), Some(qdev.to_owned()));
+    }
+    let path = qdev
+        .strip_suffix("/virtio-backend")
+        .unwrap_or(qdev)
+        .to_owned();
+    let key = path
+        .strip_prefix("/machine/peripheral/")
+        .and_then(|rest| rest.split('/').next())
+        .map(str::to_owned);
+    (path, key)
+}
+
+/// A device's property, `None` when it has none of that name.
+fn property(monitor: &mut dyn Monitor, path: &str, name: &str) -> Result<Option<Value>> {
+    match call::<qmp::qom_get>(monitor, json!({ "path": path, "property": name })) {
+        Ok(value) => Ok(Some(value)),
+        Err(Error::Command { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn nodeless(monitor: &mut dyn Monitor) -> Result<Vec<LeftOut>> {
+    let mut found = Vec::new();
+    for container in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        for child in list::<qmp::qom_list>(monitor, json!({ "path": container }))? {
+            let kind = text(&child, "type");
+            let Some(kind) = kind
+                .strip_prefix("child<")
+                .and_then(|kind| kind.strip_suffix('>'))
+            else {
+                continue;
+            };
+            if NODELESS.iter().any(|prefix| kind.starts_with(prefix)) {
+                let reason = format!("a `{kind}` device has no block node in QEMU: not backed up");
+                let device = text(&child, "name").to_owned();
+                found.push(LeftOut {
+                    device,
+                    reason,
+                    refused: kind != "vfio-pci",
+                });
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Two devices under one key, or on one node, are both refused.
+fn refuse_ambiguous(disks: &mut Vec<Disk>, left_out: &mut Vec<LeftOut>) {
+    let mut keys: BTreeMap<String, usize> = BTreeMap::new();
+    let mut nodes: BTreeMap<String, usize> = BTreeMap::new();
+    for disk in disks.iter() {
+        *keys.entry(disk.key.clone()).or_default() += 1;
+        *nodes.entry(disk.node.clone()).or_default() += 1;
+    }
+    let twice = |map: &BTreeMap<String, usize>| -> BTreeSet<String> {
+        map.iter()
+            .filter(|(_, count)| **count > 1)
+            .map(|(name, _)| name.clone())
+            .collect()
+    };
+    let (keys, nodes) = (twice(&keys), twice(&nodes));
+    disks.retain(|disk| {
+        let reason = if keys.contains(&disk.key) {
+            format!("two devices answer to the key `{}`", disk.key)
+        } else if nodes.contains(&disk.node) {
+            format!("two devices use the node `{}`", disk.node)
+        } else {
+            return true;
+        };
+        left_out.push(LeftOut {
+            device: disk.qdev.clone(),
+            reason,
+            refused: true,
+        });
+        false
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_known_by_its_id_in_every_spelling() {
+        let path = |qdev| device_path(qdev);
+        assert_eq!(
+            path("sda"),
+            ("/machine/peripheral/sda".to_owned(), Some("sda".to_owned()))
+        );
+        assert_eq!(
+            path("/machine/peripheral/vda/virtio-backend"),
+            ("/machine/peripheral/vda".to_owned(), Some("vda".to_owned()))
+        );
+        assert_eq!(
+            path("/machine/peripheral/usb1/usb1.0/legacy[0]").1,
+            Some("usb1".to_owned())
+        );
+        assert_eq!(
+            path("/machine/peripheral-anon/device[0]/virtio-backend").1,
+            None
+        );
+    }
+}
