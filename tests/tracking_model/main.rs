@@ -14,6 +14,7 @@
     reason = "a test fails by it, and the disks here are small"
 )]
 
+mod freeze;
 mod run;
 mod vm;
 mod world;
@@ -87,16 +88,81 @@ fn run_plan() -> impl Strategy<Value = Plan> {
     )
 }
 
-/// The interference of an operator, and deaths, so many per mille.
+/// What happens next. Interference of an operator, and deaths, are so many of a thousand.
+fn event(trouble: u32, deaths: u32) -> impl Strategy<Value = Vec<Op>> {
+    let cut_off = |steps: std::ops::Range<u8>| {
+        (run_plan(), steps, any::<bool>()).prop_map(|(plan, steps, after)| {
+            vec![Op::Start(plan), Op::Steps(steps), Op::Die(after)]
+        })
+    };
+    prop_oneof![
+        300 => (0u8..50).prop_map(|steps| vec![Op::Steps(steps)]),
+        350 => guest().prop_map(|act| vec![Op::Act(act)]),
+        150 => run_plan().prop_map(|plan| vec![Op::Start(plan)]),
+        deaths => any::<bool>().prop_map(|after| vec![Op::Die(after)]),
+        deaths => cut_off(0..12),
+        deaths => cut_off(0..100),
+        trouble => operator().prop_map(|act| vec![Op::Act(act)]),
+        trouble => disturbed_freeze(),
+    ]
+}
+
+/// Something happens, and the guest writes, in the middle of a freeze.
+fn disturbed_freeze() -> impl Strategy<Value = Vec<Op>> {
+    let act = prop_oneof![3 => Just(Act::EndSnapshot), 2 => operator()];
+    (0usize..2, 3u8..14, act, range(), 0u8..8).prop_map(|(repo, steps, act, range, more)| {
+        let plan = Plan {
+            passes: 0,
+            ..backup(repo)
+        };
+        let write = Act::Write(range, Value::New);
+        vec![
+            Op::Start(plan),
+            Op::Steps(steps),
+            Op::Act(act),
+            Op::Act(write),
+            Op::Steps(more),
+        ]
+    })
+}
+
 fn tape(trouble: u32, deaths: u32) -> impl Strategy<Value = Vec<Op>> {
-    let op = prop_oneof![
-        300 => (0u8..50).prop_map(Op::Steps),
-        350 => guest().prop_map(Op::Act),
-        150 => run_plan().prop_map(Op::Start),
-        deaths => any::<bool>().prop_map(Op::Die),
-        trouble => operator().prop_map(Op::Act),
+    prop::collection::vec(event(trouble, deaths), 5..70).prop_map(|parts| parts.concat())
+}
+
+/// A disk is copied, copied ahead for a while, perhaps left out, and put back to the copy: with other events in between.
+fn tape_with_a_rollback() -> impl Strategy<Value = Vec<Op>> {
+    let between = || prop::collection::vec(event(4, 20), 0..12).prop_map(|parts| parts.concat());
+    let unfinished = (1u8..12, 0u8..60).prop_map(|(batch, steps)| {
+        let plan = Plan {
+            passes: 1,
+            batch,
+            batches: 0,
+            backup: false,
+            ..backup(0)
+        };
+        vec![Op::Start(plan), Op::Steps(60), Op::Steps(steps)]
+    });
+    let away = prop_oneof![
+        2 => Just(Vec::new()),
+        1 => (0u8..3, 0u8..60).prop_map(|(disk, steps)| vec![
+            Op::Act(Act::Plug(disk)),
+            Op::Start(Plan { passes: 0, backup: false, ..backup(0) }),
+            Op::Steps(steps),
+            Op::Act(Act::Plug(disk)),
+        ]),
     ];
-    prop::collection::vec(op, 5..70)
+    let parts = (between(), between(), unfinished, between(), away, between());
+    (0u8..3, parts).prop_map(
+        |(disk, (before, after_copy, unfinished, later, away, end))| {
+            let copy = vec![Op::Act(Act::Copy(disk, false))];
+            let rollback = vec![Op::Act(Act::Rollback(disk))];
+            [
+                before, copy, after_copy, unfinished, later, away, rollback, end,
+            ]
+            .concat()
+        },
+    )
 }
 
 fn disks() -> impl Strategy<Value = Vec<(u8, bool)>> {
@@ -178,6 +244,11 @@ proptest! {
     #[test]
     fn every_point_is_exact_where_runs_die_anywhere(disks in disks(), tape in tape(2, 150)) {
         follow(&disks, true, tape);
+    }
+
+    #[test]
+    fn every_point_is_exact_where_a_disk_is_rolled_back(disks in disks(), blind in any::<bool>(), tape in tape_with_a_rollback()) {
+        follow(&disks, blind, tape);
     }
 
     #[test]

@@ -3,16 +3,15 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use forerun::bitmap::blocks::BlockSet;
 use forerun::bitmap::dirty::{Proofs, idle};
 use forerun::bitmap::rotate::{self, Port, Settings};
-use forerun::bitmap::track::{self, Base, Named, Rotation, State, Tracked, withdraw};
+use forerun::bitmap::track::{self, Named, Rotation, State, Tracked, withdraw};
 use forerun::units::BlockRun;
-use serde_json::json;
 
 use crate::vm::BLOCK;
-use crate::world::{self, Content, Hold, Item, Log, Point, PointDisk, Segment, World, effect};
+use crate::world::{self, Content, Hold, Item, Log, Segment, World, effect};
 
 /// What a run is to do.
 #[derive(Debug, Clone)]
@@ -27,32 +26,29 @@ pub(crate) struct Plan {
     pub(crate) backup: bool,
 }
 
-/// A block that no proof and no base tells of.
-const UNKNOWN: u32 = u32::MAX;
 /// How often a freeze is tried.
 const FREEZES: u32 = 3;
 
 /// More pending bitmaps than this are thinned out; fewer than the product's, so that it happens often.
 const MANY_PENDING: usize = 1;
 
-struct Disk {
-    key: String,
-    blocks: u64,
-    open: Option<BlockSet>,
+pub(crate) struct Disk {
+    pub(crate) key: String,
+    pub(crate) blocks: u64,
+    pub(crate) open: Option<BlockSet>,
     idle: Vec<u64>,
 }
 
-/// What the snapshot held, by disk.
-type Instant = BTreeMap<String, Vec<u32>>;
-type Spool = Vec<Vec<(u64, u32)>>;
+/// What was read, by disk.
+pub(crate) type Spool = Vec<Vec<(u64, u32)>>;
 
-struct Run<'a> {
-    world: &'a RefCell<World>,
-    plan: &'a Plan,
-    state: State,
-    bases: BTreeMap<String, Tracked>,
-    segments: Vec<Segment>,
-    disks: Vec<Disk>,
+pub(crate) struct Run<'a> {
+    pub(crate) world: &'a RefCell<World>,
+    pub(crate) plan: &'a Plan,
+    pub(crate) state: State,
+    pub(crate) bases: BTreeMap<String, Tracked>,
+    pub(crate) segments: Vec<Segment>,
+    pub(crate) disks: Vec<Disk>,
 }
 
 /// Runs it. An error is a run that ended before its time.
@@ -111,7 +107,7 @@ impl<'a> Run<'a> {
         Ok(run)
     }
 
-    fn remove_session(&self) -> Result<()> {
+    pub(crate) fn remove_session(&self) -> Result<()> {
         effect(self.world, |world| {
             world.repos[self.plan.repo].log = None;
             Ok(())
@@ -138,7 +134,7 @@ impl<'a> Run<'a> {
         anyhow::bail!("the freeze was given up")
     }
 
-    fn hold(&self) -> Result<Hold<'a>> {
+    pub(crate) fn hold(&self) -> Result<Hold<'a>> {
         Hold::take(self.world, self.plan)
     }
 
@@ -202,7 +198,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn intend(
+    pub(crate) fn intend(
         &mut self,
         hold: &mut Hold<'_>,
         act: impl Fn(&mut State, &mut Hold<'_>, &mut Log<'_>, &Settings<'_>) -> Result<Rotation>,
@@ -225,7 +221,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn take_in(&mut self, hold: &Hold<'_>) {
+    pub(crate) fn take_in(&mut self, hold: &Hold<'_>) {
         let mut before = std::mem::take(&mut self.disks);
         for seen in &hold.disks {
             let Some(tracked) = self.state.rotated(&seen.key) else {
@@ -288,7 +284,7 @@ impl<'a> Run<'a> {
     }
 
     /// Makes proofs durable.
-    fn prove(&mut self, index: usize, epoch: u64, read: &[(u64, u32)]) -> Result<()> {
+    pub(crate) fn prove(&mut self, index: usize, epoch: u64, read: &[(u64, u32)]) -> Result<()> {
         if read.is_empty() {
             return Ok(());
         }
@@ -316,7 +312,7 @@ impl<'a> Run<'a> {
     }
 
     /// The base's map of a disk, empty without one.
-    fn base_map(&self, world: &World, key: &str) -> Vec<u32> {
+    pub(crate) fn base_map(&self, world: &World, key: &str) -> Vec<u32> {
         let base = self
             .state
             .disks
@@ -329,7 +325,7 @@ impl<'a> Run<'a> {
     }
 
     /// The open blocks of a disk, from the bitmaps of an image.
-    fn load(&mut self, index: usize, image: usize) -> Result<BlockSet> {
+    pub(crate) fn load(&mut self, index: usize, image: usize) -> Result<BlockSet> {
         let mut unused = Vec::new();
         let disk = &self.disks[index];
         let tracked = &self.state.disks[&disk.key];
@@ -372,7 +368,7 @@ impl<'a> Run<'a> {
     }
 
     /// The blocks of a bitmap, exported: one that records cannot be.
-    fn dirty(&self, image: usize, name: &str) -> Result<Vec<u64>> {
+    pub(crate) fn dirty(&self, image: usize, name: &str) -> Result<Vec<u64>> {
         let world = self.world.borrow();
         let mut bitmaps = world.vm.images[image].bitmaps.iter();
         let bitmap = bitmaps.find(|bitmap| bitmap.name == name && !bitmap.inconsistent);
@@ -419,241 +415,15 @@ impl<'a> Run<'a> {
         let mut log = self.log();
         rotate::strike(&mut self.state, &mut hold, &mut log, &keys, up_to)
     }
-
-    /// `None` when it was given up.
-    fn freeze(&mut self) -> Result<Option<(Instant, Spool)>> {
-        let mut hold = self.hold()?;
-        let frozen = self.freeze_held(&mut hold);
-        self.world.borrow_mut().vm.snapshot = false;
-        if !matches!(frozen, Ok(Some(_))) {
-            for disk in &mut self.disks {
-                disk.open = None;
-            }
-        }
-        frozen
-    }
-
-    fn freeze_held(&mut self, hold: &mut Hold<'_>) -> Result<Option<(Instant, Spool)>> {
-        let whole =
-            |state: &State, key: &str| state.disks.get(key).and_then(|tracked| tracked.whole);
-        let known: Vec<(String, Option<u64>)> = self
-            .disks
-            .iter()
-            .map(|disk| (disk.key.clone(), whole(&self.state, &disk.key)))
-            .collect();
-        let rotation = self.intend(hold, |state, hold, log, settings| {
-            rotate::intend(state, hold, log, settings, true)
-        })?;
-        hold.seen()?;
-        self.take_in(hold);
-        for disk in &mut self.disks {
-            let before = known.iter().find(|(key, _)| key == &disk.key);
-            if before.is_none_or(|(_, before)| *before != whole(&self.state, &disk.key)) {
-                disk.open = None;
-            }
-        }
-        hold.seen()?;
-        let instant = self.cut(hold, &rotation)?;
-        let mut spool = Vec::new();
-        for index in 0..self.disks.len() {
-            let key = &self.disks[index].key;
-            let image = hold.with(|world| hold.image(world, key))?;
-            self.open_residual(index, image)?;
-        }
-        for disk in &self.disks {
-            let image = hold.with(|world| hold.image(world, &disk.key))?;
-            let mut blocks = Vec::new();
-            for run in disk.open.iter().flat_map(BlockSet::runs) {
-                for block in run.first..run.end() {
-                    // Once a job is gone, its scratch answers with live data and no error.
-                    let content = hold.with(|world| {
-                        Ok(if world.vm.snapshot {
-                            instant[&disk.key]
-                                .get(usize_of(block))
-                                .copied()
-                                .unwrap_or(UNKNOWN)
-                        } else {
-                            world.vm.read(image, usize_of(block))
-                        })
-                    })?;
-                    blocks.push((block, content));
-                }
-            }
-            spool.push(blocks);
-        }
-        let holds = hold.with(|world| Ok(world.vm.snapshot))?;
-        let valid = holds && self.still_the_disks(hold)?;
-        Ok(valid.then_some((instant, spool)))
-    }
-
-    /// The transaction: add on all disks, the snapshot of all disks, which drains, disable on all disks.
-    fn cut(&self, hold: &Hold<'_>, rotation: &Rotation) -> Result<Instant> {
-        hold.with(|world| {
-            let mut images = BTreeMap::new();
-            for disk in &self.disks {
-                images.insert(disk.key.clone(), hold.image(world, &disk.key)?);
-            }
-            let has = |world: &World, key: &str, name: &str| {
-                let image = images.get(key).map(|image| &world.vm.images[*image]);
-                image.is_some_and(|image| {
-                    image
-                        .bitmaps
-                        .iter()
-                        .any(|bitmap| bitmap.name == name && !bitmap.inconsistent)
-                })
-            };
-            ensure!(
-                rotation.add.iter().all(|(key, _)| images.contains_key(key)),
-                "a disk is gone"
-            );
-            ensure!(
-                rotation
-                    .disable
-                    .iter()
-                    .all(|(key, name)| has(world, key, name)),
-                "a bitmap is gone"
-            );
-            for (key, name) in &rotation.add {
-                world.vm.add(images[key], name);
-            }
-            let mut instant = Instant::new();
-            for (key, image) in &images {
-                world.vm.drain(*image);
-                instant.insert(key.clone(), world.vm.images[*image].content.clone());
-            }
-            for (key, name) in &rotation.disable {
-                for bitmap in &mut world.vm.images[images[key]].bitmaps {
-                    bitmap.recording &= &bitmap.name != name;
-                }
-            }
-            world.vm.snapshot = true;
-            Ok(instant)
-        })
-    }
-
-    fn open_residual(&mut self, index: usize, image: usize) -> Result<()> {
-        let tracked = &self.state.disks[&self.disks[index].key];
-        let Some(mut open) = self.disks[index].open.clone() else {
-            let open = self.load(index, image)?;
-            self.disks[index].open = Some(open);
-            return Ok(());
-        };
-        if let Some(last) = tracked.needed.last() {
-            for block in self.dirty(image, &last.name)? {
-                open.insert(one(block));
-            }
-        }
-        self.disks[index].open = Some(open);
-        Ok(())
-    }
-
-    /// The disks are those that the rotation wrote down.
-    fn still_the_disks(&self, hold: &mut Hold<'_>) -> Result<bool> {
-        let after = hold.seen()?;
-        Ok(after.len() == self.disks.len()
-            && after.iter().all(|seen| {
-                let tracked = self.state.disks.get(&seen.key);
-                tracked.is_some_and(|tracked| {
-                    tracked.size == seen.size && tracked.identity == seen.identity
-                })
-            }))
-    }
-
-    /// The residual is proved, the maps are built, the point is published, the session goes, old bitmaps go.
-    fn store(&mut self, instant: &Instant, spool: &Spool) -> Result<()> {
-        let epoch = self.state.epoch;
-        for (index, blocks) in spool.iter().enumerate() {
-            self.prove(index, epoch, blocks)?;
-        }
-        effect(self.world, |world| {
-            self.publish(world, instant);
-            Ok(())
-        })?;
-        self.remove_session()?;
-        let keys: Vec<String> = self.disks.iter().map(|disk| disk.key.clone()).collect();
-        self.state.publish(&keys);
-        let mut hold = self.hold()?;
-        rotate::sweep(&mut self.state, &mut hold)
-    }
-
-    fn publish(&self, world: &mut World, instant: &Instant) {
-        let mut disks = BTreeMap::new();
-        let repo = self.plan.repo;
-        let number = world.repos[repo].points.len();
-        for disk in &self.disks {
-            let tracked = &self.state.disks[&disk.key];
-            let map = self.build_map(world, disk);
-            assert_eq!(
-                map, instant[&disk.key],
-                "disk {} of point {number} of repository {repo} is not exact",
-                disk.key
-            );
-            let tracked = Tracked {
-                base: Some(Base {
-                    point: number.to_string(),
-                    size: tracked.size,
-                    map: json!(number),
-                }),
-                needed: Vec::new(),
-                whole: None,
-                doubt: None,
-                ..tracked.clone()
-            };
-            disks.insert(disk.key.clone(), PointDisk { tracked, map });
-        }
-        for key in self
-            .state
-            .disks
-            .keys()
-            .filter(|key| !disks.contains_key(*key))
-        {
-            world::excuse(world, key);
-        }
-        let keys: Vec<String> = disks.keys().cloned().collect();
-        let earlier = world.repos[repo]
-            .points
-            .iter()
-            .flat_map(|point| &point.retired);
-        let retired = self.state.outlived(&keys, &earlier.cloned().collect());
-        let session = world.repos[repo].log.as_ref().unwrap().0;
-        world.repos[repo].points.push(Point {
-            session,
-            retired,
-            disks,
-        });
-        world.published += 1;
-    }
-
-    /// Base and segments, the later ones over the earlier.
-    fn build_map(&self, world: &World, disk: &Disk) -> Vec<u32> {
-        let base = self.base_map(world, &disk.key);
-        let base = |block: usize| base.get(block).copied().unwrap_or(UNKNOWN);
-        let mut map: Vec<u32> = (0..usize_of(disk.blocks)).map(base).collect();
-        for segment in self
-            .segments
-            .iter()
-            .filter(|segment| segment.disk == disk.key)
-        {
-            for (run, content) in &segment.blocks {
-                if let Some(block) = map.get_mut(usize_of(run.first)) {
-                    *block = match content {
-                        Content::Version(version) => *version,
-                        Content::Same => base(usize_of(run.first)),
-                    };
-                }
-            }
-        }
-        map
-    }
 }
 
-fn one(block: u64) -> BlockRun {
+pub(crate) fn one(block: u64) -> BlockRun {
     BlockRun {
         first: block,
         count: 1,
     }
 }
 
-fn usize_of(number: u64) -> usize {
+pub(crate) fn usize_of(number: u64) -> usize {
     usize::try_from(number).unwrap()
 }

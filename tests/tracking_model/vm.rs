@@ -15,7 +15,7 @@ const MOST: usize = 60;
 const TORN: u32 = 1 << 30;
 
 #[derive(Debug, Clone)]
-#[allow(clippy::struct_excessive_bools, reason = "QEMU's own flags")]
+#[expect(clippy::struct_excessive_bools, reason = "so has QEMU")]
 pub(crate) struct Bitmap {
     pub(crate) name: String,
     pub(crate) recording: bool,

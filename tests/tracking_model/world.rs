@@ -73,6 +73,8 @@ pub(crate) struct Repo {
     pub(crate) running: bool,
     /// By slot: up to when what happened to it has led to a rescan already.
     excused: BTreeMap<String, u64>,
+    /// When it last looked at the disks.
+    looked: u64,
     /// How many disks were put in doubt so far.
     pub(crate) doubts: u64,
 }
@@ -97,6 +99,7 @@ impl World {
             points: Vec::new(),
             running: false,
             excused: BTreeMap::new(),
+            looked: 0,
             doubts: 0,
         };
         RefCell::new(Self {
@@ -262,9 +265,10 @@ impl Drop for Hold<'_> {
 
 impl Port for Hold<'_> {
     fn seen(&mut self) -> Result<Vec<Seen>> {
-        let leave_out = self.leave_out;
+        let (leave_out, repo) = (self.leave_out, self.repo);
         let (looked, disks) = self.with(|world| {
             world.vm.time += 1;
+            world.repos[repo].looked = world.vm.time;
             let vm = &world.vm;
             let chosen = (0..vm.slots.len())
                 .filter(|slot| vm.slots[*slot].plugged && leave_out >> *slot & 1 == 0);
@@ -378,13 +382,13 @@ fn judge(world: &mut World, repo: usize, record: &Record) {
         let disturbed = world.vm.slots[world.vm.slot(&disk.key)].disturbed;
         let excused = repo.excused.entry(disk.key.clone()).or_default();
         assert!(
-            fresh || disturbed > 0 && disturbed >= *excused,
+            fresh || disturbed > *excused,
             "disk {} is rescanned for nothing: {:?}",
             disk.key,
             disk.doubt
         );
         // What happened after the look that this rests on is yet to be seen.
-        if disturbed < world.vm.time {
+        if disturbed <= repo.looked {
             *excused = disturbed;
         }
     }
