@@ -1,7 +1,7 @@
 //! Making a rotation: intent first, then `add` on all disks, and only when that has succeeded `disable`. Never the other
 //! way round, never both in one transaction (one that fails is rolled back without a drain and loses writes), never undone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 
@@ -116,7 +116,8 @@ pub fn strike(
 /// Removes what is no longer needed and still there.
 pub fn sweep(state: &mut State, port: &mut dyn Port) -> Result<()> {
     let seen = port.seen()?;
-    let there: Vec<(String, String)> = state
+    // A name may have been retired twice, by a point and by a session, and is removed once.
+    let there: BTreeSet<(String, String)> = state
         .retired
         .iter()
         .filter(|(key, name)| {
@@ -131,7 +132,7 @@ pub fn sweep(state: &mut State, port: &mut dyn Port) -> Result<()> {
         .cloned()
         .collect();
     if !there.is_empty() {
-        port.remove(&there)?;
+        port.remove(&there.iter().cloned().collect::<Vec<_>>())?;
     }
     // What is busy now, or of a disk that is away, is looked for again next time.
     state.retired.retain(|item| !there.contains(item));
