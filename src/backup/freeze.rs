@@ -631,11 +631,14 @@ impl Runner {
                     .map(seen);
                 found.map(|found| (found.size, chain_under(&found.identity, freeze.method())))
             };
-            if pick(before) != pick(&after) {
+            // It is as the rotation wrote it down that the disk was read, which was a moment before `before`.
+            let tracked = self.tracked(&disk.key)?;
+            let wanted = chain_under(&tracked.identity, freeze.method());
+            if pick(before) != pick(&after) || pick(&after) != Some((tracked.size, wanted)) {
                 return Err(GivenUp(format!("disk `{}` changed meanwhile", disk.key)).into());
             }
         }
-        if before.disks.len() != after.disks.len() {
+        if before.disks.len() != after.disks.len() || hold.disks().len() != self.disks.len() {
             return Err(GivenUp("a disk came or went meanwhile".to_owned()).into());
         }
         if running(&before.state) != running(&after.state) {
