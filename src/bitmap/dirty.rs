@@ -13,6 +13,9 @@
 use super::blocks::BlockSet;
 use crate::units::BlockRun;
 
+/// The most pending epochs of a disk: a rank is a byte.
+pub const MOST_PENDING: usize = 254;
+
 /// The ranks of the proofs of one disk's blocks.
 #[derive(Debug)]
 pub struct Proofs {
@@ -24,11 +27,11 @@ impl Proofs {
     /// No proof yet, for a disk of this many blocks against these pending epochs.
     ///
     /// # Errors
-    /// More than 254 pending bitmaps.
+    /// More than [`MOST_PENDING`] epochs.
     pub fn new(blocks: u64, mut pending: Vec<u64>) -> Result<Self, String> {
         pending.sort_unstable();
         pending.dedup();
-        if pending.len() > 254 {
+        if pending.len() > MOST_PENDING {
             return Err(format!("{} pending bitmaps on one disk", pending.len()));
         }
         let blocks = usize::try_from(blocks).map_err(|_| "a disk of too many blocks".to_owned())?;

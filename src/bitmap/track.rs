@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::dirty::MOST_PENDING;
 use super::name;
 use crate::qmp::Process;
 use crate::qmp::graph::Bitmap;
@@ -260,6 +261,15 @@ pub struct Rotation {
     pub disable: Vec<(String, String)>,
 }
 
+/// Runs that are cut off leave a pending bitmap each; more than can be ranked is as good as none.
+fn few_enough(chain: Vec<Named>) -> Result<Vec<Named>, String> {
+    // One more is the whole-disk marker.
+    if chain.len() < MOST_PENDING {
+        return Ok(chain);
+    }
+    Err(format!("{} bitmaps are pending on it", chain.len()))
+}
+
 /// Plans the next rotation of these disks. `bases` has the newest point of each disk, as if it were tracked, for disks
 /// that the session does not know.
 #[must_use]
@@ -296,7 +306,7 @@ pub fn plan(
             None => (bases.get(&disk.key), true),
         };
         let trusted = match before {
-            Some(tracked) => trust(tracked, confirmed, disk),
+            Some(tracked) => trust(tracked, confirmed, disk).and_then(few_enough),
             None => Err("first copy".to_owned()),
         };
         let new = Named {
