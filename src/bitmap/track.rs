@@ -261,6 +261,23 @@ pub struct Rotation {
     pub disable: Vec<(String, String)>,
 }
 
+/// Whether the newest rotation of a disk certainly happened. A disk that the newest one left out was not part of what
+/// confirms it.
+fn confirmed(state: &State, disk: &Tracked) -> bool {
+    let newest = disk.new.as_ref().map(|new| new.epoch);
+    state.confirmed && newest == Some(state.epoch)
+}
+
+/// A disk that is left out of a rotation keeps its place in the session. What is known of its newest bitmap is kept too: one
+/// that certainly came is needed from now on, since there may be proofs that count on it.
+fn left_out(state: &State, disk: &Tracked) -> Tracked {
+    let mut kept = disk.clone();
+    if confirmed(state, disk) {
+        kept.needed.extend(kept.new.take());
+    }
+    kept
+}
+
 /// Runs that are cut off leave a pending bitmap each; more than can be ranked is as good as none.
 fn few_enough(chain: Vec<Named>) -> Result<Vec<Named>, String> {
     // One more is the whole-disk marker.
@@ -292,17 +309,16 @@ pub fn plan(
     let mut disable = Vec::new();
     let mut retired = Vec::new();
     let seen_keys = |key: &String| seen.iter().any(|disk| &disk.key == key);
-    // A disk that is left out this time keeps its place in the session, not rotated.
     let mut disks: Vec<Tracked> = state
         .disks
         .values()
         .filter(|disk| !seen_keys(&disk.key))
-        .cloned()
+        .map(|disk| left_out(state, disk))
         .collect();
     for disk in seen {
         let known = state.disks.get(&disk.key);
         let (before, confirmed) = match known {
-            Some(tracked) => (Some(tracked), state.confirmed),
+            Some(tracked) => (Some(tracked), confirmed(state, tracked)),
             None => (bases.get(&disk.key), true),
         };
         let trusted = match before {
