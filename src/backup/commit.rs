@@ -1,6 +1,7 @@
 //! The end of a run: the residual is stored and proved, the maps are built, the point is published, and only then what it
 //! replaces is removed from the VM.
 
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 
 use anyhow::{Context, Result};
@@ -276,15 +277,20 @@ impl Runner {
         machine: serde_json::Value,
         scratch_bytes: u64,
     ) -> Result<Manifest> {
-        let mut retired: Vec<RetiredBitmap> = Vec::new();
-        for tracked in self.session.state.disks.values() {
-            for named in &tracked.needed {
-                retired.push(RetiredBitmap {
-                    disk: tracked.key.clone(),
-                    name: named.name.clone(),
-                });
-            }
-        }
+        let keys: Vec<String> = disks.iter().map(|disk| disk.key.clone()).collect();
+        let points = self.repo.points()?;
+        let earlier = points
+            .points
+            .iter()
+            .flat_map(|point| &point.retired_bitmaps);
+        let earlier = earlier
+            .map(|retired| (retired.disk.clone(), retired.name.clone()))
+            .collect();
+        let outlived = self.session.state.outlived(&keys, &earlier);
+        let retired = outlived
+            .into_iter()
+            .map(|(disk, name)| RetiredBitmap { disk, name })
+            .collect();
         let session = self.session.id().context("a point without a session")?;
         Ok(Manifest {
             id: point.id,
@@ -328,14 +334,9 @@ impl Runner {
     /// Removes from the VM what the point made needless. The point stands whether or not this works; what stays is
     /// removed by the next run.
     fn sweep(&mut self) {
-        for tracked in self.session.state.disks.values() {
-            for named in &tracked.needed {
-                self.session
-                    .state
-                    .retired
-                    .push((tracked.key.clone(), named.name.clone()));
-            }
-        }
+        let keys: Vec<String> = self.disks.iter().map(|disk| disk.key.clone()).collect();
+        let state = &mut self.session.state;
+        state.retired = state.outlived(&keys, &BTreeSet::new());
         let swept = self.hold().and_then(|mut hold| {
             let mut state = std::mem::take(&mut self.session.state);
             let swept = rotate::sweep(&mut state, &mut hold);

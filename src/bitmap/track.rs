@@ -13,7 +13,7 @@
 //! or after it. [`trust`] accepts exactly these; anything else, for whatever reason, is a doubt, and a disk in doubt is
 //! read in full.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -156,6 +156,24 @@ impl State {
                 }
             }
         }
+    }
+
+    /// The bitmaps, by disk, that nothing needs once a point of these disks is published, but for those that are `known`
+    /// to be so: what was needed before, and all that the session has of a disk that is not in the point.
+    #[must_use]
+    pub fn outlived(
+        &self,
+        point: &[String],
+        known: &BTreeSet<(String, String)>,
+    ) -> Vec<(String, String)> {
+        let mut outlived: BTreeSet<(String, String)> = self.retired.iter().cloned().collect();
+        for disk in self.disks.values() {
+            let live = disk.new.iter().filter(|_| !point.contains(&disk.key));
+            for named in disk.needed.iter().chain(live) {
+                outlived.insert((disk.key.clone(), named.name.clone()));
+            }
+        }
+        outlived.difference(known).cloned().collect()
     }
 
     /// Takes in that blocks were proved in an epoch.
