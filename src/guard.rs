@@ -24,8 +24,8 @@ use crate::qmp::agent::THAW_FOR;
 use crate::qmp::socket::QmpSocket;
 use crate::settle;
 
-/// How long a new guard may take to say that it is there.
-const READY: Duration = Duration::from_secs(5);
+/// How long a new guard may take to say that it is there. The guest is not held yet, so a slow host gets its time.
+const READY: Duration = Duration::from_secs(60);
 /// The deadline of a guard that watches for a death only.
 const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
 /// The hidden command that a guard is started with.
@@ -98,7 +98,7 @@ impl Guard {
         if let Err(error) = guard.pair.read_exact(&mut ready) {
             guard.child.kill().ok();
             guard.child.wait().ok();
-            return Err(error).context("the guard did not start");
+            return Err(error).context("the guard did not report that it watches");
         }
         crate::fault::guard(u32::from_be_bytes(guard.read_pid()?));
         crate::fault::step("guard:start:after");
