@@ -185,7 +185,7 @@ fn describe(monitor: &mut dyn Monitor, graph: &Graph, device: &Value) -> Result<
     };
     let shared =
         property(monitor, &path, "share-rw")?.is_some_and(|value| value == Value::Bool(true));
-    if shared && !rigged() {
+    if shared {
         return leave(
             "shared with other writers (share-rw=on), which no bitmap sees".to_owned(),
             true,
@@ -206,11 +206,6 @@ fn describe(monitor: &mut dyn Monitor, graph: &Graph, device: &Value) -> Result<
         }
         Err(why) => leave(why, true),
     }
-}
-
-/// A test rig's writers write through the disk's own node by NBD, which needs `share-rw` and which bitmaps do see.
-fn rigged() -> bool {
-    cfg!(feature = "fault-injection") && std::env::var_os("FORERUN_TEST_SHARED").is_some()
 }
 
 /// The QOM path of a device and its id, from the spelling that `query-block` uses: an id, or the path of the device or
