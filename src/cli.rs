@@ -154,6 +154,18 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Delete what no point, session or reader needs. Backups go on meanwhile.
+    Prune {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Only say what would go.
+        #[arg(long)]
+        dry_run: bool,
+        /// Copy at most this much out of packs that are mostly dead.
+        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+        max_repack: Option<u64>,
+    },
     /// Remove this repository's bitmaps from a VM.
     Untrack(RepoTargetArgs),
     /// Take back whatever a dead run left in a VM.
@@ -281,9 +293,10 @@ pub enum Format {
 }
 
 impl Command {
-    /// Whether a signal must not end it before the VM is released; the others are ended by one at once.
+    /// Whether a signal must not end it at once: a VM is released first, a prune ends where the next one goes on best. The
+    /// others are ended by one at once.
     #[must_use]
-    pub fn holds_a_vm(&self) -> bool {
+    pub fn ends_in_order(&self) -> bool {
         matches!(
             self,
             Self::Track(_)
@@ -291,6 +304,7 @@ impl Command {
                 | Self::Precopy { .. }
                 | Self::Backup { .. }
                 | Self::Run { .. }
+                | Self::Prune { .. }
         )
     }
 
@@ -311,6 +325,7 @@ impl Command {
             Self::Diff { .. } => "diff",
             Self::Verify { .. } => "verify",
             Self::Restore { .. } => "restore",
+            Self::Prune { .. } => "prune",
             Self::Untrack(_) => "untrack",
             Self::Recover { .. } => "recover",
             Self::DropSession { .. } => "drop-session",

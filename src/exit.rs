@@ -155,6 +155,11 @@ fn of_image(error: &image::Error) -> Option<(Kind, Option<String>)> {
             "free space in the repository and run the command again: it goes on from where it was",
         ),
         image::Error::Busy { .. } => (Kind::Busy, "wait for it, or end it"),
+        image::Error::Condemned { .. } => (Kind::Busy, "a prune is at work: run the command again"),
+        image::Error::Interrupted => (
+            Kind::Interrupted,
+            "what is done stays; the next run goes on from there",
+        ),
         _ => return None,
     };
     Some((found.0, Some(found.1.to_owned())))

@@ -3,7 +3,7 @@
 //! The log is the repository's ([`image::Session`]); what it means is [`bitmap::track`](crate::bitmap::track)'s. A target
 //! without a session begins one at its first rotation.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -42,6 +42,8 @@ pub struct Session {
     published: Vec<image::SessionId>,
     /// A session whose point is published, to be removed.
     committed: Option<image::Session>,
+    /// Disks whose bases were made sure of.
+    grounded: BTreeSet<String>,
 }
 
 impl Session {
@@ -58,6 +60,7 @@ impl Session {
             pass: 0,
             published: Vec::new(),
             committed: None,
+            grounded: BTreeSet::new(),
         };
         session.find_bases()?;
         if session.committed() {
@@ -88,6 +91,60 @@ impl Session {
             Some(log) => Ok(log.remove()?),
             None => Ok(()),
         }
+    }
+
+    /// Looks again at the last proofs of a run that may have died before it did. The run lock must be held.
+    pub fn settle(&mut self) -> Result<()> {
+        if let Some(log) = &self.log
+            && let Some(gone) = log.settle()?
+        {
+            self.segments.retain(|segment| segment.seq != gone);
+        }
+        Ok(())
+    }
+
+    /// Makes sure of the bases of disks before anything builds on them: their maps become roots of the session, and only then it is
+    /// looked whether their points still exist. A base whose point is gone is none: that disk is read in full.
+    pub fn ground(&mut self, disks: &[String]) -> Result<()> {
+        let mut bases = Vec::new();
+        for key in disks {
+            let known = self.state.disks.contains_key(key) || self.grounded.contains(key);
+            let base = self.bases.get(key).and_then(|based| based.base.clone());
+            if let Some(base) = base.filter(|_| !known) {
+                bases.push((key.clone(), base));
+            }
+        }
+        if bases.is_empty() {
+            return Ok(());
+        }
+        let maps = bases.iter().map(|(_, base)| base_map(base));
+        let maps: Vec<MapRef> = maps.collect::<Result<_>>()?;
+        let mut points: Vec<String> = bases.iter().map(|(_, base)| base.point.clone()).collect();
+        points.sort_unstable();
+        points.dedup();
+        self.write(&Record::Bases { points }, &maps)?;
+        for (key, base) in bases {
+            let point = base.point.parse().map_err(anyhow::Error::msg)?;
+            if !self.repo.has_point(point)?
+                && let Some(based) = self.bases.get_mut(&key)
+            {
+                based.forsake();
+            }
+            self.grounded.insert(key);
+        }
+        Ok(())
+    }
+
+    /// Publishes the session's point: from then on it exists. Not when somebody has dropped the session meanwhile: then nothing
+    /// keeps its blocks.
+    pub fn publish(&self, manifest: &Manifest) -> Result<()> {
+        let log = self.log.as_ref().context("a point without a session")?;
+        self.repo.publish(manifest)?;
+        if log.is_alive()? {
+            return Ok(());
+        }
+        self.repo.withdraw(manifest.id)?;
+        anyhow::bail!("the session was dropped while its point was made: run the command again")
     }
 
     /// Whether the session's point is published already: only its removal was cut off.
@@ -134,7 +191,17 @@ impl Session {
     }
 
     /// Makes proofs durable: the blocks themselves must be so already.
-    pub fn prove(&mut self, disk: &str, epoch: u64, proofs: &[Proof], read: Read) -> Result<()> {
+    ///
+    /// Blocks that were looked up since the repository's generation was `since` may be condemned by now: then it fails with
+    /// [`image::Error::Condemned`], nothing is proved, and they are to be read and stored anew.
+    pub fn prove(
+        &mut self,
+        disk: &str,
+        epoch: u64,
+        proofs: &[Proof],
+        read: Read,
+        since: u64,
+    ) -> Result<()> {
         if proofs.is_empty() {
             return Ok(());
         }
@@ -148,7 +215,7 @@ impl Session {
             read,
             again,
         };
-        let segment = log.append_runs(&header, proofs)?;
+        let segment = log.prove(&header, proofs, since)?;
         self.segments.push(segment);
         self.state.apply_proof(epoch);
         Ok(())
@@ -217,18 +284,24 @@ impl Session {
     }
 }
 
-impl Journal for Session {
-    fn append(&mut self, record: &Record) -> Result<()> {
+impl Session {
+    fn write(&mut self, record: &Record, roots: &[MapRef]) -> Result<()> {
         let value = serde_json::to_value(record).context("encode a record")?;
         if let Some(log) = &self.log {
-            log.append(&value)?;
+            log.append_with_roots(&value, roots)?;
         } else {
             let header = json!({ "begun": crate::clock::utc_now().to_string() });
             let log = image::Session::create(&self.repo, &self.key, &header)?;
-            log.append(&value)?;
+            log.append_with_roots(&value, roots)?;
             self.log = Some(log);
         }
         Ok(())
+    }
+}
+
+impl Journal for Session {
+    fn append(&mut self, record: &Record) -> Result<()> {
+        self.write(record, &[])
     }
 }
 

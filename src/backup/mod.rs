@@ -46,6 +46,17 @@ use crate::vm::{Hold, Vm};
 /// How long a monitor that somebody else uses is waited for.
 const BUSY_WAIT: Duration = Duration::from_secs(60);
 
+/// Whether blocks were condemned between their look-up and their proof: they are to be read and stored anew.
+fn is_condemned(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref(),
+        Some(crate::image::Error::Condemned { .. })
+    )
+}
+
+/// How often in a row a prune may come in between.
+const CONDEMNED_TRIES: u32 = 20;
+
 fn is_busy(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(crate::qmp::Error::Busy { .. }))
 }
@@ -156,6 +167,7 @@ impl Runner {
         let lock = vm.state.lock_run(&short, &options.doing)?;
         let mut session = Session::open(&repo, &vm.key)?;
         session.remove_committed()?;
+        session.settle()?;
         Ok(Self {
             run: RunName::new(&short),
             throttle: Throttle::new(options.pace.rate),
@@ -221,6 +233,7 @@ impl Runner {
     fn rotate(&mut self, hold: &mut Hold) -> Result<()> {
         let process = hold.process();
         let repository = self.repo.id().short();
+        self.ground(hold)?;
         let bases = self.session.bases.clone();
         let settings = Settings {
             bases: &bases,
@@ -234,6 +247,12 @@ impl Runner {
         rotated?;
         hold.look()?;
         self.take_in_disks(hold)
+    }
+
+    /// Makes sure of what the disks build on, before anything is written down that relies on it.
+    fn ground(&mut self, hold: &Hold) -> Result<()> {
+        let keys: Vec<String> = hold.disks().iter().map(|disk| disk.key.clone()).collect();
+        self.session.ground(&keys)
     }
 
     /// Makes the run's disks those of the newest rotation that were chosen.
@@ -313,10 +332,9 @@ impl Runner {
         let disks = self.session.state.disks.values();
         disks
             .filter_map(|disk| {
-                let reason = disk.doubt.clone().filter(|_| disk.base.is_some())?;
                 Some(Rescan {
                     disk: disk.key.clone(),
-                    reason,
+                    reason: disk.rescanned()?,
                 })
             })
             .collect()

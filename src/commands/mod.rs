@@ -1,6 +1,7 @@
 //! The commands: each turns its arguments into calls of the library and the results into an [`Outcome`].
 
 mod backup;
+mod prune;
 mod repository;
 mod restore;
 mod target;
@@ -56,7 +57,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         return Ok(Outcome::default());
     }
     let interrupted = Arc::new(AtomicBool::new(false));
-    if command.holds_a_vm() {
+    if command.ends_in_order() {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         for signal in [SIGINT, SIGTERM, SIGHUP] {
             signal_hook::flag::register(signal, Arc::clone(&interrupted))
@@ -119,6 +120,11 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             restore::restore(&repo.repo, &request, style)
         }
+        Command::Prune {
+            repo,
+            dry_run,
+            max_repack,
+        } => prune::prune(&repo.repo, dry_run, max_repack, style, &interrupted),
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
         Command::DropSession { repo, target } => repository::drop_session(&repo.repo, &target),

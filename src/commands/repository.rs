@@ -133,6 +133,7 @@ pub(super) fn show(path: &Path, point: &str) -> Result<Outcome> {
 pub(super) fn diff(path: &Path, a: &str, b: &str) -> Result<Outcome> {
     let repo = Repository::open(path)?;
     let (a, b) = (repo.resolve(a)?, repo.resolve(b)?);
+    let _lease = repo.lease(&[&a, &b], "forerun diff")?;
     let mut outcome = Outcome::default();
     let mut disks = Vec::new();
     for disk in &b.disks {

@@ -17,9 +17,12 @@ mod bytes;
 mod condemned;
 mod envelope;
 mod error;
+mod gc;
 mod ids;
 #[allow(dead_code, reason = "prune and verify use it")]
 mod index;
+mod lease;
+mod look;
 mod manifest;
 mod map;
 mod pack;
@@ -35,7 +38,9 @@ mod verify;
 
 pub use block::NewBlock;
 pub use error::{Error, Result};
+pub use gc::{Packs, PruneOptions, PruneReport};
 pub use ids::{BlockId, Digest, ObjectId, PointId, RepoId, SessionId};
+pub use lease::Lease;
 pub use manifest::{DiskPoint, Manifest, Quiesce, RetiredBitmap, Target, Tracking};
 pub use map::{
     BlockIds, Diff, Entry, LAYERS, LayerRef, MapReader, MapRef, MapRuns, MapStats, Run, RunContent,

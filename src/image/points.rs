@@ -56,6 +56,17 @@ impl Repository {
         }
     }
 
+    /// Whether a point exists, past any cache.
+    pub fn has_point(&self, id: PointId) -> Result<bool> {
+        let points = self.store().list_fresh("points/")?;
+        Ok(points.binary_search(&name(id)).is_ok())
+    }
+
+    /// Takes back a point that must not have been published.
+    pub fn withdraw(&self, id: PointId) -> Result<()> {
+        self.store().delete(&[name(id)])
+    }
+
     /// All points.
     pub fn points(&self) -> Result<Points> {
         let mut points = Points::default();

@@ -73,8 +73,11 @@ impl Repository {
             block_size: options.block_size,
             features: Vec::new(),
         };
-        store.put(CONFIG, &envelope::seal("config", &config)?)?;
-        Ok(Self::with(store, config))
+        let sealed = envelope::seal("config", &config)?;
+        let repo = Self::with(store, config);
+        repo.keep_reserve()?;
+        repo.store().put(CONFIG, &sealed)?;
+        Ok(repo)
     }
 
     /// Opens a repository in a directory.

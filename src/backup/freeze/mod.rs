@@ -262,6 +262,7 @@ impl Runner {
     fn intend_freeze(&mut self, hold: &mut Hold) -> Result<Rotation> {
         let process = hold.process();
         let repository = self.repo.id().short();
+        self.ground(hold)?;
         let bases = self.session.bases.clone();
         let settings = Settings {
             bases: &bases,
