@@ -15,14 +15,17 @@ mod block;
 mod bytes;
 mod envelope;
 mod error;
+mod forget;
 mod ids;
 mod index;
 mod manifest;
 mod map;
 mod pack;
+mod pins;
 mod points;
 mod read;
 mod repo;
+mod retention;
 mod sealed;
 mod session;
 pub mod store;
@@ -30,6 +33,7 @@ mod verify;
 
 pub use block::NewBlock;
 pub use error::{Error, Result};
+pub use forget::{ForgetPlan, Selection, TargetPlan};
 pub use ids::{BlockId, Digest, ObjectId, PointId, RepoId, SessionId};
 pub use manifest::{DiskPoint, Manifest, Quiesce, RetiredBitmap, Target, Tracking};
 pub use map::{
@@ -37,8 +41,10 @@ pub use map::{
     build_map, diff,
 };
 pub use pack::{PackStats, PackWriter};
+pub use pins::{Pin, Pins};
 pub use points::Points;
 pub use read::BlockSink;
 pub use repo::{Encoded, InitOptions, Repository};
+pub use retention::{Policy, Reason};
 pub use session::{Content, Item, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions};
 pub use verify::{Damage, VerifyOptions, VerifyReport};

@@ -45,8 +45,8 @@ struct Inner {
 }
 
 /// The directories that every store has, made before anything else.
-const DIRECTORIES: [&str; 7] = [
-    "index", "locks", "maps", "packs", "points", "sessions", "tmp",
+const DIRECTORIES: [&str; 8] = [
+    "index", "locks", "maps", "packs", "pins", "points", "sessions", "tmp",
 ];
 
 impl DirStore {
@@ -176,8 +176,8 @@ impl Inner {
                 .unwrap_or_else(PoisonError::into_inner)
                 .contains(directory)
         };
-        // The store's own directories were durable before its first object was.
-        if directory.parent() == Some(&self.root) || directory == self.root || known(&self.made) {
+        // One of the store's own may be of a later version than the store.
+        if directory == self.root || known(&self.made) {
             return Ok(());
         }
         if let Some(parent) = directory.parent() {
