@@ -163,6 +163,27 @@ pub enum Command {
         #[allow(missing_docs)]
         forget: ForgetArgs,
     },
+    /// Copy points to a second repository; only what that one lacks is read.
+    Copy {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        #[arg(required_unless_present = "all", conflicts_with = "all")]
+        points: Vec<String>,
+        /// All points.
+        #[arg(long)]
+        all: bool,
+        /// Of these targets only. May be repeated.
+        #[arg(long, requires = "all")]
+        target: Vec<String>,
+        /// The second repository.
+        #[arg(long, value_name = "REPO2")]
+        to: PathBuf,
+        /// Read at most this much a second: 100MiB/s.
+        #[arg(long, value_parser = parse_rate)]
+        rate: Option<u64>,
+    },
     /// Keep a point whatever a policy says.
     Pin {
         #[command(flatten)]
@@ -392,6 +413,7 @@ impl Command {
             Self::Diff { .. } => "diff",
             Self::Verify { .. } => "verify",
             Self::Restore { .. } => "restore",
+            Self::Copy { .. } => "copy",
             Self::Forget { .. } => "forget",
             Self::Pin { .. } => "pin",
             Self::Unpin { .. } => "unpin",

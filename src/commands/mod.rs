@@ -1,6 +1,7 @@
 //! The commands: each turns its arguments into calls of the library and the results into an [`Outcome`].
 
 mod backup;
+mod copy;
 mod forget;
 mod repository;
 mod restore;
@@ -120,6 +121,14 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             restore::restore(&repo.repo, &request, style)
         }
+        Command::Copy {
+            repo,
+            points,
+            all: _,
+            target,
+            to,
+            rate,
+        } => copy::copy(&repo.repo, &to, &points, &target, rate, style),
         Command::Forget { repo, forget } => forget::forget(&repo.repo, &forget),
         Command::Pin {
             repo,

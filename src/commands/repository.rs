@@ -116,7 +116,7 @@ fn summary(point: &Manifest, pins: &Pins) -> Value {
         "disks": point.disks.iter().map(|disk| json!({
             "key": disk.key, "size": disk.size, "format": disk.format, "rescanned": disk.rescanned,
         })).collect::<Vec<_>>(),
-        "statistics": point.statistics, "pinned": pinned,
+        "statistics": point.statistics, "pinned": pinned, "origin": point.origin,
     })
 }
 
@@ -143,6 +143,9 @@ pub(super) fn show(path: &Path, point: &str) -> Result<Outcome> {
         if let Some(why) = &disk.rescanned {
             outcome.line(format!("    read in full: {why}"));
         }
+    }
+    if let Some(origin) = point.origin {
+        outcome.line(format!("  copied from repository {}", origin.repository));
     }
     let pins = repo.pins()?;
     if pins.has(point.id) {
@@ -277,14 +280,18 @@ pub(super) fn drop_session(path: &Path, target: &str) -> Result<Outcome> {
             hint,
         ));
     };
-    let state = crate::hoststate::TargetState::open(key)?;
-    let _run = state.lock_run(&repo.id().short(), "forerun drop-session")?;
     let id = session.id();
-    session.remove()?;
+    let words = if let Some(_copy) = crate::replicate::lock_session(&repo, key)? {
+        session.remove()?;
+        "the next copy begins anew"
+    } else {
+        let state = crate::hoststate::TargetState::open(key)?;
+        let _run = state.lock_run(&repo.id().short(), "forerun drop-session")?;
+        session.remove()?;
+        "the next backup reads its disks in full"
+    };
     let mut outcome = Outcome::default();
-    outcome.line(format!(
-        "dropped session {id} of {key}; the next backup reads its disks in full"
-    ));
+    outcome.line(format!("dropped session {id} of {key}; {words}"));
     outcome
         .targets
         .push(json!({ "target": target, "key": key, "session": id }));

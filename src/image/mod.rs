@@ -35,10 +35,10 @@ pub use block::NewBlock;
 pub use error::{Error, Result};
 pub use forget::{ForgetPlan, Selection, TargetPlan};
 pub use ids::{BlockId, Digest, ObjectId, PointId, RepoId, SessionId};
-pub use manifest::{DiskPoint, Manifest, Quiesce, RetiredBitmap, Target, Tracking};
+pub use manifest::{DiskPoint, Manifest, Origin, Quiesce, RetiredBitmap, Target, Tracking};
 pub use map::{
-    BlockIds, Diff, Entry, LAYERS, LayerRef, MapReader, MapRef, MapRuns, MapStats, Run, RunContent,
-    build_map, diff,
+    BlockIds, Changes, Diff, Entry, LAYERS, LayerRef, MapReader, MapRef, MapRuns, MapStats, Run,
+    RunContent, build_map, changes, diff,
 };
 pub use pack::{PackStats, PackWriter};
 pub use pins::{Pin, Pins};

@@ -54,6 +54,19 @@ impl Repository {
         Ok(plain)
     }
 
+    /// Stored blocks that lie next to each other on a disk, `length` bytes together, each proved by its id. All but the last
+    /// are whole blocks.
+    pub fn read_blocks(&self, ids: Vec<BlockId>, length: usize) -> Result<Vec<u8>> {
+        let mut batch = Batch {
+            offset: 0,
+            plain: vec![0; length],
+            ids,
+            block_size: self.block_size(),
+        };
+        batch.fetch(self, &mut Vec::new())?;
+        Ok(batch.plain)
+    }
+
     /// Reads a whole disk of a point with `threads` workers.
     pub fn read_disk(
         &self,

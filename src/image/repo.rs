@@ -176,6 +176,21 @@ impl Repository {
         NewBlock::encode(id, plain).map(Encoded::New)
     }
 
+    /// Whether a block of this id need not be stored: it is here, as far as [`Repository::encode`] would say.
+    pub fn has_block(&self, id: BlockId) -> Result<bool> {
+        match self.index().locate(id) {
+            Ok(found) => Ok(found.is_some()),
+            Err(Error::Corrupt { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether equal blocks have equal ids here and there.
+    #[must_use]
+    pub fn shares_ids_with(&self, other: &Repository) -> bool {
+        self.block_size() == other.block_size()
+    }
+
     /// A writer for the new blocks of one disk and one pass, which the label names.
     pub fn pack_writer(&self, label: &str) -> PackWriter {
         PackWriter::new(self, label)
