@@ -13,16 +13,21 @@
 
 mod block;
 mod bytes;
+#[allow(dead_code, reason = "prune and verify use it")]
+mod condemned;
 mod envelope;
 mod error;
 mod forget;
 mod ids;
+#[allow(dead_code, reason = "prune and verify use it")]
 mod index;
 mod manifest;
 mod map;
 mod pack;
 mod pins;
 mod points;
+#[allow(dead_code, reason = "prune and verify use it")]
+mod quarantine;
 mod read;
 mod repo;
 mod retention;
