@@ -219,8 +219,11 @@ pub enum Command {
         #[command(flatten)]
         #[allow(missing_docs)]
         repo: RepoArgs,
-        /// The target's key or one of its spellings.
-        target: String,
+        /// The target's key or one of its spellings. As qmp:SOCKET, its bitmaps are removed from the VM at once.
+        target: Target,
+        /// The name of a target without a UUID.
+        #[arg(long = "as", value_name = "NAME")]
+        name: Option<String>,
     },
     /// The process that frees a guest for a dead run.
     #[command(hide = true)]

@@ -138,7 +138,9 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         Command::Unpin { repo, point } => forget::unpin(&repo.repo, &point),
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
-        Command::DropSession { repo, target } => repository::drop_session(&repo.repo, &target),
+        Command::DropSession { repo, target, name } => {
+            target::drop_session(&repo.repo, &target, name.as_deref())
+        }
         Command::Guard { .. } => Ok(Outcome::default()),
     }
 }
