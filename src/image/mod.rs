@@ -36,6 +36,7 @@ mod verify;
 pub use block::NewBlock;
 pub use error::{Error, Result};
 pub use ids::{BlockId, Digest, ObjectId, PointId, RepoId, SessionId};
+pub use index::Rebuilt;
 pub use manifest::{DiskPoint, Manifest, Quiesce, RetiredBitmap, Target, Tracking};
 pub use map::{
     BlockIds, Diff, Entry, LAYERS, LayerRef, MapReader, MapRef, MapRuns, MapStats, Run, RunContent,
