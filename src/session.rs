@@ -377,6 +377,7 @@ mod tests {
             }],
             machine: Value::Null,
             statistics: Value::Null,
+            origin: None,
             retired_bitmaps: Vec::new(),
         }
     }
