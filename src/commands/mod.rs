@@ -1,6 +1,8 @@
 //! The commands: each turns its arguments into calls of the library and the results into an [`Outcome`].
 
 mod backup;
+mod copy;
+mod forget;
 mod repository;
 mod restore;
 mod target;
@@ -119,9 +121,26 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             restore::restore(&repo.repo, &request, style)
         }
+        Command::Copy {
+            repo,
+            points,
+            all: _,
+            target,
+            to,
+            rate,
+        } => copy::copy(&repo.repo, &to, &points, &target, rate, style),
+        Command::Forget { repo, forget } => forget::forget(&repo.repo, &forget),
+        Command::Pin {
+            repo,
+            point,
+            reason,
+        } => forget::pin(&repo.repo, &point, reason),
+        Command::Unpin { repo, point } => forget::unpin(&repo.repo, &point),
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
-        Command::DropSession { repo, target } => repository::drop_session(&repo.repo, &target),
+        Command::DropSession { repo, target, name } => {
+            target::drop_session(&repo.repo, &target, name.as_deref())
+        }
         Command::Guard { .. } => Ok(Outcome::default()),
     }
 }

@@ -13,16 +13,24 @@
 
 mod block;
 mod bytes;
+#[allow(dead_code, reason = "prune and verify use it")]
+mod condemned;
 mod envelope;
 mod error;
+mod forget;
 mod ids;
+#[allow(dead_code, reason = "prune and verify use it")]
 mod index;
 mod manifest;
 mod map;
 mod pack;
+mod pins;
 mod points;
+#[allow(dead_code, reason = "prune and verify use it")]
+mod quarantine;
 mod read;
 mod repo;
+mod retention;
 mod sealed;
 mod session;
 pub mod store;
@@ -30,15 +38,19 @@ mod verify;
 
 pub use block::NewBlock;
 pub use error::{Error, Result};
+pub use forget::{ForgetPlan, Selection, TargetPlan};
 pub use ids::{BlockId, Digest, ObjectId, PointId, RepoId, SessionId};
-pub use manifest::{DiskPoint, Manifest, Quiesce, RetiredBitmap, Target, Tracking};
+pub use index::Rebuilt;
+pub use manifest::{DiskPoint, Manifest, Origin, Quiesce, RetiredBitmap, Target, Tracking};
 pub use map::{
-    BlockIds, Diff, Entry, LAYERS, LayerRef, MapReader, MapRef, MapRuns, MapStats, Run, RunContent,
-    build_map, diff,
+    BlockIds, Changes, Diff, Entry, LAYERS, LayerRef, MapReader, MapRef, MapRuns, MapStats, Run,
+    RunContent, build_map, changes, diff,
 };
 pub use pack::{PackStats, PackWriter};
+pub use pins::{Pin, Pins};
 pub use points::Points;
 pub use read::BlockSink;
 pub use repo::{Encoded, InitOptions, Repository};
+pub use retention::{Policy, Reason};
 pub use session::{Content, Item, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions};
 pub use verify::{Damage, VerifyOptions, VerifyReport};

@@ -202,6 +202,7 @@ pub fn manifest(
         machine: json!({"xml": "<domain/>"}),
         statistics: json!({"residual": 0}),
         retired_bitmaps: vec![],
+        origin: None,
     })
 }
 

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use build::{MapStats, build_map};
-pub use diff::{Diff, diff};
+pub use diff::{Changes, Diff, changes, diff};
 pub(super) use layer::{Layer, LayerWriter, MAP, SEGMENT};
 pub(super) use run::RunSource;
 pub use run::{BlockIds, Run, RunContent};
