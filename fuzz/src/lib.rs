@@ -81,11 +81,22 @@ impl Store for Memory {
     }
 
     fn size(&self, name: &str) -> Result<u64, Error> {
-        self.with(|objects| objects.get(name).map(|bytes| bytes.len() as u64).ok_or_else(|| missing(name)))
+        self.with(|objects| {
+            objects
+                .get(name)
+                .map(|bytes| bytes.len() as u64)
+                .ok_or_else(|| missing(name))
+        })
     }
 
     fn list(&self, prefix: &str) -> Result<Vec<String>, Error> {
-        self.with(|objects| Ok(objects.keys().filter(|name| name.starts_with(prefix)).cloned().collect()))
+        self.with(|objects| {
+            Ok(objects
+                .keys()
+                .filter(|name| name.starts_with(prefix))
+                .cloned()
+                .collect())
+        })
     }
 
     fn delete(&self, names: &[String]) -> Result<(), Error> {
@@ -99,7 +110,10 @@ impl Store for Memory {
 }
 
 fn read_into(directory: &Path, prefix: &str, objects: &mut Objects) {
-    for entry in std::fs::read_dir(directory).expect("the golden repository").flatten() {
+    for entry in std::fs::read_dir(directory)
+        .expect("the golden repository")
+        .flatten()
+    {
         let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
         if entry.path().is_dir() {
             read_into(&entry.path(), &format!("{name}/"), objects);
@@ -122,7 +136,10 @@ pub fn golden() -> &'static Objects {
 
 /// A JSON object with the first line that belongs to it.
 pub fn seal_json(kind: &str, body: &[u8]) -> Vec<u8> {
-    let digest: String = Sha256::digest(body).iter().map(|byte| format!("{byte:02x}")).collect();
+    let digest: String = Sha256::digest(body)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     let mut bytes = format!("forerun {kind} 1 {} {digest}\n", body.len()).into_bytes();
     bytes.extend_from_slice(body);
     bytes
@@ -135,9 +152,54 @@ pub fn seal_binary(magic: [u8; 8], body: &[u8], footer: &[u8]) -> Vec<u8> {
     bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
     bytes.extend_from_slice(body);
     bytes.extend_from_slice(footer);
-    bytes.extend_from_slice(&u32::try_from(footer.len()).expect("a short footer").to_le_bytes());
+    bytes.extend_from_slice(
+        &u32::try_from(footer.len())
+            .expect("a short footer")
+            .to_le_bytes(),
+    );
     bytes.extend_from_slice(&1_u32.to_le_bytes());
     bytes.extend_from_slice(&Sha256::digest(footer));
     bytes.extend_from_slice(&magic);
     bytes
+}
+
+/// The golden repository without its own points, blocks and index: a place for hostile ones.
+pub fn empty() -> Objects {
+    let kept = |name: &str| name == "config";
+    golden()
+        .iter()
+        .filter(|(name, _)| kept(name))
+        .map(|(name, bytes)| (name.clone(), bytes.clone()))
+        .collect()
+}
+
+/// Bytes that are taken from the input one after the other.
+pub struct Input<'a>(pub &'a [u8]);
+
+impl<'a> Input<'a> {
+    pub fn byte(&mut self) -> Option<u8> {
+        let (first, rest) = self.0.split_first()?;
+        self.0 = rest;
+        Some(*first)
+    }
+
+    pub fn take(&mut self, length: usize) -> &'a [u8] {
+        let (taken, rest) = self.0.split_at(length.min(self.0.len()));
+        self.0 = rest;
+        taken
+    }
+
+    /// A number that is often one that means something.
+    pub fn number(&mut self, known: &[u32]) -> Option<u32> {
+        let byte = self.byte()?;
+        match known.get(usize::from(byte)) {
+            Some(known) => Some(*known),
+            None => Some(u32::from_be_bytes(self.take(4).try_into().ok()?)),
+        }
+    }
+
+    pub fn data(&mut self) -> Option<&'a [u8]> {
+        let length = usize::from(self.byte()?) * 17;
+        Some(self.take(length))
+    }
 }

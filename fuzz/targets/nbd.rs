@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use forerun::nbd::{Client, Endpoint};
 use forerun::units::Extent;
+use forerun_fuzz::Input;
 use libfuzzer_sys::fuzz_target;
 
 /// A server's side of a negotiation that grants both contexts, of an export of 1 MiB.
@@ -23,14 +24,19 @@ fn greeting() -> Vec<u8> {
         out.extend(data);
         out
     };
-    let context = |id: u32, name: &str| answer(10, 4, &[&id.to_be_bytes()[..], name.as_bytes()].concat());
+    let context =
+        |id: u32, name: &str| answer(10, 4, &[&id.to_be_bytes()[..], name.as_bytes()].concat());
     [
         b"NBDMAGICIHAVEOPT\0\x03".to_vec(),
         answer(8, 1, &[]),
         context(1, "base:allocation"),
         context(2, "qemu:dirty-bitmap:b"),
         answer(10, 1, &[]),
-        answer(7, 3, &[&[0, 0][..], &(1_u64 << 20).to_be_bytes(), &[0x01, 0x03]].concat()),
+        answer(
+            7,
+            3,
+            &[&[0, 0][..], &(1_u64 << 20).to_be_bytes(), &[0x01, 0x03]].concat(),
+        ),
         answer(7, 1, &[]),
     ]
     .concat()
@@ -41,39 +47,11 @@ fn connect(bytes: &[u8]) -> Option<(Client, UnixStream)> {
     let (ours, mut theirs) = UnixStream::pair().ok()?;
     theirs.write_all(bytes).ok()?;
     theirs.shutdown(Shutdown::Write).ok()?;
-    let endpoint = Endpoint::new("", "vda").allocation().bitmap("b").timeout(Duration::from_secs(5));
+    let endpoint = Endpoint::new("", "vda")
+        .allocation()
+        .bitmap("b")
+        .timeout(Duration::from_secs(5));
     Some((endpoint.connect_on(ours).ok()?, theirs))
-}
-
-/// Bytes that are taken from the input one after the other.
-struct Input<'a>(&'a [u8]);
-
-impl<'a> Input<'a> {
-    fn byte(&mut self) -> Option<u8> {
-        let (first, rest) = self.0.split_first()?;
-        self.0 = rest;
-        Some(*first)
-    }
-
-    fn take(&mut self, length: usize) -> &'a [u8] {
-        let (taken, rest) = self.0.split_at(length.min(self.0.len()));
-        self.0 = rest;
-        taken
-    }
-
-    /// A number that is often one that means something.
-    fn number(&mut self, known: &[u32]) -> Option<u32> {
-        let byte = self.byte()?;
-        match known.get(usize::from(byte)) {
-            Some(known) => Some(*known),
-            None => Some(u32::from_be_bytes(self.take(4).try_into().ok()?)),
-        }
-    }
-
-    fn data(&mut self) -> Option<&'a [u8]> {
-        let length = usize::from(self.byte()?) * 17;
-        Some(self.take(length))
-    }
 }
 
 /// Option replies with right magics (proto.md, "Fixed newstyle negotiation").
@@ -146,7 +124,10 @@ fn answered(how: u8, said: &[u8]) {
     let Some((mut client, _server)) = connect(said) else {
         return;
     };
-    let whole = Extent { offset: 0, length: 1 << 20 };
+    let whole = Extent {
+        offset: 0,
+        length: 1 << 20,
+    };
     match how % 3 {
         0 => {
             let mut buffer = vec![0; 4096];

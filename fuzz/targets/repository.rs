@@ -15,21 +15,29 @@ impl BlockSink for Disk {
     fn data(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         let start = usize::try_from(offset).map_err(io::Error::other)?;
         let place = self.0.get_mut(start..start + data.len());
-        place.ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(data);
+        place
+            .ok_or(io::ErrorKind::InvalidInput)?
+            .copy_from_slice(data);
         Ok(())
     }
 
     fn zero(&mut self, offset: u64, length: u64) -> io::Result<()> {
         let start = usize::try_from(offset).map_err(io::Error::other)?;
         let end = start.saturating_add(usize::try_from(length).map_err(io::Error::other)?);
-        self.0.get_mut(start..end).ok_or(io::ErrorKind::InvalidInput)?.fill(0);
+        self.0
+            .get_mut(start..end)
+            .ok_or(io::ErrorKind::InvalidInput)?
+            .fill(0);
         Ok(())
     }
 }
 
 /// The points' disks as they are.
 fn disks(repo: &Repository) -> Vec<(String, Vec<u8>)> {
-    let points = repo.points().map(|points| points.points).unwrap_or_default();
+    let points = repo
+        .points()
+        .map(|points| points.points)
+        .unwrap_or_default();
     let mut read = Vec::new();
     for point in &points {
         for disk in &point.disks {
@@ -45,7 +53,8 @@ fn disks(repo: &Repository) -> Vec<(String, Vec<u8>)> {
 fn sound() -> &'static [(String, Vec<u8>)] {
     static SOUND: OnceLock<Vec<(String, Vec<u8>)>> = OnceLock::new();
     SOUND.get_or_init(|| {
-        let repo = Repository::open_store(Arc::new(Memory::new(golden().clone()))).expect("it opens");
+        let repo =
+            Repository::open_store(Arc::new(Memory::new(golden().clone()))).expect("it opens");
         let disks = disks(&repo);
         assert_eq!(disks.len(), 2, "the golden repository has two points");
         disks
@@ -70,17 +79,30 @@ fn hostile(name: &str, original: &[u8], how: u8, bytes: &[u8]) -> Option<Vec<u8>
             let (length, rest) = bytes.split_at_checked(2)?;
             let footer = usize::from(u16::from_le_bytes([length[0], length[1]])).min(rest.len());
             let (body, footer) = rest.split_at(rest.len() - footer);
-            Some(seal_binary(original.get(..8)?.try_into().ok()?, body, footer))
+            Some(seal_binary(
+                original.get(..8)?.try_into().ok()?,
+                body,
+                footer,
+            ))
         }
         // The original with some bytes changed, sealed again.
         _ => {
             let mut changed = original.to_vec();
             let json = original.starts_with(b"forerun ");
-            let start = if json { original.iter().position(|byte| *byte == b'\n')? + 1 } else { 16 };
-            let end = if json { changed.len() } else { changed.len().checked_sub(48)? };
+            let start = if json {
+                original.iter().position(|byte| *byte == b'\n')? + 1
+            } else {
+                16
+            };
+            let end = if json {
+                changed.len()
+            } else {
+                changed.len().checked_sub(48)?
+            };
             let body = changed.get_mut(start..end)?;
             for change in bytes.chunks_exact(3) {
-                let at = usize::from(u16::from_le_bytes([change[0], change[1]])) % body.len().max(1);
+                let at =
+                    usize::from(u16::from_le_bytes([change[0], change[1]])) % body.len().max(1);
                 *body.get_mut(at)? ^= change[2];
             }
             let body = body.to_vec();
@@ -90,7 +112,11 @@ fn hostile(name: &str, original: &[u8], how: u8, bytes: &[u8]) -> Option<Vec<u8>
             let length = original.get(original.len() - 48..original.len() - 44)?;
             let footer = u32::from_le_bytes(length.try_into().ok()?) as usize;
             let (body, footer) = body.split_at(body.len().checked_sub(footer)?);
-            Some(seal_binary(original.get(..8)?.try_into().ok()?, body, footer))
+            Some(seal_binary(
+                original.get(..8)?.try_into().ok()?,
+                body,
+                footer,
+            ))
         }
     }
 }
@@ -104,7 +130,11 @@ fn run(data: &[u8]) -> Option<()> {
     // A point under a right seal says what its disks are; every other object can only be refused.
     if !name.starts_with("points/") && name != "config" {
         for disk in disks(&repo) {
-            assert!(sound().contains(&disk), "{name} changed what point {} restores to", disk.0);
+            assert!(
+                sound().contains(&disk),
+                "{name} changed what point {} restores to",
+                disk.0
+            );
         }
     } else {
         disks(&repo);
@@ -124,7 +154,11 @@ fn run(data: &[u8]) -> Option<()> {
     repo.rebuild_index().ok();
     if !name.starts_with("points/") && name != "config" {
         for disk in disks(&repo) {
-            assert!(sound().contains(&disk), "{name}: an index made anew changed point {}", disk.0);
+            assert!(
+                sound().contains(&disk),
+                "{name}: an index made anew changed point {}",
+                disk.0
+            );
         }
     }
     Some(())
