@@ -123,6 +123,14 @@ pub enum Command {
         /// The other.
         b: String,
     },
+    /// Show what points cost: what they refer to, and what would be freed without them.
+    Stats {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Only this target, or this point.
+        of: Option<String>,
+    },
     /// Read and re-hash everything that points need.
     Verify {
         #[command(flatten)]
@@ -414,6 +422,7 @@ impl Command {
             Self::List { .. } => "list",
             Self::Show { .. } => "show",
             Self::Diff { .. } => "diff",
+            Self::Stats { .. } => "stats",
             Self::Verify { .. } => "verify",
             Self::Restore { .. } => "restore",
             Self::Copy { .. } => "copy",

@@ -5,6 +5,7 @@ mod copy;
 mod forget;
 mod repository;
 mod restore;
+mod stats;
 mod target;
 
 use std::process::ExitCode;
@@ -99,6 +100,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         Command::List { repo, target } => repository::list(&repo.repo, target.as_deref()),
         Command::Show { repo, point } => repository::show(&repo.repo, &point),
         Command::Diff { repo, a, b } => repository::diff(&repo.repo, &a, &b),
+        Command::Stats { repo, of } => stats::stats(&repo.repo, of.as_deref()),
         Command::Verify {
             repo,
             points,

@@ -33,6 +33,7 @@ mod repo;
 mod retention;
 mod sealed;
 mod session;
+mod stats;
 pub mod store;
 mod verify;
 
@@ -53,4 +54,5 @@ pub use read::BlockSink;
 pub use repo::{Encoded, InitOptions, Repository};
 pub use retention::{Policy, Reason};
 pub use session::{Content, Item, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions};
+pub use stats::{Amount, Objects, PointStats, Sizes, Stats};
 pub use verify::{Damage, VerifyOptions, VerifyReport};

@@ -92,6 +92,11 @@ impl MapReader {
         })
     }
 
+    /// A map of opened layers, newest first.
+    pub(super) fn of(layers: Vec<Arc<Layer>>, blocks: u64) -> Self {
+        Self { layers, blocks }
+    }
+
     /// How many blocks the disk has.
     pub fn blocks(&self) -> u64 {
         self.blocks
