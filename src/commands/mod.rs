@@ -2,6 +2,7 @@
 
 mod backup;
 mod forget;
+mod repair;
 mod repository;
 mod restore;
 mod target;
@@ -127,6 +128,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             reason,
         } => forget::pin(&repo.repo, &point, reason),
         Command::Unpin { repo, point } => forget::unpin(&repo.repo, &point),
+        Command::Repair { repo, what } => repair::repair(&repo.repo, what),
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
         Command::DropSession { repo, target } => repository::drop_session(&repo.repo, &target),
