@@ -211,6 +211,15 @@ pub enum Command {
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
         point: String,
     },
+    /// Make anew what can be made anew.
+    Repair {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// What.
+        #[arg(value_enum)]
+        what: Repair,
+    },
     /// Remove this repository's bitmaps from a VM.
     Untrack(RepoTargetArgs),
     /// Take back whatever a dead run left in a VM.
@@ -393,6 +402,13 @@ pub enum Format {
     Qcow2,
 }
 
+/// What can be made anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Repair {
+    /// Which pack holds which block, from the footers of the packs.
+    Index,
+}
+
 impl Command {
     /// Whether a signal must not end it before the VM is released; the others are ended by one at once.
     #[must_use]
@@ -429,6 +445,7 @@ impl Command {
             Self::Forget { .. } => "forget",
             Self::Pin { .. } => "pin",
             Self::Unpin { .. } => "unpin",
+            Self::Repair { .. } => "repair",
             Self::Untrack(_) => "untrack",
             Self::Recover { .. } => "recover",
             Self::DropSession { .. } => "drop-session",

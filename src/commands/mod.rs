@@ -3,6 +3,7 @@
 mod backup;
 mod copy;
 mod forget;
+mod repair;
 mod repository;
 mod restore;
 mod stats;
@@ -138,6 +139,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             reason,
         } => forget::pin(&repo.repo, &point, reason),
         Command::Unpin { repo, point } => forget::unpin(&repo.repo, &point),
+        Command::Repair { repo, what } => repair::repair(&repo.repo, what),
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
         Command::DropSession { repo, target, name } => {

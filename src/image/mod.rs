@@ -23,6 +23,16 @@ mod ids;
 mod index;
 mod manifest;
 mod map;
+#[cfg(test)]
+#[path = "../../tests/image_common/memory.rs"]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a store for tests, written for those outside"
+)]
+mod memory;
 mod pack;
 mod pins;
 mod points;
