@@ -13,10 +13,14 @@
 
 mod block;
 mod bytes;
+mod closed;
+mod codec;
 mod envelope;
 mod error;
+mod hasher;
 mod ids;
 mod index;
+mod keys;
 mod manifest;
 mod map;
 mod pack;
@@ -24,13 +28,17 @@ mod points;
 mod read;
 mod repo;
 mod sealed;
+mod secret;
 mod session;
 pub mod store;
 mod verify;
 
 pub use block::NewBlock;
+pub use closed::Closed;
+pub use codec::{Compression, ZstdLevel};
 pub use error::{Error, Result};
-pub use ids::{BlockId, Digest, ObjectId, PointId, RepoId, SessionId};
+pub use ids::{BlockId, Digest, KeyId, ObjectId, PointId, RepoId, SessionId};
+pub use keys::{KeyInfo, KeyRing, Keys};
 pub use manifest::{DiskPoint, Manifest, Quiesce, RetiredBitmap, Target, Tracking};
 pub use map::{
     BlockIds, Diff, Entry, LAYERS, LayerRef, MapReader, MapRef, MapRuns, MapStats, Run, RunContent,
@@ -40,5 +48,6 @@ pub use pack::{PackStats, PackWriter};
 pub use points::Points;
 pub use read::BlockSink;
 pub use repo::{Encoded, InitOptions, Repository};
+pub use secret::Secret;
 pub use session::{Content, Item, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions};
 pub use verify::{Damage, VerifyOptions, VerifyReport};

@@ -49,7 +49,7 @@ impl Repository {
             .get_range(&object, u64::from(location.offset), &mut entry)
             .map_err(Error::missing_is_corrupt)?;
         let mut plain = vec![0; narrow(u64::from(location.plain))];
-        decode_entry(&entry, id, &mut plain)
+        decode_entry(self.hasher(), &entry, id, &mut plain)
             .map_err(|damage| Error::corrupt(object, format!("block {id}: {}", damage.0)))?;
         Ok(plain)
     }
@@ -324,7 +324,7 @@ fn read_group(repo: &Repository, group: Vec<Wanted<'_>>, buffer: &mut Vec<u8>) -
     for block in group {
         let skip = narrow(u64::from(block.location.offset).saturating_sub(start));
         let entry = bytes.get(skip..).unwrap_or_default();
-        decode_entry(entry, block.id, block.plain).map_err(|damage| {
+        decode_entry(repo.hasher(), entry, block.id, block.plain).map_err(|damage| {
             Error::corrupt(&*object, format!("block {}: {}", block.id, damage.0))
         })?;
     }

@@ -18,7 +18,7 @@ use rustix::fs::{Advice, FlockOperation, fadvise, flock};
 
 use super::super::bytes::{narrow, wide};
 use super::super::ids::{hex, random};
-use super::open_files::OpenFiles;
+use super::recent::Recent;
 use super::{Error, ObjectWriter, Result, Store, StoreLock, WHOLE_LIMIT, check_name, kind};
 use crate::clock;
 use crate::fault::step_of;
@@ -39,14 +39,14 @@ pub struct DirStore {
 
 struct Inner {
     root: PathBuf,
-    open: OpenFiles,
+    open: Recent<File>,
     /// Directories that are known to be durable.
     made: Mutex<HashSet<PathBuf>>,
 }
 
 /// The directories that every store has, made before anything else.
-const DIRECTORIES: [&str; 7] = [
-    "index", "locks", "maps", "packs", "points", "sessions", "tmp",
+const DIRECTORIES: [&str; 8] = [
+    "index", "keys", "locks", "maps", "packs", "points", "sessions", "tmp",
 ];
 
 impl DirStore {
@@ -83,7 +83,7 @@ impl DirStore {
     fn at(root: &Path) -> Self {
         let inner = Inner {
             root: root.to_owned(),
-            open: OpenFiles::default(),
+            open: Recent::default(),
             made: Mutex::default(),
         };
         Self {
