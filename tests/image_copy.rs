@@ -13,7 +13,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 
 use forerun::image::{
-    InitOptions, Manifest, PointId, Repository, Session, Tracking, VerifyOptions,
+    Compression, InitOptions, Manifest, PointId, Repository, Session, Tracking, VerifyOptions,
 };
 use forerun::progress::Progress;
 use forerun::replicate::{Copied, Options, Replication};
@@ -24,6 +24,7 @@ use serde_json::Value;
 
 const OPTIONS: InitOptions = InitOptions {
     block_size: BlockSize::DEFAULT,
+    compression: Compression::Lz4,
 };
 
 /// So small that nearly every block is a batch of its own.
@@ -213,7 +214,11 @@ fn what_cannot_be_copied_is_refused() {
     assert_eq!(code, 2);
     let store = Memory::new(Objects::new(), None, Fate::Lost);
     let block_size = BlockSize::try_from(128 << 10).unwrap();
-    let coarse = Repository::init_store(Arc::new(store), InitOptions { block_size }).unwrap();
+    let options = InitOptions {
+        block_size,
+        ..OPTIONS
+    };
+    let coarse = Repository::init_store(Arc::new(store), options).unwrap();
     let (words, _, hint) = refused(&bench.repo, &coarse);
     assert!(
         words.contains("64 KiB") && words.contains("128 KiB"),
