@@ -380,6 +380,7 @@ impl Runner {
                 "begun": self.begun,
             }),
             retired_bitmaps: retired,
+            origin: None,
         })
     }
 

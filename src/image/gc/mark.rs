@@ -3,7 +3,8 @@
 //!
 //! What is referred to moves while roots are listed: from a point to a session that builds on it, from a session to the point that
 //! it becomes. Each publishes the new reference before the old one may go, so sessions are listed before points, and both again
-//! until a listing finds nothing new.
+//! until a listing finds nothing new. Meanwhile points are not forgotten: `locks/points` is held. Sessions go only when
+//! their point is there, or with all that they built.
 //!
 //! ```text
 //! sessions, points, sessions, points ... leases        all listings past any cache
@@ -41,6 +42,7 @@ type Each<'a> = &'a mut dyn FnMut(&Arc<Layer>) -> Result<()>;
 
 impl Walk {
     fn go(&mut self, repo: &Repository, each: Each<'_>) -> Result<()> {
+        let _no_forget = repo.lock_points("a prune that looks for what is needed")?;
         for round in 0.. {
             let mut new = self.sessions(repo, each)?;
             new |= self.points(repo, each)?;

@@ -112,7 +112,7 @@ impl Copier<'_> {
             let offset = u64::from(location.offset);
             self.repo.store().get_range(&object, offset, &mut entry)?;
             plain.resize(narrow(u64::from(location.plain)), 0);
-            let block = match decode_entry(&entry, *id, &mut plain) {
+            let block = match decode_entry(self.repo.hasher(), &entry, *id, &mut plain) {
                 Ok(()) => NewBlock {
                     id: *id,
                     codec: location.codec,
@@ -121,7 +121,10 @@ impl Copier<'_> {
                     entry,
                 },
                 // Another copy may be sound, and is about to go.
-                Err(_) => NewBlock::encode(*id, &self.repo.read_block(*id)?)?,
+                Err(_) => {
+                    let plain = self.repo.read_block(*id)?;
+                    NewBlock::encode(*id, &plain, self.repo.compression())?
+                }
             };
             self.writer.put(Encoded::New(block))?;
         }

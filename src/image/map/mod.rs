@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub(super) use build::LayerMeta;
 pub use build::{MapStats, build_map};
-pub use diff::{Diff, diff};
+pub use diff::{Changes, Diff, changes, diff};
 pub(super) use layer::{Layer, LayerWriter, MAP, SEGMENT};
 pub(super) use run::RunSource;
 pub use run::{BlockIds, Run, RunContent};
@@ -91,6 +91,11 @@ impl MapReader {
             layers: map.layers.iter().map(open).collect::<Result<_>>()?,
             blocks: repo.block_size().blocks(map.size),
         })
+    }
+
+    /// A map of opened layers, newest first.
+    pub(super) fn of(layers: Vec<Arc<Layer>>, blocks: u64) -> Self {
+        Self { layers, blocks }
     }
 
     /// How many blocks the disk has.

@@ -19,7 +19,7 @@ use rustix::fs::{Advice, FlockOperation, fadvise, flock};
 
 use super::super::bytes::{narrow, wide};
 use super::super::ids::{hex, random};
-use super::open_files::OpenFiles;
+use super::recent::Recent;
 use super::{Error, Holder, ObjectWriter, Result, Store, StoreLock, WHOLE_LIMIT, check_name, kind};
 use crate::fault::step_of;
 
@@ -39,19 +39,21 @@ pub struct DirStore {
 
 struct Inner {
     root: PathBuf,
-    open: OpenFiles,
+    open: Recent<File>,
     /// Directories that are known to be durable.
     made: Mutex<HashSet<PathBuf>>,
 }
 
 /// The directories that every store has, made before anything else.
-const DIRECTORIES: [&str; 10] = [
+const DIRECTORIES: &[&str] = &[
     "condemned",
     "index",
+    "keys",
     "leases",
     "locks",
     "maps",
     "packs",
+    "pins",
     "points",
     "quarantine",
     "sessions",
@@ -81,7 +83,7 @@ impl DirStore {
         }
         refuse_foreign(root, &shown)?;
         for name in DIRECTORIES {
-            make_directory(&root.join(name)).map_err(|error| Error::io("make", name, error))?;
+            make_directory(&root.join(name)).map_err(|error| Error::io("make", *name, error))?;
         }
         sync_directory(root).map_err(|error| Error::io("sync", shown, error))?;
         Ok(Self::at(root))
@@ -97,7 +99,7 @@ impl DirStore {
     fn at(root: &Path) -> Self {
         let inner = Inner {
             root: root.to_owned(),
-            open: OpenFiles::default(),
+            open: Recent::default(),
             made: Mutex::default(),
         };
         Self {
@@ -192,6 +194,7 @@ impl Inner {
                 .unwrap_or_else(PoisonError::into_inner)
                 .contains(directory)
         };
+        // One of the store's own may be of a later version than the store.
         if directory == self.root || known(&self.made) {
             return Ok(());
         }

@@ -5,10 +5,12 @@
 //! Names are `/`-separated paths of `[0-9a-z.-]` whose first part is the kind of the object.
 
 mod dir;
+mod encrypted;
 mod holder;
-mod open_files;
+mod recent;
 
 pub use dir::DirStore;
+pub(super) use encrypted::EncryptedStore;
 pub use holder::Holder;
 
 use super::error::{Error, Result};
