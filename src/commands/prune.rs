@@ -1,29 +1,23 @@
 //! `prune`.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use serde_json::json;
 
+use crate::cli::PruneArgs;
 use crate::exit::Kind;
 use crate::image::{Packs, PruneOptions, PruneReport, Repository};
 use crate::progress::Progress;
 use crate::report::{Bar, Outcome, Style};
 use crate::units::Bytes;
 
-pub(super) fn prune(
-    path: &Path,
-    dry_run: bool,
-    max_repack: Option<u64>,
-    style: Style,
-    interrupted: &AtomicBool,
-) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn prune(args: &PruneArgs, style: Style, interrupted: &AtomicBool) -> Result<Outcome> {
+    let repo = Repository::open(&args.repo.repo)?;
     let options = PruneOptions {
-        dry_run,
-        max_repack: max_repack.unwrap_or(u64::MAX),
+        dry_run: args.dry_run,
+        max_repack: args.max_repack.unwrap_or(u64::MAX),
         interrupted: Some(interrupted),
     };
     let progress = Arc::new(Progress::default());
@@ -39,7 +33,7 @@ pub(super) fn prune(
         .prune(&options, &watch)
         .context("prune (points, sessions and readers keep all that they need)")?;
     drop(bar);
-    Ok(outcome(&report, dry_run))
+    Ok(outcome(&report, args.dry_run))
 }
 
 fn outcome(report: &PruneReport, dry_run: bool) -> Outcome {
