@@ -133,7 +133,7 @@ fn cases(default: u32) -> u32 {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: cases(1500),
+        cases: cases(1000),
         max_shrink_iters: 0,
         failure_persistence: None,
         ..ProptestConfig::default()
