@@ -38,11 +38,11 @@ pub(super) fn repack(
         packs,
         writer: repo.pack_writer(LABEL),
     };
-    let mut copied = Vec::new();
+    let mut emptied = Vec::new();
     for (pack, live) in chosen {
         let done = watch.go_on().and_then(|()| copier.copy(*pack));
         match done {
-            Ok(()) => copied.push(*pack),
+            Ok(()) => emptied.push(*pack),
             Err(Error::Corrupt { object, what }) => {
                 report.kept_damaged.add(*live);
                 report.damaged.push(format!("{object} is corrupt: {what}"));
@@ -55,7 +55,7 @@ pub(super) fn repack(
     match copier.writer.seal() {
         Ok(_) => {
             report.rewritten_bytes = stored;
-            Ok(copied)
+            Ok(emptied)
         }
         // What was published stays as a second copy, which the next prune takes away.
         Err(Error::NoSpace { .. }) => {
