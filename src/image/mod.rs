@@ -43,6 +43,8 @@ mod repo;
 mod retention;
 mod sealed;
 mod session;
+#[cfg(test)]
+mod speed;
 pub mod store;
 mod verify;
 

@@ -282,17 +282,19 @@ fn probe(directory: &Path) -> io::Result<()> {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         },
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound
-                    | io::ErrorKind::ReadOnlyFilesystem
-                    | io::ErrorKind::PermissionDenied
-            ) =>
-        {
-            Ok(())
-        }
-        Err(error) => Err(error),
+        Err(error) => match error.kind() {
+            // Gone meanwhile, or we are only reading.
+            io::ErrorKind::NotFound
+            | io::ErrorKind::ReadOnlyFilesystem
+            | io::ErrorKind::PermissionDenied => Ok(()),
+            // Setting a time needs no room, and answers with the directory's state as well.
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                let now = clock::utc_now().into();
+                File::open(directory)?.set_modified(now).ok();
+                Ok(())
+            }
+            _ => Err(error),
+        },
     }
 }
 
