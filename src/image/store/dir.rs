@@ -15,7 +15,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::{Advice, FlockOperation, fadvise, flock};
+use rustix::fs::{
+    Advice, FlockOperation, Timespec, Timestamps, UTIME_NOW, fadvise, flock, futimens,
+};
 
 use super::super::bytes::{narrow, wide};
 use super::super::ids::{hex, random};
@@ -289,8 +291,15 @@ fn probe(directory: &Path) -> io::Result<()> {
             | io::ErrorKind::PermissionDenied => Ok(()),
             // Setting a time needs no room, and answers with the directory's state as well.
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                let now = clock::utc_now().into();
-                File::open(directory)?.set_modified(now).ok();
+                let now = Timespec {
+                    tv_sec: 0,
+                    tv_nsec: UTIME_NOW,
+                };
+                let times = Timestamps {
+                    last_access: now,
+                    last_modification: now,
+                };
+                futimens(File::open(directory)?, &times).ok();
                 Ok(())
             }
             _ => Err(error),
