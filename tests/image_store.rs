@@ -16,6 +16,7 @@ use forerun::image::store::{DirStore, Store};
 use forerun::image::{Error, InitOptions, Repository};
 use forerun::units::BlockSize;
 use image_common::memory::{Fate, Memory, Objects};
+use image_common::{init_store, sha256};
 
 /// What every store does.
 fn contract(store: &dyn Store) {
@@ -99,6 +100,12 @@ fn the_store_of_the_crash_tests_keeps_the_contract() {
 }
 
 #[test]
+fn an_encrypted_store_keeps_the_contract() {
+    let beneath = Memory::new(Objects::new(), None, Fate::Lost);
+    contract(init_store(Arc::new(beneath), true).store());
+}
+
+#[test]
 fn the_loser_of_a_lock_reads_who_holds_it() {
     let (directory, store) = directory();
     let _held = store.lock("index", "merging index runs").unwrap();
@@ -157,9 +164,7 @@ fn only_temporary_files_of_dead_writers_are_removed() {
 #[test]
 fn init_refuses_what_is_not_its_own() {
     let directory = tempfile::tempdir().unwrap();
-    let options = InitOptions {
-        block_size: BlockSize::DEFAULT,
-    };
+    let options = InitOptions::default();
     let root = directory.path().join("repo");
     let repo = Repository::init(&root, options).unwrap();
     let error = Repository::init(&root, options).unwrap_err();
@@ -201,7 +206,7 @@ fn a_later_format_or_an_unknown_feature_is_refused_in_clear_words() {
         };
         let id = "ab".repeat(16);
         let body = format!(r#"{config}{features}"id":"{id}","block_size":65536}}"#);
-        let digest = sha256(body.as_bytes());
+        let digest = sha256(&body);
         let object = format!("forerun config 1 {} {digest}\n{body}", body.len());
         let objects = [("config".to_owned(), object.into_bytes())].into();
         let store = Memory::new(objects, None, Fate::Lost);
@@ -209,11 +214,6 @@ fn a_later_format_or_an_unknown_feature_is_refused_in_clear_words() {
         assert!(matches!(error, Error::Unsupported(_)), "{error}");
         assert!(error.to_string().starts_with(words), "{error}");
     }
-}
-
-/// A block's id is the plain SHA-256 of its content.
-fn sha256(bytes: &[u8]) -> String {
-    forerun::image::BlockId::of(bytes).to_string()
 }
 
 /// A large object is written out in parts before it is finished; nothing of it may be lost or come twice.

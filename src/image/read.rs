@@ -82,9 +82,22 @@ impl Repository {
         self.store()
             .get_range(&object, u64::from(location.offset), &mut entry)?;
         let mut plain = vec![0; narrow(u64::from(location.plain))];
-        decode_entry(&entry, id, &mut plain)
+        decode_entry(self.hasher(), &entry, id, &mut plain)
             .map_err(|damage| Error::corrupt(object, format!("block {id}: {}", damage.0)))?;
         Ok(plain)
+    }
+
+    /// Stored blocks that lie next to each other on a disk, `length` bytes together, each proved by its id. All but the last
+    /// are whole blocks.
+    pub fn read_blocks(&self, ids: Vec<BlockId>, length: usize) -> Result<Vec<u8>> {
+        let mut batch = Batch {
+            offset: 0,
+            plain: vec![0; length],
+            ids,
+            block_size: self.block_size(),
+        };
+        batch.fetch(self, &mut Vec::new())?;
+        Ok(batch.plain)
     }
 
     /// Reads a whole disk of a point with `threads` workers.
@@ -368,7 +381,7 @@ fn read_group(repo: &Repository, group: Vec<Wanted<'_>>, buffer: &mut Vec<u8>) -
     for block in group {
         let skip = narrow(u64::from(block.location.offset).saturating_sub(start));
         let entry = bytes.get(skip..).unwrap_or_default();
-        if decode_entry(entry, block.id, block.plain).is_err() {
+        if decode_entry(repo.hasher(), entry, block.id, block.plain).is_err() {
             let sound = repo.read_block(block.id)?;
             if sound.len() != block.plain.len() {
                 return Err(block.wrong_length(sound.len()));
@@ -384,6 +397,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::super::block::NewBlock;
+    use super::super::codec::Compression;
     use super::super::ids::ObjectId;
     use super::super::memory::{Fate, Memory, Objects};
     use super::super::quarantine::{Bad, Quarantine};
@@ -393,8 +407,7 @@ mod tests {
 
     fn repository() -> (Memory, Repository) {
         let store = Memory::new(Objects::new(), None, Fate::Lost);
-        let block_size = BlockSize::DEFAULT;
-        let options = InitOptions { block_size };
+        let options = InitOptions::default();
         let repo = Repository::init_store(Arc::new(store.clone()), options).unwrap();
         (store, repo)
     }
@@ -403,7 +416,7 @@ mod tests {
     fn store_again(repo: &Repository, plain: &[u8]) -> Location {
         let id = BlockId::of(plain);
         let before = repo.index().locate_all(id).unwrap();
-        let block = NewBlock::encode(id, plain).unwrap();
+        let block = NewBlock::encode(id, plain, Compression::default()).unwrap();
         let mut writer = repo.pack_writer("a test");
         writer.put(Encoded::New(block)).unwrap();
         writer.seal().unwrap();

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
-use super::super::block::Codec;
+use super::super::codec::Codec;
 use super::super::condemned::Condemned;
 use super::super::memory::{Fate, Memory, Objects};
 use super::super::quarantine::{Bad, Quarantine};
