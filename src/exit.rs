@@ -155,6 +155,13 @@ fn of_image(error: &image::Error) -> Option<(Kind, Option<String>)> {
             "free space in the repository and run the command again: it goes on from where it was",
         ),
         image::Error::Busy { .. } => (Kind::Busy, "wait for it, or end it"),
+        image::Error::NoKey => (
+            Kind::Usage,
+            "give `--key-file FILE` or `--passphrase-file FILE` (or FORERUN_KEY_FILE, FORERUN_PASSPHRASE_FILE); on a terminal the passphrase is asked for",
+        ),
+        image::Error::WrongKey { keys, .. } => {
+            return Some((Kind::Failed, Some(format!("its keys: {}", keys.join(", ")))));
+        }
         _ => return None,
     };
     Some((found.0, Some(found.1.to_owned())))

@@ -42,6 +42,7 @@ pub mod image;
 pub mod nbd;
 mod offline;
 pub mod progress;
+mod prompt;
 pub mod qmp;
 pub mod report;
 pub mod restore;

@@ -1,8 +1,10 @@
 //! The commands: each turns its arguments into calls of the library and the results into an [`Outcome`].
 
 mod backup;
+mod key;
 mod repository;
 mod restore;
+mod secret;
 mod target;
 
 use std::process::ExitCode;
@@ -64,7 +66,19 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         }
     }
     match command {
-        Command::Init { repo, block_size } => repository::init(&repo, block_size),
+        Command::Init {
+            repo,
+            block_size,
+            compression,
+            encrypt,
+            secret,
+            label,
+        } => {
+            let secret = secret::for_new_repository(encrypt, &secret)?;
+            let encryption = secret.as_ref().map(|secret| (secret, &*label));
+            repository::init(&repo, block_size, compression, encryption)
+        }
+        Command::Key { command } => key::run(command),
         Command::Inspect(target) => target::inspect(&target),
         Command::Track(args) => backup::track(&args, interrupted),
         Command::Changed(args) => backup::changed(&args, interrupted),
@@ -94,14 +108,14 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             at,
         } => backup::run(&target, &pace, &freeze, &at, style, interrupted),
         Command::Status(args) => target::status(&args),
-        Command::List { repo, target } => repository::list(&repo.repo, target.as_deref()),
-        Command::Show { repo, point } => repository::show(&repo.repo, &point),
-        Command::Diff { repo, a, b } => repository::diff(&repo.repo, &a, &b),
+        Command::List { repo, target } => repository::list(&repo, target.as_deref()),
+        Command::Show { repo, point } => repository::show(&repo, &point),
+        Command::Diff { repo, a, b } => repository::diff(&repo, &a, &b),
         Command::Verify {
             repo,
             points,
             max_duration,
-        } => repository::verify(&repo.repo, &points, max_duration),
+        } => repository::verify(&repo, &points, max_duration),
         Command::Restore {
             repo,
             point,
@@ -117,20 +131,21 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 format,
                 force,
             };
-            restore::restore(&repo.repo, &request, style)
+            restore::restore(&repo, &request, style)
         }
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
-        Command::DropSession { repo, target } => repository::drop_session(&repo.repo, &target),
+        Command::DropSession { repo, target } => repository::drop_session(&repo, &target),
         Command::Guard { .. } => Ok(Outcome::default()),
     }
 }
 
-fn find(args: &TargetArgs) -> Result<Vm> {
+/// Finds a VM. What goes to an encrypted repository is never stored as plain text.
+fn find(args: &TargetArgs, encrypted: bool) -> Result<Vm> {
     let choice = Choice {
         include: args.include.clone(),
         exclude: args.exclude.clone(),
-        allow_plaintext: args.allow_plaintext,
+        allow_plaintext: args.allow_plaintext || encrypted,
     };
     Vm::find(&args.target, args.name.as_deref(), choice)
 }

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::secret;
 use crate::bitmap::name;
 use crate::bitmap::track::{self, Tracked};
 use crate::cli::{RepoTargetArgs, TargetArgs};
 use crate::exit::{Failure, Kind};
 use crate::hoststate::{self, TargetState};
-use crate::image::Repository;
+use crate::image::Closed;
 use crate::qmp::agent::THAW_FOR;
 use crate::qmp::command::{action_remove_bitmap, transaction};
 use crate::qmp::graph;
@@ -30,7 +31,7 @@ fn looking() -> RunName {
 
 /// `inspect`.
 pub(super) fn inspect(args: &TargetArgs) -> Result<Outcome> {
-    let vm = super::find(args)?;
+    let vm = super::find(args, false)?;
     let mut hold = vm.hold(&looking(), "forerun inspect")?;
     let machine = hold.machine()?;
     let mut outcome = Outcome::default();
@@ -68,8 +69,10 @@ pub(super) fn inspect(args: &TargetArgs) -> Result<Outcome> {
             ));
         }
         if disk.decrypted {
-            outcome
-                .line("    encrypted, and decrypted by QEMU: needs --allow-plaintext".to_owned());
+            outcome.line(
+                "    encrypted, and decrypted by QEMU: needs an encrypted repository or --allow-plaintext"
+                    .to_owned(),
+            );
         }
         for filter in &disk.foreign_filters {
             outcome.line(format!("    a block job's filter is on it: {filter}"));
@@ -104,8 +107,8 @@ pub(super) fn inspect(args: &TargetArgs) -> Result<Outcome> {
 
 /// `status`.
 pub(super) fn status(args: &RepoTargetArgs) -> Result<Outcome> {
-    let repo = Repository::open(&args.repo.repo)?;
-    let vm = super::find(&args.target)?;
+    let repo = secret::open(&args.repo)?;
+    let vm = super::find(&args.target, repo.is_encrypted())?;
     let mut hold = vm.hold(&looking(), "forerun status")?;
     hold.look()?;
     let session = Session::open(&repo, &vm.key)?;
@@ -176,9 +179,8 @@ fn describe(
 
 /// `untrack`.
 pub(super) fn untrack(args: &RepoTargetArgs) -> Result<Outcome> {
-    let repo = Repository::open(&args.repo.repo)?;
-    let short = repo.id().short();
-    let vm = super::find(&args.target)?;
+    let short = Closed::at(&args.repo.repo)?.id().short();
+    let vm = super::find(&args.target, false)?;
     let _run = vm.state.lock_run(&short, "forerun untrack")?;
     let mut hold = vm.hold(&RunName::new(&short), "forerun untrack")?;
     // All disks: one that cannot be backed up must not stand in the way out.
@@ -214,13 +216,13 @@ pub(super) fn untrack(args: &RepoTargetArgs) -> Result<Outcome> {
 /// `recover`.
 pub(super) fn recover(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome> {
     let repository = repo
-        .map(Repository::open)
+        .map(Closed::at)
         .transpose()?
         .map(|repo| repo.id().short());
     let mut outcome = Outcome::default();
     let mut removed = Vec::new();
     let mut unthawed: Vec<PathBuf> = Vec::new();
-    match super::find(args) {
+    match super::find(args, false) {
         Ok(vm) => {
             let mut hold = vm.hold(&looking(), "forerun recover")?;
             removed.append(&mut hold.recovered);
