@@ -142,6 +142,14 @@ pub enum Command {
         /// The other.
         b: String,
     },
+    /// Show what points cost: what they refer to, and what would be freed without them.
+    Stats {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Only this target, or this point.
+        of: Option<String>,
+    },
     /// Read and re-hash everything that points need.
     Verify {
         #[command(flatten)]
@@ -173,6 +181,64 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Forget points: by a policy, or by name. Their space comes back with `prune`.
+    Forget {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        forget: ForgetArgs,
+    },
+    /// Copy points to a second repository; only what that one lacks is read.
+    Copy {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        #[arg(required_unless_present = "all", conflicts_with = "all")]
+        points: Vec<String>,
+        /// All points.
+        #[arg(long)]
+        all: bool,
+        /// Of these targets only. May be repeated.
+        #[arg(long, requires = "all")]
+        target: Vec<String>,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        to: ToArgs,
+        /// Read at most this much a second: 100MiB/s.
+        #[arg(long, value_parser = parse_rate)]
+        rate: Option<u64>,
+    },
+    /// Keep a point whatever a policy says.
+    Pin {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        point: String,
+        /// Why; `list` and `show` tell it.
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+    },
+    /// Leave a point to the policy again.
+    Unpin {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        point: String,
+    },
+    /// Make anew what can be made anew.
+    Repair {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// What.
+        #[arg(value_enum)]
+        what: Repair,
+    },
     /// Remove this repository's bitmaps from a VM.
     Untrack(RepoTargetArgs),
     /// Take back whatever a dead run left in a VM.
@@ -189,8 +255,11 @@ pub enum Command {
         #[command(flatten)]
         #[allow(missing_docs)]
         repo: RepoArgs,
-        /// The target's key or one of its spellings.
-        target: String,
+        /// The target's key or one of its spellings. As qmp:SOCKET, its bitmaps are removed from the VM at once.
+        target: Target,
+        /// The name of a target without a UUID.
+        #[arg(long = "as", value_name = "NAME")]
+        name: Option<String>,
     },
     /// The process that frees a guest for a dead run.
     #[command(hide = true)]
@@ -263,6 +332,20 @@ pub struct RepoArgs {
     pub secret: SecretArgs,
 }
 
+/// The second repository.
+#[derive(Debug, Args)]
+pub struct ToArgs {
+    /// The second repository.
+    #[arg(long, value_name = "REPO2")]
+    pub to: PathBuf,
+    /// Its key file, when it is encrypted; without either option its passphrase is asked for on a terminal.
+    #[arg(long, value_name = "FILE", conflicts_with = "to_passphrase_file")]
+    pub to_key_file: Option<PathBuf>,
+    /// The first line of this file is its passphrase.
+    #[arg(long, value_name = "FILE")]
+    pub to_passphrase_file: Option<PathBuf>,
+}
+
 /// What opens an encrypted repository. Without either, the environment is asked, then the terminal.
 #[derive(Debug, Args)]
 pub struct SecretArgs {
@@ -272,6 +355,59 @@ pub struct SecretArgs {
     /// Its passphrase is the first line of this file (or FORERUN_PASSPHRASE_FILE).
     #[arg(long, value_name = "FILE")]
     pub passphrase_file: Option<PathBuf>,
+}
+
+/// Which points to forget, or what to keep of them.
+#[derive(Debug, Args)]
+pub struct ForgetArgs {
+    /// The targets whose points the policy is for: a key or one of its spellings.
+    #[arg(conflicts_with_all = ["all_targets", "point"])]
+    pub targets: Vec<String>,
+    /// The policy is for all targets, each by itself.
+    #[arg(long, conflicts_with = "point")]
+    pub all_targets: bool,
+    /// These points, and no policy. A damaged one by its full id.
+    #[arg(long, num_args = 1.., value_name = "POINT")]
+    pub point: Vec<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keep: KeepArgs,
+    /// Whose days, weeks, months and years count: `UTC`, `Europe/Berlin`; by default the host's.
+    #[arg(long, value_name = "ZONE", conflicts_with = "point")]
+    pub tz: Option<String>,
+    /// Also the last good point of a target; a policy never takes it.
+    #[arg(long, conflicts_with = "keep")]
+    pub allow_last: bool,
+    /// Only say what would be done.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// How many points to keep of a target: all that any of these keeps.
+#[derive(Debug, Args)]
+#[group(id = "keep", multiple = true, conflicts_with = "point")]
+pub struct KeepArgs {
+    /// The newest ones.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_last: Option<u32>,
+    /// The newest one of each of the last N hours that have one.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_hourly: Option<u32>,
+    /// Of days.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_daily: Option<u32>,
+    /// Of weeks, Monday to Sunday.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_weekly: Option<u32>,
+    /// Of months.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_monthly: Option<u32>,
+    /// Of years.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_yearly: Option<u32>,
+    /// All that are no more than this older than the target's newest: 36h, 14d, 8w.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub keep_within: Option<Duration>,
 }
 
 /// Which VM.
@@ -361,6 +497,13 @@ pub enum Format {
     Qcow2,
 }
 
+/// What can be made anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Repair {
+    /// Which pack holds which block, from the footers of the packs.
+    Index,
+}
+
 impl Command {
     /// Whether a signal must not end it before the VM is released; the others are ended by one at once.
     #[must_use]
@@ -391,8 +534,14 @@ impl Command {
             Self::List { .. } => "list",
             Self::Show { .. } => "show",
             Self::Diff { .. } => "diff",
+            Self::Stats { .. } => "stats",
             Self::Verify { .. } => "verify",
             Self::Restore { .. } => "restore",
+            Self::Copy { .. } => "copy",
+            Self::Forget { .. } => "forget",
+            Self::Pin { .. } => "pin",
+            Self::Unpin { .. } => "unpin",
+            Self::Repair { .. } => "repair",
             Self::Untrack(_) => "untrack",
             Self::Recover { .. } => "recover",
             Self::DropSession { .. } => "drop-session",

@@ -236,6 +236,31 @@ fn a_lost_index_is_made_anew_from_the_packs() {
     }
     assert_eq!(check(&root, &truth, "no index").0, 0);
     let repo = Repository::open(&root).unwrap();
-    assert!(repo.rebuild_index().unwrap() >= 3);
+    assert!(repo.rebuild_index().unwrap().blocks >= 3);
     assert_eq!(check(&root, &truth, "rebuilt"), (2, true));
+}
+
+#[test]
+fn a_pack_that_does_not_tell_itself_keeps_its_place_in_a_new_index() {
+    let (bench, truth) = small(false);
+    let root = bench.path();
+    let mut packs = Vec::new();
+    files(&root.join("packs"), &mut packs);
+    let mut bytes = std::fs::read(&packs[0]).unwrap();
+    let end = bytes.len() - 60;
+    bytes[end] ^= 1;
+    replace(&packs[0], &bytes);
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_forerun"))
+        .args(["--json", "repair", "index", "--repo"])
+        .arg(&root)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(5));
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let repair = &document["repair"];
+    assert_eq!(repair["packs"], 1);
+    assert_eq!(repair["left_out"].as_array().unwrap().len(), 1);
+    assert!(repair["blocks"].as_u64().unwrap() >= 3, "{repair}");
+    // Its blocks are sound, so all is restored, and verify names the footer.
+    assert_eq!(check(&root, &truth, "a damaged footer"), (2, false));
 }

@@ -58,6 +58,10 @@ fn contract(store: &dyn Store) {
         ["packs/00/11", "packs/ab/cd"]
     );
     assert!(store.list("maps/").unwrap().is_empty());
+    for prefix in ["packs/", "maps/", "sessions/none/"] {
+        let listed = store.list(prefix).unwrap();
+        assert_eq!(store.list_fresh(prefix).unwrap(), listed);
+    }
     let mut late = store.create("points/aa").unwrap();
     late.write(b"y").unwrap();
     assert!(matches!(late.finish(), Err(Error::Exists { .. })));
@@ -230,4 +234,36 @@ fn a_large_object_is_whole() {
     }
     writer.finish().unwrap();
     assert!(store.get("packs/ab/large").unwrap() == bytes);
+}
+
+#[test]
+fn a_fresh_listing_leaves_nothing_and_takes_away_what_a_dead_one_left() {
+    let (directory, store) = directory();
+    store.put("packs/ab/cd", b"x").unwrap();
+    let packs = directory.path().join("repo/packs/ab");
+    for name in [".probe-new", ".probe-old"] {
+        std::fs::File::create_new(packs.join(name)).unwrap();
+    }
+    let old = std::fs::File::options()
+        .write(true)
+        .open(packs.join(".probe-old"));
+    let long_ago = std::time::SystemTime::UNIX_EPOCH;
+    old.unwrap().set_modified(long_ago).unwrap();
+    assert_eq!(store.list_fresh("packs/").unwrap(), ["packs/ab/cd"]);
+    let mut left: Vec<_> = std::fs::read_dir(&packs)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    left.sort();
+    assert_eq!(left, [".probe-new", "cd"]);
+}
+
+#[test]
+fn a_directory_that_an_older_store_lacks_is_made() {
+    let (directory, store) = directory();
+    let condemned = directory.path().join("repo/condemned");
+    std::fs::remove_dir(&condemned).unwrap();
+    assert!(store.list_fresh("condemned/").unwrap().is_empty());
+    store.put("condemned/0000000000000001", b"x").unwrap();
+    assert_eq!(mode(&condemned), 0o700);
 }

@@ -1,10 +1,14 @@
 //! The commands: each turns its arguments into calls of the library and the results into an [`Outcome`].
 
 mod backup;
+mod copy;
+mod forget;
 mod key;
+mod repair;
 mod repository;
 mod restore;
 mod secret;
+mod stats;
 mod target;
 
 use std::process::ExitCode;
@@ -111,6 +115,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         Command::List { repo, target } => repository::list(&repo, target.as_deref()),
         Command::Show { repo, point } => repository::show(&repo, &point),
         Command::Diff { repo, a, b } => repository::diff(&repo, &a, &b),
+        Command::Stats { repo, of } => stats::stats(&repo, of.as_deref()),
         Command::Verify {
             repo,
             points,
@@ -133,9 +138,27 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             restore::restore(&repo, &request, style)
         }
+        Command::Copy {
+            repo,
+            points,
+            all: _,
+            target,
+            to,
+            rate,
+        } => copy::copy(&repo, &to, &points, &target, rate, style),
+        Command::Forget { repo, forget } => forget::forget(&repo, &forget),
+        Command::Pin {
+            repo,
+            point,
+            reason,
+        } => forget::pin(&repo, &point, reason),
+        Command::Unpin { repo, point } => forget::unpin(&repo, &point),
+        Command::Repair { repo, what } => repair::repair(&repo, what),
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
-        Command::DropSession { repo, target } => repository::drop_session(&repo, &target),
+        Command::DropSession { repo, target, name } => {
+            target::drop_session(&repo, &target, name.as_deref())
+        }
         Command::Guard { .. } => Ok(Outcome::default()),
     }
 }

@@ -1,4 +1,4 @@
-//! `init`, `list`, `show`, `diff`, `verify` and `drop-session`.
+//! `init`, `list`, `show`, `diff` and `verify`.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use super::secret;
 use crate::cli::RepoArgs;
 use crate::exit::{Failure, Kind};
 use crate::image::{
-    self, Compression, InitOptions, Manifest, PointId, Repository, Secret, Session, VerifyOptions,
+    self, Compression, InitOptions, Manifest, Pins, PointId, Repository, Secret, VerifyOptions,
 };
 use crate::report::Outcome;
 use crate::units::{BlockSize, Bytes};
@@ -60,6 +60,7 @@ pub(super) fn init(
 pub(super) fn list(args: &RepoArgs, target: Option<&str>) -> Result<Outcome> {
     let repo = secret::open(args)?;
     let points = repo.points()?;
+    let pins = repo.pins()?;
     let mut outcome = Outcome::default();
     let mut listed = Vec::new();
     for point in &points.points {
@@ -68,7 +69,7 @@ pub(super) fn list(args: &RepoArgs, target: Option<&str>) -> Result<Outcome> {
         }
         let size: u64 = point.disks.iter().map(|disk| disk.size).sum();
         outcome.line(format!(
-            "{}  {}  {}  {} on {}  {}",
+            "{}  {}  {}  {} on {}  {}{}",
             point.id,
             point.instant,
             name_of(point),
@@ -79,10 +80,16 @@ pub(super) fn list(args: &RepoArgs, target: Option<&str>) -> Result<Outcome> {
                 .map(|disk| disk.key.as_str())
                 .collect::<Vec<_>>()
                 .join(", "),
-            quiesce(point)
+            quiesce(point),
+            pinned_words(&pins, point.id)
         ));
-        listed.push(summary(point));
+        listed.push(summary(point, &pins));
     }
+    let unread = pins
+        .damaged
+        .iter()
+        .map(|error| format!("a pin cannot be read: {error}"));
+    outcome.warnings.extend(unread);
     for error in &points.damaged {
         outcome
             .warnings
@@ -95,7 +102,16 @@ pub(super) fn list(args: &RepoArgs, target: Option<&str>) -> Result<Outcome> {
     Ok(outcome)
 }
 
-fn name_of(point: &Manifest) -> &str {
+fn pinned_words(pins: &Pins, point: PointId) -> String {
+    match (pins.has(point), pins.reason(point)) {
+        (false, _) => String::new(),
+        (true, None) => "  pinned".to_owned(),
+        (true, Some(why)) => format!("  pinned: {why}"),
+    }
+}
+
+/// What a target is called, as people know it.
+pub(super) fn name_of(point: &Manifest) -> &str {
     point
         .target
         .spellings
@@ -110,14 +126,18 @@ fn quiesce(point: &Manifest) -> String {
         .unwrap_or_default()
 }
 
-fn summary(point: &Manifest) -> Value {
+fn summary(point: &Manifest, pins: &Pins) -> Value {
+    let pinned = pins.has(point.id).then(|| {
+        let pin = pins.pins.get(&point.id).and_then(Option::as_ref);
+        json!({ "reason": pin.and_then(|pin| pin.reason.clone()), "since": pin.map(|pin| pin.since) })
+    });
     json!({
         "id": point.id, "target": point.target, "instant": point.instant, "parent": point.parent,
         "freeze": point.freeze, "quiesce": point.quiesce,
         "disks": point.disks.iter().map(|disk| json!({
             "key": disk.key, "size": disk.size, "format": disk.format, "rescanned": disk.rescanned,
         })).collect::<Vec<_>>(),
-        "statistics": point.statistics,
+        "statistics": point.statistics, "pinned": pinned, "origin": point.origin,
     })
 }
 
@@ -145,8 +165,15 @@ pub(super) fn show(args: &RepoArgs, point: &str) -> Result<Outcome> {
             outcome.line(format!("    read in full: {why}"));
         }
     }
+    if let Some(origin) = point.origin {
+        outcome.line(format!("  copied from repository {}", origin.repository));
+    }
+    let pins = repo.pins()?;
+    if pins.has(point.id) {
+        outcome.line(pinned_words(&pins, point.id));
+    }
     outcome.line(format!("  {}", point.statistics));
-    let mut full = summary(&point);
+    let mut full = summary(&point, &pins);
     full["machine"] = point.machine.clone();
     outcome.more.insert("point".to_owned(), full);
     Ok(outcome)
@@ -249,41 +276,5 @@ pub(super) fn verify(
     if !report.damage.is_empty() {
         outcome.kind = Some(Kind::Corrupt);
     }
-    Ok(outcome)
-}
-
-/// `drop-session`.
-pub(super) fn drop_session(args: &RepoArgs, target: &str) -> Result<Outcome> {
-    let repo = secret::open(args)?;
-    let known = repo.points()?.points;
-    let key = known
-        .iter()
-        .find(|point| point.target.is_called(target))
-        .map_or(target, |point| point.target.key.as_str());
-    let Some(session) = Session::find(&repo, key)? else {
-        let sessions = Session::list(&repo)?;
-        let keys: Vec<&str> = sessions.sessions.iter().map(Session::key).collect();
-        let hint = if keys.is_empty() {
-            "there are no sessions".to_owned()
-        } else {
-            format!("sessions: {}", keys.join(", "))
-        };
-        return Err(Failure::hinted(
-            Kind::Failed,
-            format!("no session of `{target}`"),
-            hint,
-        ));
-    };
-    let state = crate::hoststate::TargetState::open(key)?;
-    let _run = state.lock_run(&repo.id().short(), "forerun drop-session")?;
-    let id = session.id();
-    session.remove()?;
-    let mut outcome = Outcome::default();
-    outcome.line(format!(
-        "dropped session {id} of {key}; the next backup reads its disks in full"
-    ));
-    outcome
-        .targets
-        .push(json!({ "target": target, "key": key, "session": id }));
     Ok(outcome)
 }

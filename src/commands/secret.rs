@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use zeroize::Zeroizing;
 
-use crate::cli::{NewKeyArgs, RepoArgs, SecretArgs};
+use crate::cli::{NewKeyArgs, RepoArgs, SecretArgs, ToArgs};
 use crate::exit::{Failure, Kind};
 use crate::image::{Closed, Repository, Secret};
 use crate::prompt;
@@ -23,9 +23,23 @@ const HINT: &str = "give `--key-file FILE` (`forerun key generate FILE` makes on
 
 /// Opens a repository with what is given, or asks when it takes a secret and none is.
 pub(super) fn open(args: &RepoArgs) -> Result<Repository> {
-    let closed = Closed::at(&args.repo)?;
-    let secret = match from_files(&args.secret)? {
-        None if closed.is_encrypted() => Some(ask_once()?),
+    let given = from_files(&args.secret)?;
+    open_with(&args.repo, given, "passphrase of the repository")
+}
+
+/// Opens the repository that is copied to. The environment's secret is the other one's.
+pub(super) fn open_second(args: &ToArgs) -> Result<Repository> {
+    let given = one_of(
+        args.to_key_file.as_deref(),
+        args.to_passphrase_file.as_deref(),
+    )?;
+    open_with(&args.to, given, "passphrase of the second repository")
+}
+
+fn open_with(path: &Path, given: Option<Secret>, question: &str) -> Result<Repository> {
+    let closed = Closed::at(path)?;
+    let secret = match given {
+        None if closed.is_encrypted() => Some(ask_once(question)?),
         given => given,
     };
     Ok(closed.open(secret.as_ref())?)
@@ -35,7 +49,7 @@ pub(super) fn open(args: &RepoArgs) -> Result<Repository> {
 pub(super) fn for_keys(args: &SecretArgs) -> Result<Secret> {
     match from_files(args)? {
         Some(secret) => Ok(secret),
-        None => ask_once(),
+        None => ask_once("passphrase of the repository"),
     }
 }
 
@@ -55,11 +69,11 @@ pub(super) fn for_new_repository(encrypt: bool, args: &SecretArgs) -> Result<Opt
 
 /// The secret of a new key.
 pub(super) fn for_new_key(args: &NewKeyArgs) -> Result<Secret> {
-    match (&args.new_key_file, &args.new_passphrase_file) {
-        (Some(file), _) => key_file(file),
-        (_, Some(file)) => passphrase_file(file),
-        (None, None) => ask_twice("new passphrase"),
-    }
+    let given = one_of(
+        args.new_key_file.as_deref(),
+        args.new_passphrase_file.as_deref(),
+    )?;
+    given.map_or_else(|| ask_twice("new passphrase"), Ok)
 }
 
 /// The command line goes before the environment.
@@ -77,10 +91,15 @@ fn from_files(args: &SecretArgs) -> Result<Option<Secret>> {
             Kind::Usage,
             format!("{KEY_FILE} and {PASSPHRASE_FILE} are both set: which of them?"),
         )),
-        (Some(file), None) => key_file(&file).map(Some),
-        (None, Some(file)) => passphrase_file(&file).map(Some),
-        (None, None) => Ok(None),
+        (key, words) => one_of(key.as_deref(), words.as_deref()),
     }
+}
+
+/// The secret in one of two files.
+fn one_of(key: Option<&Path>, words: Option<&Path>) -> Result<Option<Secret>> {
+    key.map(key_file)
+        .or_else(|| words.map(passphrase_file))
+        .transpose()
 }
 
 fn key_file(path: &Path) -> Result<Secret> {
@@ -139,8 +158,8 @@ fn terminal() -> Result<File> {
     })
 }
 
-fn ask_once() -> Result<Secret> {
-    let words = prompt::ask(&terminal()?, "passphrase of the repository")?;
+fn ask_once(question: &str) -> Result<Secret> {
+    let words = prompt::ask(&terminal()?, question)?;
     Ok(Secret::passphrase(words)?)
 }
 

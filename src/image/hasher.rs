@@ -43,6 +43,11 @@ impl Hasher {
         BlockId::from_bytes(digest(keyed, plain))
     }
 
+    /// Whether both give equal blocks equal ids.
+    pub(super) fn agrees_with(&self, other: &Self) -> bool {
+        self.block(b"forerun") == other.block(b"forerun")
+    }
+
     /// What the ids of all sessions of a target begin with.
     pub(super) fn session(&self, key: &str) -> [u8; 8] {
         let keyed = self.0.as_ref().map(|keyed| &keyed.sessions);
@@ -80,6 +85,7 @@ mod tests {
             "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
         );
         assert_eq!(one.block(b"abc"), keyed(1).block(b"abc"));
+        assert!(one.agrees_with(&keyed(1)) && !one.agrees_with(&other) && !one.agrees_with(&plain));
         for id in [plain.block(b"abc"), other.block(b"abc"), one.block(b"abd")] {
             assert_ne!(one.block(b"abc"), id);
         }

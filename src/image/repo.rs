@@ -13,7 +13,7 @@ use super::envelope;
 use super::error::{Error, Result};
 use super::hasher::Hasher;
 use super::ids::{BlockId, RepoId};
-use super::index::Index;
+use super::index::{Index, Rebuilt};
 use super::keys::KeyRing;
 use super::pack::PackWriter;
 use super::secret::Secret;
@@ -221,7 +221,8 @@ impl Repository {
             return Ok(Encoded::Zero);
         }
         let id = self.hasher().block(plain);
-        if expected == Some(id) {
+        // One that was found bad is worth storing anew, and this is the moment when its bytes are at hand.
+        if expected == Some(id) && !self.index().is_quarantined(id)? {
             return Ok(Encoded::Known(id));
         }
         match self.index().locate(id) {
@@ -236,13 +237,28 @@ impl Repository {
         NewBlock::encode(id, plain, self.compression).map(Encoded::New)
     }
 
+    /// Whether a block of this id need not be stored: it is here, as far as [`Repository::encode`] would say.
+    pub fn has_block(&self, id: BlockId) -> Result<bool> {
+        match self.index().locate(id) {
+            Ok(found) => Ok(found.is_some()),
+            Err(Error::Corrupt { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether equal blocks have equal ids here and there.
+    #[must_use]
+    pub fn shares_ids_with(&self, other: &Repository) -> bool {
+        self.block_size() == other.block_size() && self.hasher().agrees_with(other.hasher())
+    }
+
     /// A writer for the new blocks of one disk and one pass, which the label names.
     pub fn pack_writer(&self, label: &str) -> PackWriter {
         PackWriter::new(self, label)
     }
 
-    /// Makes the index anew from the packs; gives the number of blocks.
-    pub fn rebuild_index(&self) -> Result<u64> {
+    /// Makes the index anew from the packs.
+    pub fn rebuild_index(&self) -> Result<Rebuilt> {
         self.index().rebuild()
     }
 }

@@ -206,6 +206,7 @@ pub fn manifest(
         machine: json!({"xml": "<domain/>"}),
         statistics: json!({"residual": 0}),
         retired_bitmaps: vec![],
+        origin: None,
     })
 }
 
