@@ -263,6 +263,9 @@ pub struct FreezeArgs {
     /// How long the snapshot may be held.
     #[arg(long, default_value = "10s", value_parser = parse_duration)]
     pub deadline: Duration,
+    /// How long the overlay of `--freeze snapshot` may take to be committed back.
+    #[arg(long, default_value = "10m", value_parser = parse_duration)]
+    pub commit_deadline: Duration,
 }
 
 /// The methods of freezing.

@@ -136,6 +136,10 @@ fn of_qmp(error: &qmp::Error) -> Option<(Kind, Option<String>)> {
             Kind::Attention,
             "an external snapshot would leave the disk unwritable: use `--freeze fleece`, or start QEMU with an absolute path that it may open at any time",
         ),
+        qmp::Error::NotConverged { .. } => (
+            Kind::Attention,
+            "QEMU goes on committing it: run `forerun recover` when the guest writes less, and do not stop the VM before",
+        ),
         qmp::Error::Unreachable { .. } => (
             Kind::Failed,
             "is the VM running, and may you open its socket?",

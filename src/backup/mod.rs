@@ -79,6 +79,8 @@ pub struct Options {
     pub scratch_reserve: Option<u64>,
     /// How long the guest may be held at the freeze.
     pub deadline: Duration,
+    /// How long an overlay may take to be committed back.
+    pub commit_deadline: Duration,
     /// What the run is called in messages of those who wait for it.
     pub doing: String,
 }

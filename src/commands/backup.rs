@@ -42,6 +42,7 @@ fn options(pace: Option<&PaceArgs>, freeze: Option<&FreezeArgs>, doing: &str) ->
         scratch: freeze.and_then(|freeze| freeze.scratch.clone()),
         scratch_reserve: freeze.and_then(|freeze| freeze.scratch_reserve),
         deadline: freeze.map_or(std::time::Duration::from_secs(10), |freeze| freeze.deadline),
+        commit_deadline: freeze.map_or(std::time::Duration::ZERO, |freeze| freeze.commit_deadline),
         doing: format!("forerun {doing}"),
     }
 }
