@@ -245,9 +245,10 @@ pub struct PaceArgs {
 /// How to freeze.
 #[derive(Debug, Args)]
 pub struct FreezeArgs {
-    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back.
-    #[arg(long = "freeze", value_enum, default_value_t = FreezeMethod::Fleece)]
-    pub method: FreezeMethod,
+    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back. Without it `fleece`, but not
+    /// where the guest would feel the errors of its disk or of a full scratch.
+    #[arg(long = "freeze", value_enum)]
+    pub method: Option<FreezeMethod>,
     /// Freeze the guest's file systems around the instant.
     #[arg(long, value_enum, default_value_t = Quiesce::Auto)]
     pub quiesce: Quiesce,

@@ -69,6 +69,8 @@ pub struct Options {
     pub pace: Pace,
     /// How the block snapshot is taken.
     pub method: Method,
+    /// It was asked for by name.
+    pub method_named: bool,
     /// Whether the guest is quiesced.
     pub quiesce: Quiesce,
     /// The guest agent's socket.

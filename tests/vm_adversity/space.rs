@@ -49,6 +49,8 @@ fn a_scratch_without_room_is_not_begun_and_one_that_fills_is_given_up_at_half() 
     let place = ["--scratch", small.path().to_str().unwrap()];
     lab.forerun(&[&backup[..], &place].concat())
         .failed(8, "free", "--scratch");
+    lab.forerun(&[&backup[..], &place, &["--freeze", "snapshot"]].concat())
+        .failed(8, "for overlays", "--scratch");
     is_clean(guest.monitor());
     // An empty scratch takes 256 KiB: the guest's first block makes it more than half, and the residual takes seconds.
     let reserve = ["--scratch-reserve", "640KiB"];

@@ -106,7 +106,7 @@ impl Runner {
                 disk.open = None;
             }
         }
-        result
+        self.note_unreadable(result)
     }
 
     /// Dismisses the guard after the release; one that died before is no harm any more.
