@@ -104,6 +104,12 @@ pub fn classify(error: &anyhow::Error) -> (Kind, Option<String>) {
             let hint = "wait for it, or end it: its work goes on in the next run";
             return (Kind::Busy, Some(hint.to_owned()));
         }
+        if let Some(hoststate::Error::Io { source, .. }) = cause.downcast_ref()
+            && no_space(source)
+        {
+            let hint = "free space in the host state directory, or name another one with FORERUN_STATE_DIR";
+            return (Kind::NoSpace, Some(hint.to_owned()));
+        }
         if let Some(hoststate::Error::Journal { .. }) = cause.downcast_ref() {
             let hint = "it lists what a dead run left in the VM: look there for names that begin with `forerun-`, then remove the file and run `forerun recover --repo REPO`";
             return (Kind::Attention, Some(hint.to_owned()));
