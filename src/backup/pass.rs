@@ -83,7 +83,7 @@ impl Runner {
                 rotated = false;
             }
             if !rotated {
-                self.rotate(&mut hold)?;
+                self.rotate(&mut hold, false)?;
                 for disk in &mut self.disks {
                     disk.open = None;
                 }
@@ -399,10 +399,8 @@ impl Runner {
             return Ok(());
         }
         let mut hold = self.hold()?;
-        let mut state = std::mem::take(&mut self.session.state);
-        let struck = rotate::strike_idle(&mut state, &mut hold, &mut self.session, idle);
-        self.session.state = state;
-        struck
+        self.session
+            .track(|state, journal| rotate::strike_idle(state, &mut hold, journal, idle))
     }
 
     /// Everything older than the newest rotation is safe: strikes it and removes it from the VM.
@@ -421,10 +419,8 @@ impl Runner {
             return Ok(());
         }
         let mut hold = self.hold()?;
-        let mut state = std::mem::take(&mut self.session.state);
-        let struck = rotate::strike(&mut state, &mut hold, &mut self.session, &disks, epoch - 1);
-        self.session.state = state;
-        struck
+        self.session
+            .track(|state, journal| rotate::strike(state, &mut hold, journal, &disks, epoch - 1))
     }
 }
 

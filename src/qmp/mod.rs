@@ -105,6 +105,15 @@ pub enum Error {
 }
 
 impl Error {
+    /// The `error` of an answer.
+    fn answered(command: &str, error: &Value) -> Self {
+        Self::Command {
+            command: command.to_owned(),
+            class: command::text(error, "class").to_owned(),
+            description: command::text(error, "desc").to_owned(),
+        }
+    }
+
     /// Whether QEMU itself said no (and so is alive and changed nothing).
     #[must_use]
     pub fn refused(&self) -> bool {

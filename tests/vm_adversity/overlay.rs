@@ -148,7 +148,7 @@ impl Plugged {
     }
 
     /// All that was written is in the image.
-    fn is_whole(mut self) {
+    fn holds_all(mut self) {
         self.vm.is_clean();
         let what = json!({ "node-name": "sdc-node" });
         self.vm.monitor.execute("blockdev-del", what).unwrap();
@@ -180,7 +180,7 @@ fn what_was_written_to_a_disk_that_was_unplugged_on_its_overlay_is_kept() {
     run.signal(Signal::CONT);
     // The other disk is backed up.
     run.end().ended(3).warned("the freeze was given up");
-    it.is_whole();
+    it.holds_all();
 }
 
 #[test]
@@ -195,5 +195,5 @@ fn a_disk_may_be_unplugged_while_its_overlay_is_committed() {
     it.unplug();
     limit(&mut it.vm.monitor, 0, 0);
     run.end().done();
-    it.is_whole();
+    it.holds_all();
 }

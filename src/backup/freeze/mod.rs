@@ -18,7 +18,6 @@ use self::quiesce::{QUIESCE, THAW};
 use super::pass::start_server;
 use super::spool::Spool;
 use super::{Quiesce, Runner};
-use crate::bitmap::rotate::{self, Settings};
 use crate::bitmap::track::Rotation;
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
@@ -269,15 +268,6 @@ impl Runner {
     }
 
     fn intend_freeze(&mut self, hold: &mut Hold) -> Result<Rotation> {
-        let process = hold.process();
-        let repository = self.repo.id().short();
-        let bases = self.session.bases.clone();
-        let settings = Settings {
-            bases: &bases,
-            granularity: u32::from(self.repo.block_size()),
-            repository: &repository,
-            process: &process,
-        };
         let known: Vec<(String, Option<u64>)> = self
             .session
             .state
@@ -285,12 +275,7 @@ impl Runner {
             .values()
             .map(|disk| (disk.key.clone(), disk.whole))
             .collect();
-        let mut state = std::mem::take(&mut self.session.state);
-        let intended = rotate::intend(&mut state, hold, &mut self.session, &settings, true);
-        self.session.state = state;
-        let rotation = intended?;
-        hold.look()?;
-        self.take_in_disks(hold)?;
+        let rotation = self.rotate(hold, true)?;
         if hold.disks().len() != self.disks.len() {
             return Err(GivenUp("a disk came or went".to_owned()).into());
         }
@@ -309,7 +294,7 @@ impl Runner {
                 .and_then(|(_, whole)| *whole);
             if now != before {
                 disk.open = None;
-                if disk.size > super::commit::SMALL {
+                if disk.size > super::SMALL {
                     let why = format!("disk `{}` must be read in full first", disk.key);
                     return Err(GivenUp(why).into());
                 }
