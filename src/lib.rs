@@ -13,7 +13,7 @@
 //! QEMU              qmp: monitor, graph, exports, freeze, agent, release
 //! the data plane    nbd: an NBD client
 //! the repository    image: packs, index, maps, points, sessions
-//! the way back      restore
+//! the way back      restore                              replicate: to a second repository
 //! the ground        units, clock, fault, unix_path
 //! ```
 //!
@@ -27,6 +27,10 @@
 //!
 //! Imports point one way: `image` and `nbd` know nothing of VMs, `qmp` nothing of repositories, `bitmap` nothing of either's
 //! data. `tests/tidy.rs` holds the arrows.
+
+// The store of the crash tests is written against the library from outside, and serves tests inside too.
+#[cfg(test)]
+extern crate self as forerun;
 
 pub mod backup;
 pub mod bitmap;
@@ -43,6 +47,7 @@ pub mod nbd;
 mod offline;
 pub mod progress;
 pub mod qmp;
+pub mod replicate;
 pub mod report;
 pub mod restore;
 pub mod schedule;

@@ -206,7 +206,7 @@ pub fn parse_rate(text: &str) -> Result<u64, String> {
     parse_size(text.trim().strip_suffix("/s").unwrap_or(text))
 }
 
-/// Reads a duration as people write it: `30s`, `5m`, `2h`, `1d`, `250ms`.
+/// Reads a duration as people write it: `30s`, `5m`, `2h`, `1d`, `2w`, `250ms`.
 pub fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
     let text = text.trim();
     let split = text
@@ -221,6 +221,7 @@ pub fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
         "m" | "min" => 60_000,
         "h" => 3_600_000,
         "d" => 86_400_000,
+        "w" => 604_800_000,
         _ => return Err(bad()),
     };
     number

@@ -350,6 +350,7 @@ impl Runner {
                 "begun": self.begun,
             }),
             retired_bitmaps: retired,
+            origin: None,
         })
     }
 

@@ -1,8 +1,12 @@
 //! The commands: each turns its arguments into calls of the library and the results into an [`Outcome`].
 
 mod backup;
+mod copy;
+mod forget;
+mod repair;
 mod repository;
 mod restore;
+mod stats;
 mod target;
 
 use std::process::ExitCode;
@@ -97,6 +101,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         Command::List { repo, target } => repository::list(&repo.repo, target.as_deref()),
         Command::Show { repo, point } => repository::show(&repo.repo, &point),
         Command::Diff { repo, a, b } => repository::diff(&repo.repo, &a, &b),
+        Command::Stats { repo, of } => stats::stats(&repo.repo, of.as_deref()),
         Command::Verify {
             repo,
             points,
@@ -119,6 +124,22 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             restore::restore(&repo.repo, &request, style)
         }
+        Command::Copy {
+            repo,
+            points,
+            all: _,
+            target,
+            to,
+            rate,
+        } => copy::copy(&repo.repo, &to, &points, &target, rate, style),
+        Command::Forget { repo, forget } => forget::forget(&repo.repo, &forget),
+        Command::Pin {
+            repo,
+            point,
+            reason,
+        } => forget::pin(&repo.repo, &point, reason),
+        Command::Unpin { repo, point } => forget::unpin(&repo.repo, &point),
+        Command::Repair { repo, what } => repair::repair(&repo.repo, what),
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
         Command::DropSession { repo, target, name } => {

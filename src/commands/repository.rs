@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::exit::{Failure, Kind};
-use crate::image::{self, InitOptions, Manifest, PointId, Repository, VerifyOptions};
+use crate::image::{self, InitOptions, Manifest, Pins, PointId, Repository, VerifyOptions};
 use crate::report::Outcome;
 use crate::units::{BlockSize, Bytes};
 
@@ -17,7 +17,13 @@ pub(super) fn init(path: &Path, block_size: u64) -> Result<Outcome> {
         .map_err(|_| format!("block size {block_size} is too large"))
         .and_then(BlockSize::try_from)
         .map_err(|message| Failure::plain(Kind::Usage, message))?;
-    let repo = Repository::init(path, InitOptions { block_size })?;
+    let repo = Repository::init(
+        path,
+        InitOptions {
+            block_size,
+            compression: image::Compression::default(),
+        },
+    )?;
     let mut outcome = Outcome::default();
     outcome.line(format!(
         "repository {} with blocks of {block_size} in {}",
@@ -37,6 +43,7 @@ pub(super) fn init(path: &Path, block_size: u64) -> Result<Outcome> {
 pub(super) fn list(path: &Path, target: Option<&str>) -> Result<Outcome> {
     let repo = Repository::open(path)?;
     let points = repo.points()?;
+    let pins = repo.pins()?;
     let mut outcome = Outcome::default();
     let mut listed = Vec::new();
     for point in &points.points {
@@ -45,7 +52,7 @@ pub(super) fn list(path: &Path, target: Option<&str>) -> Result<Outcome> {
         }
         let size: u64 = point.disks.iter().map(|disk| disk.size).sum();
         outcome.line(format!(
-            "{}  {}  {}  {} on {}  {}",
+            "{}  {}  {}  {} on {}  {}{}",
             point.id,
             point.instant,
             name_of(point),
@@ -56,10 +63,16 @@ pub(super) fn list(path: &Path, target: Option<&str>) -> Result<Outcome> {
                 .map(|disk| disk.key.as_str())
                 .collect::<Vec<_>>()
                 .join(", "),
-            quiesce(point)
+            quiesce(point),
+            pinned_words(&pins, point.id)
         ));
-        listed.push(summary(point));
+        listed.push(summary(point, &pins));
     }
+    let unread = pins
+        .damaged
+        .iter()
+        .map(|error| format!("a pin cannot be read: {error}"));
+    outcome.warnings.extend(unread);
     for error in &points.damaged {
         outcome
             .warnings
@@ -72,7 +85,16 @@ pub(super) fn list(path: &Path, target: Option<&str>) -> Result<Outcome> {
     Ok(outcome)
 }
 
-fn name_of(point: &Manifest) -> &str {
+fn pinned_words(pins: &Pins, point: PointId) -> String {
+    match (pins.has(point), pins.reason(point)) {
+        (false, _) => String::new(),
+        (true, None) => "  pinned".to_owned(),
+        (true, Some(why)) => format!("  pinned: {why}"),
+    }
+}
+
+/// What a target is called, as people know it.
+pub(super) fn name_of(point: &Manifest) -> &str {
     point
         .target
         .spellings
@@ -87,14 +109,18 @@ fn quiesce(point: &Manifest) -> String {
         .unwrap_or_default()
 }
 
-fn summary(point: &Manifest) -> Value {
+fn summary(point: &Manifest, pins: &Pins) -> Value {
+    let pinned = pins.has(point.id).then(|| {
+        let pin = pins.pins.get(&point.id).and_then(Option::as_ref);
+        json!({ "reason": pin.and_then(|pin| pin.reason.clone()), "since": pin.map(|pin| pin.since) })
+    });
     json!({
         "id": point.id, "target": point.target, "instant": point.instant, "parent": point.parent,
         "freeze": point.freeze, "quiesce": point.quiesce,
         "disks": point.disks.iter().map(|disk| json!({
             "key": disk.key, "size": disk.size, "format": disk.format, "rescanned": disk.rescanned,
         })).collect::<Vec<_>>(),
-        "statistics": point.statistics,
+        "statistics": point.statistics, "pinned": pinned, "origin": point.origin,
     })
 }
 
@@ -122,8 +148,15 @@ pub(super) fn show(path: &Path, point: &str) -> Result<Outcome> {
             outcome.line(format!("    read in full: {why}"));
         }
     }
+    if let Some(origin) = point.origin {
+        outcome.line(format!("  copied from repository {}", origin.repository));
+    }
+    let pins = repo.pins()?;
+    if pins.has(point.id) {
+        outcome.line(pinned_words(&pins, point.id));
+    }
     outcome.line(format!("  {}", point.statistics));
-    let mut full = summary(&point);
+    let mut full = summary(&point, &pins);
     full["machine"] = point.machine.clone();
     outcome.more.insert("point".to_owned(), full);
     Ok(outcome)

@@ -16,6 +16,7 @@ use crate::qmp::command::{action_remove_bitmap, transaction};
 use crate::qmp::graph;
 use crate::qmp::names::{PREFIX, RunName};
 use crate::qmp::{export, orphans, release, socket};
+use crate::replicate;
 use crate::report::Outcome;
 use crate::session::Session;
 use crate::settle;
@@ -224,8 +225,19 @@ pub(super) fn drop_session(path: &Path, target: &Target, name: Option<&str>) -> 
         (_, Some(point)) => point.target.key.clone(),
         _ => name.unwrap_or(&spelled).to_owned(),
     };
-    if image::Session::find(&repo, &key)?.is_none() {
+    let Some(session) = image::Session::find(&repo, &key)? else {
         return Err(no_session(&repo, &spelled));
+    };
+    if let Some(_copy) = replicate::lock_session(&repo, &key)? {
+        let id = session.id();
+        session.remove()?;
+        let mut outcome = Outcome::default();
+        outcome.line(format!(
+            "dropped session {id} of {key}; the next copy begins anew"
+        ));
+        let target = json!({ "target": spelled, "key": key, "session": id, "removed": [] });
+        outcome.targets.push(target);
+        return Ok(outcome);
     }
     let state = TargetState::open(&key)?;
     let _run = state.lock_run(&short, "forerun drop-session")?;
@@ -264,7 +276,7 @@ fn no_session(repo: &Repository, target: &str) -> anyhow::Error {
         .iter()
         .map(|session| session.key().to_owned())
         // Not what dropped ones left behind.
-        .filter(|key| !key.contains('/'))
+        .filter(|key| !key.ends_with("/withdrawn"))
         .collect();
     let hint = if keys.is_empty() {
         "there are no sessions".to_owned()

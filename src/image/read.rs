@@ -31,6 +31,9 @@ const GAP: u64 = 64 << 10;
 /// Bytes of one read of a pack at most.
 const READ: u64 = 4 << 20;
 
+/// How often a block is looked for again when its pack is gone.
+const READ_TRIES: usize = 3;
+
 /// Where the content of a disk goes. Every byte of the disk comes exactly once, not strictly in order.
 pub trait BlockSink {
     /// Data.
@@ -40,18 +43,61 @@ pub trait BlockSink {
 }
 
 impl Repository {
-    /// A stored block, proved by its id.
+    /// A stored block, proved by its id, from whichever of its copies is sound.
     pub fn read_block(&self, id: BlockId) -> Result<Vec<u8>> {
-        let location = self.index().locate_stored(id)?;
+        let mut tries = 1;
+        loop {
+            match self.read_any(id) {
+                // Its pack was repacked meanwhile.
+                Err(error) if error.is_not_found() && tries < READ_TRIES => tries += 1,
+                other => return other.map_err(Error::missing_is_corrupt),
+            }
+        }
+    }
+
+    /// A block from the first of its locations that has it. [`Error::NotFound`] when a pack of them is gone.
+    fn read_any(&self, id: BlockId) -> Result<Vec<u8>> {
+        let first = self.index().locate_stored(id)?;
+        let mut failure = match self.read_at(id, &first) {
+            Ok(plain) => return Ok(plain),
+            Err(error) => error,
+        };
+        for (location, _) in self.index().locate_all(id)? {
+            match self.read_at(id, &location) {
+                Ok(plain) => return Ok(plain),
+                Err(error) if error.is_not_found() => {
+                    self.index().refresh_as_gone(location.pack)?;
+                    failure = error;
+                }
+                Err(_) => {}
+            }
+        }
+        Err(failure)
+    }
+
+    /// A block from one of its locations.
+    fn read_at(&self, id: BlockId, location: &Location) -> Result<Vec<u8>> {
         let object = pack::name(location.pack);
-        let mut entry = vec![0; entry_length(&location)];
+        let mut entry = vec![0; entry_length(location)];
         self.store()
-            .get_range(&object, u64::from(location.offset), &mut entry)
-            .map_err(Error::missing_is_corrupt)?;
+            .get_range(&object, u64::from(location.offset), &mut entry)?;
         let mut plain = vec![0; narrow(u64::from(location.plain))];
-        decode_entry(&entry, id, &mut plain)
+        decode_entry(self.hasher(), &entry, id, &mut plain)
             .map_err(|damage| Error::corrupt(object, format!("block {id}: {}", damage.0)))?;
         Ok(plain)
+    }
+
+    /// Stored blocks that lie next to each other on a disk, `length` bytes together, each proved by its id. All but the last
+    /// are whole blocks.
+    pub fn read_blocks(&self, ids: Vec<BlockId>, length: usize) -> Result<Vec<u8>> {
+        let mut batch = Batch {
+            offset: 0,
+            plain: vec![0; length],
+            ids,
+            block_size: self.block_size(),
+        };
+        batch.fetch(self, &mut Vec::new())?;
+        Ok(batch.plain)
     }
 
     /// Reads a whole disk of a point with `threads` workers.
@@ -254,23 +300,31 @@ struct Wanted<'a> {
     plain: &'a mut [u8],
 }
 
+impl Wanted<'_> {
+    fn wrong_length(&self, length: usize) -> Error {
+        Error::corrupt(
+            format!("block {}", self.id),
+            format!("it has {length} bytes, the disk {}", self.plain.len()),
+        )
+    }
+}
+
 impl Batch {
     fn fetch(&mut self, repo: &Repository, buffer: &mut Vec<u8>) -> Result<()> {
         let mut wanted = Vec::with_capacity(self.ids.len());
         let places = self.plain.chunks_mut(self.block_size.as_usize());
         for (id, plain) in self.ids.iter().zip(places) {
             let location = repo.index().locate_stored(*id)?;
-            if wide(plain.len()) != u64::from(location.plain) {
-                return Err(Error::corrupt(
-                    format!("block {id}"),
-                    format!("it has {} bytes, the disk {}", location.plain, plain.len()),
-                ));
-            }
-            wanted.push(Wanted {
+            let block = Wanted {
                 id: *id,
                 location,
                 plain,
-            });
+            };
+            let length = narrow(u64::from(location.plain));
+            if block.plain.len() != length {
+                return Err(block.wrong_length(length));
+            }
+            wanted.push(block);
         }
         wanted.sort_unstable_by_key(|block| (block.location.pack, block.location.offset));
         let mut rest: VecDeque<Wanted<'_>> = wanted.into();
@@ -318,15 +372,127 @@ fn read_group(repo: &Repository, group: Vec<Wanted<'_>>, buffer: &mut Vec<u8>) -
         buffer.resize(length, 0);
     }
     let bytes = &mut buffer[..length];
-    repo.store()
-        .get_range(&object, start, bytes)
-        .map_err(Error::missing_is_corrupt)?;
+    let bytes = match repo.store().get_range(&object, start, bytes) {
+        Ok(()) => bytes,
+        // Each block may be somewhere else, too.
+        Err(Error::NotFound { .. } | Error::Corrupt { .. }) => &mut [],
+        Err(error) => return Err(error),
+    };
     for block in group {
         let skip = narrow(u64::from(block.location.offset).saturating_sub(start));
         let entry = bytes.get(skip..).unwrap_or_default();
-        decode_entry(entry, block.id, block.plain).map_err(|damage| {
-            Error::corrupt(&*object, format!("block {}: {}", block.id, damage.0))
-        })?;
+        if decode_entry(repo.hasher(), entry, block.id, block.plain).is_err() {
+            let sound = repo.read_block(block.id)?;
+            if sound.len() != block.plain.len() {
+                return Err(block.wrong_length(sound.len()));
+            }
+            block.plain.copy_from_slice(&sound);
+        }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::block::NewBlock;
+    use super::super::codec::Compression;
+    use super::super::ids::ObjectId;
+    use super::super::memory::{Fate, Memory, Objects};
+    use super::super::quarantine::{Bad, Quarantine};
+    use super::super::repo::{Encoded, InitOptions};
+    use super::super::store::Store;
+    use super::*;
+
+    fn repository() -> (Memory, Repository) {
+        let store = Memory::new(Objects::new(), None, Fate::Lost);
+        let options = InitOptions::default();
+        let repo = Repository::init_store(Arc::new(store.clone()), options).unwrap();
+        (store, repo)
+    }
+
+    /// Stores a block whatever the index says; gives where.
+    fn store_again(repo: &Repository, plain: &[u8]) -> Location {
+        let id = BlockId::of(plain);
+        let before = repo.index().locate_all(id).unwrap();
+        let block = NewBlock::encode(id, plain, Compression::default()).unwrap();
+        let mut writer = repo.pack_writer("a test");
+        writer.put(Encoded::New(block)).unwrap();
+        writer.seal().unwrap();
+        let after = repo.index().locate_all(id).unwrap();
+        assert_eq!(after.len(), before.len() + 1);
+        let new = after.into_iter().find(|found| !before.contains(found));
+        new.unwrap().0
+    }
+
+    fn damage(store: &Memory, pack: ObjectId) {
+        let name = pack::name(pack);
+        let mut bytes = store.get(&name).unwrap();
+        bytes[70] ^= 1;
+        store.delete(std::slice::from_ref(&name)).unwrap();
+        store.put(&name, &bytes).unwrap();
+    }
+
+    #[test]
+    fn a_block_is_read_from_whichever_copy_is_sound() {
+        let (store, repo) = repository();
+        let plain = vec![5; 1000];
+        let id = BlockId::of(&plain);
+        let copies = [store_again(&repo, &plain), store_again(&repo, &plain)];
+        for (bad, other) in [(0, 1), (1, 0)] {
+            damage(&store, copies[bad].pack);
+            assert_eq!(repo.read_block(id).unwrap(), plain);
+            damage(&store, copies[other].pack);
+            let error = repo.read_block(id).unwrap_err();
+            assert!(error.is_corrupt(), "{error}");
+            // The second flip of the same bit heals.
+            copies.iter().for_each(|copy| damage(&store, copy.pack));
+            assert_eq!(repo.read_block(id).unwrap(), plain);
+        }
+    }
+
+    #[test]
+    fn a_block_is_found_where_its_pack_was_repacked_to() {
+        let (store, repo) = repository();
+        let plain = vec![5; 1000];
+        let id = BlockId::of(&plain);
+        let old = store_again(&repo, &plain);
+        let reader = Repository::open_store(Arc::new(store.clone())).unwrap();
+        assert_eq!(reader.index().locate_stored(id).unwrap(), old);
+        let new = store_again(&repo, &plain);
+        store.delete(&[pack::name(old.pack)]).unwrap();
+        // Before and after the index was rewritten.
+        assert_eq!(reader.read_block(id).unwrap(), plain);
+        repo.index().rewrite_without(&[old.pack].into()).unwrap();
+        assert_eq!(reader.read_block(id).unwrap(), plain);
+        assert_eq!(repo.index().locate_all(id).unwrap(), [(new, false)]);
+        store.delete(&[pack::name(new.pack)]).unwrap();
+        let error = reader.read_block(id).unwrap_err();
+        assert!(error.to_string().ends_with("it is missing"), "{error}");
+    }
+
+    #[test]
+    fn a_block_that_was_found_bad_is_stored_anew_although_it_is_expected() {
+        let (store, repo) = repository();
+        let plain = vec![5; 1000];
+        let id = BlockId::of(&plain);
+        let bad = store_again(&repo, &plain);
+        let known = |repo: &Repository| {
+            let encoded = repo.encode_expecting(&plain, Some(id)).unwrap();
+            matches!(encoded, Encoded::Known(_))
+        };
+        assert!(known(&repo));
+        let found = Bad {
+            id,
+            pack: bad.pack,
+            what: "a test".into(),
+        };
+        Quarantine::add(&store, &[found]).unwrap();
+        repo.index().refresh().unwrap();
+        assert!(!known(&repo));
+        let sound = store_again(&repo, &plain);
+        assert!(known(&repo));
+        assert_eq!(repo.index().locate_stored(id).unwrap(), sound);
+    }
 }

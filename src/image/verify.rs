@@ -223,7 +223,7 @@ impl Verify<'_> {
         let done = self.in_parallel(&blocks, |(id, location)| {
             count.fetch_add(1, Ordering::Relaxed);
             bytes.fetch_add(u64::from(location.plain), Ordering::Relaxed);
-            read.add(*id, self.check(*id, location))
+            read.add(*id, self.check_or_again(*id, location))
         })?;
         self.bad_blocks
             .extend(read.bad.into_inner().unwrap_or_default());
@@ -233,13 +233,24 @@ impl Verify<'_> {
         Ok(())
     }
 
+    /// A pack that is gone was repacked since the block was located.
+    fn check_or_again(&self, id: BlockId, location: &Location) -> Result<()> {
+        match self.check(id, location) {
+            Err(error) if error.is_not_found() => {
+                self.repo.index().refresh_as_gone(location.pack)?;
+                self.check(id, &self.repo.index().locate_stored(id)?)
+            }
+            other => other,
+        }
+    }
+
     fn check(&self, id: BlockId, location: &Location) -> Result<()> {
         let object = pack::name(location.pack);
         let mut entry = vec![0; entry_length(location)];
         let offset = u64::from(location.offset);
         self.repo.store().get_range(&object, offset, &mut entry)?;
         let mut plain = vec![0; narrow(u64::from(location.plain))];
-        decode_entry(&entry, id, &mut plain)
+        decode_entry(self.repo.hasher(), &entry, id, &mut plain)
             .map_err(|damage| Error::corrupt(object, format!("block {id}: {}", damage.0)))
     }
 
@@ -326,11 +337,11 @@ impl Verify<'_> {
                 }
             }
         }
-        for error in self
-            .repo
-            .index()
-            .verify(&|pack| sizes.get(&pack).copied())?
-        {
+        // A pack that is not listed may be newer than the list.
+        let store = self.repo.store();
+        let now = |pack| store.size(&pack::name(pack)).ok();
+        let size = |pack| sizes.get(&pack).copied().or_else(|| now(pack));
+        for error in self.repo.index().verify(&size)? {
             let (object, what) = as_damage(error)?;
             self.damage(object, what, Hurts::new());
         }
