@@ -459,9 +459,10 @@ pub struct PaceArgs {
 /// How to freeze.
 #[derive(Debug, Args)]
 pub struct FreezeArgs {
-    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back.
-    #[arg(long = "freeze", value_enum, default_value_t = FreezeMethod::Fleece)]
-    pub method: FreezeMethod,
+    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back. Without it `fleece`, but not
+    /// where the guest would feel the errors of its disk or of a full scratch.
+    #[arg(long = "freeze", value_enum)]
+    pub method: Option<FreezeMethod>,
     /// Freeze the guest's file systems around the instant.
     #[arg(long, value_enum, default_value_t = Quiesce::Auto)]
     pub quiesce: Quiesce,
@@ -477,6 +478,9 @@ pub struct FreezeArgs {
     /// How long the snapshot may be held.
     #[arg(long, default_value = "10s", value_parser = parse_duration)]
     pub deadline: Duration,
+    /// How long the overlay of `--freeze snapshot` may take to be committed back.
+    #[arg(long, default_value = "10m", value_parser = parse_duration)]
+    pub commit_deadline: Duration,
 }
 
 /// The methods of freezing.

@@ -202,6 +202,14 @@ impl Session {
         self.log.as_ref().map(image::Session::id)
     }
 
+    /// Takes a step of the tracking, with this session as its journal.
+    pub fn track<T>(&mut self, step: impl FnOnce(&mut State, &mut Self) -> Result<T>) -> Result<T> {
+        let mut state = std::mem::take(&mut self.state);
+        let done = step(&mut state, self);
+        self.state = state;
+        done
+    }
+
     /// The number of the pass that comes next.
     pub fn next_pass(&mut self) -> u64 {
         self.pass += 1;
