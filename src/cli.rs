@@ -211,6 +211,12 @@ pub enum Command {
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
         point: String,
     },
+    /// Put right what can be put right.
+    Repair {
+        #[command(subcommand)]
+        #[allow(missing_docs)]
+        what: Repair,
+    },
     /// Remove this repository's bitmaps from a VM.
     Untrack(RepoTargetArgs),
     /// Take back whatever a dead run left in a VM.
@@ -227,8 +233,11 @@ pub enum Command {
         #[command(flatten)]
         #[allow(missing_docs)]
         repo: RepoArgs,
-        /// The target's key or one of its spellings.
-        target: String,
+        /// The target's key or one of its spellings. As qmp:SOCKET, its bitmaps are removed from the VM at once.
+        target: Target,
+        /// The name of a target without a UUID.
+        #[arg(long = "as", value_name = "NAME")]
+        name: Option<String>,
     },
     /// The process that frees a guest for a dead run.
     #[command(hide = true)]
@@ -242,6 +251,21 @@ pub enum Command {
         /// The run's process id.
         #[arg(long)]
         main: i32,
+    },
+}
+
+/// What can be put right.
+#[derive(Debug, Subcommand)]
+pub enum Repair {
+    /// Give a repository that was copied as files an id of its own: else its bitmaps and the original's have one owner. The
+    /// next backup into it reads disks in full.
+    NewId {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Give up the sessions that were copied with it.
+        #[arg(long)]
+        drop_sessions: bool,
     },
 }
 
@@ -426,6 +450,7 @@ impl Command {
             Self::Forget { .. } => "forget",
             Self::Pin { .. } => "pin",
             Self::Unpin { .. } => "unpin",
+            Self::Repair { .. } => "repair",
             Self::Untrack(_) => "untrack",
             Self::Recover { .. } => "recover",
             Self::DropSession { .. } => "drop-session",

@@ -3,6 +3,7 @@
 mod backup;
 mod copy;
 mod forget;
+mod repair;
 mod repository;
 mod restore;
 mod stats;
@@ -138,9 +139,12 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             reason,
         } => forget::pin(&repo.repo, &point, reason),
         Command::Unpin { repo, point } => forget::unpin(&repo.repo, &point),
+        Command::Repair { what } => repair::repair(&what),
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
-        Command::DropSession { repo, target } => repository::drop_session(&repo.repo, &target),
+        Command::DropSession { repo, target, name } => {
+            target::drop_session(&repo.repo, &target, name.as_deref())
+        }
         Command::Guard { .. } => Ok(Outcome::default()),
     }
 }

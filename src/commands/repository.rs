@@ -1,4 +1,4 @@
-//! `init`, `list`, `show`, `diff`, `verify` and `drop-session`.
+//! `init`, `list`, `show`, `diff` and `verify`.
 
 use std::path::Path;
 use std::time::Duration;
@@ -7,9 +7,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::exit::{Failure, Kind};
-use crate::image::{
-    self, InitOptions, Manifest, Pins, PointId, Repository, Session, VerifyOptions,
-};
+use crate::image::{self, InitOptions, Manifest, Pins, PointId, Repository, VerifyOptions};
 use crate::report::Outcome;
 use crate::units::{BlockSize, Bytes};
 
@@ -255,45 +253,5 @@ pub(super) fn verify(
     if !report.damage.is_empty() {
         outcome.kind = Some(Kind::Corrupt);
     }
-    Ok(outcome)
-}
-
-/// `drop-session`.
-pub(super) fn drop_session(path: &Path, target: &str) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
-    let known = repo.points()?.points;
-    let key = known
-        .iter()
-        .find(|point| point.target.is_called(target))
-        .map_or(target, |point| point.target.key.as_str());
-    let Some(session) = Session::find(&repo, key)? else {
-        let sessions = Session::list(&repo)?;
-        let keys: Vec<&str> = sessions.sessions.iter().map(Session::key).collect();
-        let hint = if keys.is_empty() {
-            "there are no sessions".to_owned()
-        } else {
-            format!("sessions: {}", keys.join(", "))
-        };
-        return Err(Failure::hinted(
-            Kind::Failed,
-            format!("no session of `{target}`"),
-            hint,
-        ));
-    };
-    let id = session.id();
-    let words = if let Some(_copy) = crate::replicate::lock_session(&repo, key)? {
-        session.remove()?;
-        "the next copy begins anew"
-    } else {
-        let state = crate::hoststate::TargetState::open(key)?;
-        let _run = state.lock_run(&repo.id().short(), "forerun drop-session")?;
-        session.remove()?;
-        "the next backup reads its disks in full"
-    };
-    let mut outcome = Outcome::default();
-    outcome.line(format!("dropped session {id} of {key}; {words}"));
-    outcome
-        .targets
-        .push(json!({ "target": target, "key": key, "session": id }));
     Ok(outcome)
 }

@@ -41,6 +41,7 @@ pub use block::NewBlock;
 pub use error::{Error, Result};
 pub use forget::{ForgetPlan, Selection, TargetPlan};
 pub use ids::{BlockId, Digest, ObjectId, PointId, RepoId, SessionId};
+pub use index::Rebuilt;
 pub use manifest::{DiskPoint, Manifest, Origin, Quiesce, RetiredBitmap, Target, Tracking};
 pub use map::{
     BlockIds, Changes, Diff, Entry, LAYERS, LayerRef, MapReader, MapRef, MapRuns, MapStats, Run,

@@ -10,7 +10,7 @@ use super::bytes::all_zero;
 use super::envelope;
 use super::error::{Error, Result};
 use super::ids::{BlockId, RepoId};
-use super::index::Index;
+use super::index::{Index, Rebuilt};
 use super::pack::PackWriter;
 use super::store::{DirStore, Store};
 use crate::units::BlockSize;
@@ -119,6 +119,27 @@ impl Repository {
         }
     }
 
+    /// Gives the repository in the store another name, whose short form is another, too. What is opened keeps the old name until
+    /// it is opened again. Everything else of the configuration stays, also what this build does not know.
+    pub fn renew_id(&self) -> Result<RepoId> {
+        let _lock = self.store().lock("new-id", "giving the repository an id")?;
+        if let Some(feature) = self.inner.config.features.first() {
+            return Err(Error::Unsupported(format!(
+                "a repository with the feature `{feature}` keeps its id: make another one and copy the points to it"
+            )));
+        }
+        let mut config: serde_json::Value =
+            envelope::open("config", CONFIG, &self.store().get(CONFIG)?)?;
+        let mut id = RepoId::random()?;
+        while id.short() == self.id().short() {
+            id = RepoId::random()?;
+        }
+        config["id"] = id.to_string().into();
+        self.store()
+            .replace(CONFIG, &envelope::seal("config", &config)?)?;
+        Ok(id)
+    }
+
     /// Its name.
     pub fn id(&self) -> RepoId {
         self.inner.config.id
@@ -197,8 +218,8 @@ impl Repository {
         PackWriter::new(self, label)
     }
 
-    /// Makes the index anew from the packs; gives the number of blocks.
-    pub fn rebuild_index(&self) -> Result<u64> {
+    /// Makes the index anew from the packs.
+    pub fn rebuild_index(&self) -> Result<Rebuilt> {
         self.index().rebuild()
     }
 }

@@ -337,11 +337,11 @@ impl Verify<'_> {
                 }
             }
         }
-        for error in self
-            .repo
-            .index()
-            .verify(&|pack| sizes.get(&pack).copied())?
-        {
+        // A pack that is not listed may be newer than the list.
+        let store = self.repo.store();
+        let now = |pack| store.size(&pack::name(pack)).ok();
+        let size = |pack| sizes.get(&pack).copied().or_else(|| now(pack));
+        for error in self.repo.index().verify(&size)? {
             let (object, what) = as_damage(error)?;
             self.damage(object, what, Hurts::new());
         }
