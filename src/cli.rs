@@ -230,13 +230,10 @@ pub enum Command {
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
         point: String,
     },
-    /// Make anew what can be made anew.
+    /// Put right what can be put right.
     Repair {
-        #[command(flatten)]
+        #[command(subcommand)]
         #[allow(missing_docs)]
-        repo: RepoArgs,
-        /// What.
-        #[arg(value_enum)]
         what: Repair,
     },
     /// Remove this repository's bitmaps from a VM.
@@ -319,6 +316,23 @@ pub struct NewKeyArgs {
     /// A word for the new key.
     #[arg(long)]
     pub label: Option<String>,
+}
+
+/// What can be put right.
+#[derive(Debug, Subcommand)]
+pub enum Repair {
+    /// Make the index of the blocks anew from the packs.
+    Index(RepoArgs),
+    /// Give a repository that was copied as files an id of its own: else its bitmaps and the original's have one owner. The
+    /// next backup into it reads disks in full.
+    NewId {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Give up the sessions that were copied with it.
+        #[arg(long)]
+        drop_sessions: bool,
+    },
 }
 
 /// Where the repository is.
@@ -499,13 +513,6 @@ pub enum Format {
     Raw,
     /// qcow2 version 3.
     Qcow2,
-}
-
-/// What can be made anew.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Repair {
-    /// Which pack holds which block, from the footers of the packs.
-    Index,
 }
 
 impl Command {

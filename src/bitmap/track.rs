@@ -268,6 +268,21 @@ pub fn withdraw(bases: &mut BTreeMap<String, Tracked>, retired: &[(String, Strin
     }
 }
 
+/// Takes from bases, and from what is to be removed, the bitmaps of other repositories. A repository that was copied as files and
+/// was then given an id of its own has points that name them: they still follow the other's points, and are the other's to
+/// rotate and to remove.
+pub fn disown(
+    bases: &mut BTreeMap<String, Tracked>,
+    retired: &mut Vec<(String, String)>,
+    repository: &str,
+) {
+    for base in bases.values_mut() {
+        let new = base.new.take();
+        base.new = new.filter(|new| name::belongs_to(&new.name, repository));
+    }
+    retired.retain(|(_, name)| name::belongs_to(name, repository));
+}
+
 /// A disk as it was just found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {

@@ -19,7 +19,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::block::{Codec, Location};
+use super::block::Location;
+use super::codec::Codec;
 use super::ids::{BlockId, ObjectId};
 use super::index::Index;
 use super::store::{DirStore, Store};
