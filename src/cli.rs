@@ -38,25 +38,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Make a new repository.
-    Init {
-        /// Its directory: missing or empty.
-        repo: PathBuf,
-        /// The unit of storage and tracking, a power of two from 64KiB to 1MiB; for ever.
-        #[arg(long, default_value = "64KiB", value_parser = parse_size)]
-        block_size: u64,
-        /// What new blocks are compressed with: lz4, zstd, zstd:LEVEL (-7 to 19) or none.
-        #[arg(long, value_name = "CODEC", default_value_t)]
-        compression: Compression,
-        /// Encrypt everything, so that only a passphrase or a key file opens it.
-        #[arg(long)]
-        encrypt: bool,
-        #[command(flatten)]
-        #[allow(missing_docs)]
-        secret: SecretArgs,
-        /// A word for the key, shown by `key list`.
-        #[arg(long, default_value = "", requires = "encrypt")]
-        label: String,
-    },
+    Init(InitArgs),
     /// List and change the keys of an encrypted repository.
     Key {
         #[command(subcommand)]
@@ -273,6 +255,28 @@ pub enum Command {
     },
 }
 
+/// A new repository.
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    /// Its directory: missing or empty.
+    pub repo: PathBuf,
+    /// The unit of storage and tracking, a power of two from 64KiB to 1MiB; for ever.
+    #[arg(long, default_value = "64KiB", value_parser = parse_size)]
+    pub block_size: u64,
+    /// What new blocks are compressed with: lz4, zstd, zstd:LEVEL (-7 to 19) or none.
+    #[arg(long, value_name = "CODEC", default_value_t)]
+    pub compression: Compression,
+    /// Encrypt everything, so that only a passphrase or a key file opens it.
+    #[arg(long)]
+    pub encrypt: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub secret: SecretArgs,
+    /// A word for the key, shown by `key list`.
+    #[arg(long, default_value = "", requires = "encrypt")]
+    pub label: String,
+}
+
 /// The commands on keys.
 #[derive(Debug, Subcommand)]
 pub enum KeyCommand {
@@ -363,10 +367,10 @@ pub struct ToArgs {
 /// What opens an encrypted repository. Without either, the environment is asked, then the terminal.
 #[derive(Debug, Args)]
 pub struct SecretArgs {
-    /// The key file of an encrypted repository (or FORERUN_KEY_FILE).
+    /// The key file of an encrypted repository (or `FORERUN_KEY_FILE`).
     #[arg(long, value_name = "FILE", conflicts_with = "passphrase_file")]
     pub key_file: Option<PathBuf>,
-    /// Its passphrase is the first line of this file (or FORERUN_PASSPHRASE_FILE).
+    /// Its passphrase is the first line of this file (or `FORERUN_PASSPHRASE_FILE`).
     #[arg(long, value_name = "FILE")]
     pub passphrase_file: Option<PathBuf>,
 }
@@ -533,7 +537,7 @@ impl Command {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Init { .. } => "init",
+            Self::Init(_) => "init",
             Self::Key { .. } => "key",
             Self::Inspect(_) => "inspect",
             Self::Track(_) => "track",

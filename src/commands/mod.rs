@@ -70,18 +70,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         }
     }
     match command {
-        Command::Init {
-            repo,
-            block_size,
-            compression,
-            encrypt,
-            secret,
-            label,
-        } => {
-            let secret = secret::for_new_repository(encrypt, &secret)?;
-            let encryption = secret.as_ref().map(|secret| (secret, &*label));
-            repository::init(&repo, block_size, compression, encryption)
-        }
+        Command::Init(args) => repository::init(&args),
         Command::Key { command } => key::run(command),
         Command::Inspect(target) => target::inspect(&target),
         Command::Track(args) => backup::track(&args, interrupted),
