@@ -99,6 +99,14 @@ impl Error {
         }
     }
 
+    /// The same damage once more, for an answer to somebody else.
+    pub(crate) fn repeat_damage(&self) -> Self {
+        match self {
+            Self::Corrupt { object, what } => Self::corrupt(object, what),
+            other => Self::Unsupported(other.to_string()),
+        }
+    }
+
     /// Whether stored data is damaged.
     pub fn is_corrupt(&self) -> bool {
         matches!(self, Self::Corrupt { .. })

@@ -13,14 +13,19 @@
 
 mod block;
 mod bytes;
+#[allow(dead_code, reason = "prune and verify use it")]
+mod condemned;
 mod envelope;
 mod error;
 mod ids;
+#[allow(dead_code, reason = "prune and verify use it")]
 mod index;
 mod manifest;
 mod map;
 mod pack;
 mod points;
+#[allow(dead_code, reason = "prune and verify use it")]
+mod quarantine;
 mod read;
 mod repo;
 mod sealed;

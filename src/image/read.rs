@@ -31,6 +31,9 @@ const GAP: u64 = 64 << 10;
 /// Bytes of one read of a pack at most.
 const READ: u64 = 4 << 20;
 
+/// How often a block is looked for again when its pack is gone.
+const READ_TRIES: usize = 3;
+
 /// Where the content of a disk goes. Every byte of the disk comes exactly once, not strictly in order.
 pub trait BlockSink {
     /// Data.
@@ -40,14 +43,44 @@ pub trait BlockSink {
 }
 
 impl Repository {
-    /// A stored block, proved by its id.
+    /// A stored block, proved by its id, from whichever of its copies is sound.
     pub fn read_block(&self, id: BlockId) -> Result<Vec<u8>> {
-        let location = self.index().locate_stored(id)?;
+        let mut tries = 1;
+        loop {
+            match self.read_any(id) {
+                // Its pack was repacked meanwhile.
+                Err(error) if error.is_not_found() && tries < READ_TRIES => tries += 1,
+                other => return other.map_err(Error::missing_is_corrupt),
+            }
+        }
+    }
+
+    /// A block from the first of its locations that has it. [`Error::NotFound`] when a pack of them is gone.
+    fn read_any(&self, id: BlockId) -> Result<Vec<u8>> {
+        let first = self.index().locate_stored(id)?;
+        let mut failure = match self.read_at(id, &first) {
+            Ok(plain) => return Ok(plain),
+            Err(error) => error,
+        };
+        for (location, _) in self.index().locate_all(id)? {
+            match self.read_at(id, &location) {
+                Ok(plain) => return Ok(plain),
+                Err(error) if error.is_not_found() => {
+                    self.index().refresh_as_gone(location.pack)?;
+                    failure = error;
+                }
+                Err(_) => {}
+            }
+        }
+        Err(failure)
+    }
+
+    /// A block from one of its locations.
+    fn read_at(&self, id: BlockId, location: &Location) -> Result<Vec<u8>> {
         let object = pack::name(location.pack);
-        let mut entry = vec![0; entry_length(&location)];
+        let mut entry = vec![0; entry_length(location)];
         self.store()
-            .get_range(&object, u64::from(location.offset), &mut entry)
-            .map_err(Error::missing_is_corrupt)?;
+            .get_range(&object, u64::from(location.offset), &mut entry)?;
         let mut plain = vec![0; narrow(u64::from(location.plain))];
         decode_entry(&entry, id, &mut plain)
             .map_err(|damage| Error::corrupt(object, format!("block {id}: {}", damage.0)))?;
@@ -254,23 +287,31 @@ struct Wanted<'a> {
     plain: &'a mut [u8],
 }
 
+impl Wanted<'_> {
+    fn wrong_length(&self, length: usize) -> Error {
+        Error::corrupt(
+            format!("block {}", self.id),
+            format!("it has {length} bytes, the disk {}", self.plain.len()),
+        )
+    }
+}
+
 impl Batch {
     fn fetch(&mut self, repo: &Repository, buffer: &mut Vec<u8>) -> Result<()> {
         let mut wanted = Vec::with_capacity(self.ids.len());
         let places = self.plain.chunks_mut(self.block_size.as_usize());
         for (id, plain) in self.ids.iter().zip(places) {
             let location = repo.index().locate_stored(*id)?;
-            if wide(plain.len()) != u64::from(location.plain) {
-                return Err(Error::corrupt(
-                    format!("block {id}"),
-                    format!("it has {} bytes, the disk {}", location.plain, plain.len()),
-                ));
-            }
-            wanted.push(Wanted {
+            let block = Wanted {
                 id: *id,
                 location,
                 plain,
-            });
+            };
+            let length = narrow(u64::from(location.plain));
+            if block.plain.len() != length {
+                return Err(block.wrong_length(length));
+            }
+            wanted.push(block);
         }
         wanted.sort_unstable_by_key(|block| (block.location.pack, block.location.offset));
         let mut rest: VecDeque<Wanted<'_>> = wanted.into();
@@ -318,15 +359,22 @@ fn read_group(repo: &Repository, group: Vec<Wanted<'_>>, buffer: &mut Vec<u8>) -
         buffer.resize(length, 0);
     }
     let bytes = &mut buffer[..length];
-    repo.store()
-        .get_range(&object, start, bytes)
-        .map_err(Error::missing_is_corrupt)?;
+    let bytes = match repo.store().get_range(&object, start, bytes) {
+        Ok(()) => bytes,
+        // Each block may be somewhere else, too.
+        Err(Error::NotFound { .. } | Error::Corrupt { .. }) => &mut [],
+        Err(error) => return Err(error),
+    };
     for block in group {
         let skip = narrow(u64::from(block.location.offset).saturating_sub(start));
         let entry = bytes.get(skip..).unwrap_or_default();
-        decode_entry(entry, block.id, block.plain).map_err(|damage| {
-            Error::corrupt(&*object, format!("block {}: {}", block.id, damage.0))
-        })?;
+        if decode_entry(entry, block.id, block.plain).is_err() {
+            let sound = repo.read_block(block.id)?;
+            if sound.len() != block.plain.len() {
+                return Err(block.wrong_length(sound.len()));
+            }
+            block.plain.copy_from_slice(&sound);
+        }
     }
     Ok(())
 }

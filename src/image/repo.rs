@@ -161,7 +161,8 @@ impl Repository {
             return Ok(Encoded::Zero);
         }
         let id = BlockId::of(plain);
-        if expected == Some(id) {
+        // One that was found bad is worth storing anew, and this is the moment when its bytes are at hand.
+        if expected == Some(id) && !self.index().is_quarantined(id)? {
             return Ok(Encoded::Known(id));
         }
         match self.index().locate(id) {

@@ -223,7 +223,7 @@ impl Verify<'_> {
         let done = self.in_parallel(&blocks, |(id, location)| {
             count.fetch_add(1, Ordering::Relaxed);
             bytes.fetch_add(u64::from(location.plain), Ordering::Relaxed);
-            read.add(*id, self.check(*id, location))
+            read.add(*id, self.check_or_again(*id, location))
         })?;
         self.bad_blocks
             .extend(read.bad.into_inner().unwrap_or_default());
@@ -231,6 +231,17 @@ impl Verify<'_> {
         self.report.checked_bytes += bytes.into_inner();
         self.report.complete &= done;
         Ok(())
+    }
+
+    /// A pack that is gone was repacked since the block was located.
+    fn check_or_again(&self, id: BlockId, location: &Location) -> Result<()> {
+        match self.check(id, location) {
+            Err(error) if error.is_not_found() => {
+                self.repo.index().refresh_as_gone(location.pack)?;
+                self.check(id, &self.repo.index().locate_stored(id)?)
+            }
+            other => other,
+        }
     }
 
     fn check(&self, id: BlockId, location: &Location) -> Result<()> {

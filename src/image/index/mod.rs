@@ -1,163 +1,264 @@
 //! The index: which pack holds a block. A set of immutable sorted runs; a lookup asks each, so their number is kept small by
-//! merging.
+//! merging. A block may have several locations; none is ever dropped but by [`Index::rewrite_without`].
 //!
 //! A merged run is published before its inputs are deleted, so a crash in between leaves entries twice, which the next merge
 //! drops. A reader that holds an older list of runs finds an input gone and reads the list anew. Nothing here is the truth: the
 //! packs are, and [`Index::rebuild`] makes the runs from them.
 
+mod merge;
 mod page;
 mod run;
+mod snapshot;
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
 
 use super::block::Location;
 use super::error::{Error, Result};
 use super::ids::{BlockId, ObjectId};
 use super::pack;
-use super::store::Store;
-use run::{Run, RunStream, RunWriter};
+use super::store::{Store, StoreLock};
+use crate::clock::{self, Deadline};
+use merge::Merged;
+use run::{Run, RunWriter};
+use snapshot::Snapshot;
 
 /// So many runs are looked at, beyond them some are merged.
 const RUNS: usize = 8;
 /// Runs of fewer entries count as equally small.
 const SMALL_RUN: u64 = 4096;
-/// How often the list is read again when runs vanish while it is opened.
-const LIST_TRIES: usize = 10;
+/// How often a question is asked again when runs vanish meanwhile.
+const TRIES: usize = 10;
 /// Entries that a rebuild sorts in memory.
 const REBUILD_ENTRIES: usize = 1 << 20;
-
-/// The runs as this process last saw them.
-#[derive(Default)]
-struct Runs {
-    runs: Vec<Arc<Run>>,
-    /// Runs that could not be opened. They hide nothing that another run has, but what is found nowhere may be in them.
-    broken: Vec<Error>,
-}
+/// How long a merge of another process is waited for.
+const LOCK_WAIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 600 });
+/// How often the lock is tried meanwhile.
+const LOCK_PAUSE: Duration = Duration::from_millis(50);
 
 /// The index of a repository.
 pub(super) struct Index {
     store: Arc<dyn Store>,
-    runs: RwLock<Option<Arc<Runs>>>,
-    /// One thread at a time reads the list.
+    snapshot: RwLock<Known>,
+    /// One thread at a time takes a snapshot.
     loading: Mutex<()>,
+    /// Packs that were gone when a block was to be read from them.
+    gone: Mutex<HashSet<ObjectId>>,
+}
+
+/// The last snapshot.
+#[derive(Default, Clone)]
+struct Known {
+    snapshot: Option<Arc<Snapshot>>,
+    /// How much of what this process published it has.
+    has: u64,
+    /// How often this process has published.
+    published: u64,
 }
 
 impl Index {
     pub(super) fn new(store: Arc<dyn Store>) -> Self {
         Self {
             store,
-            runs: RwLock::default(),
+            snapshot: RwLock::default(),
             loading: Mutex::default(),
+            gone: Mutex::default(),
         }
     }
 
-    fn runs(&self) -> Result<Arc<Runs>> {
-        let known = self
-            .runs
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        match known {
-            Some(runs) => Ok(runs),
-            None => self.reload(None),
+    fn known(&self) -> Known {
+        let known = self.snapshot.read();
+        known.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn snapshot(&self) -> Result<Arc<Snapshot>> {
+        match self.known() {
+            Known {
+                snapshot: Some(snapshot),
+                has,
+                published,
+            } if has == published => Ok(snapshot),
+            known => self.reload(known.snapshot.as_ref()),
         }
     }
 
-    /// Reads the list anew, unless another thread has done so since `seen`.
-    fn reload(&self, seen: Option<&Arc<Runs>>) -> Result<Arc<Runs>> {
+    /// Takes a new snapshot, unless another thread has done so since `seen`.
+    fn reload(&self, seen: Option<&Arc<Snapshot>>) -> Result<Arc<Snapshot>> {
         let _one = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = self
-            .runs
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        if let Some(known) = known
-            && seen.is_none_or(|seen| !Arc::ptr_eq(seen, &known))
+        let known = self.known();
+        if let Some(known) = &known.snapshot
+            && seen.is_none_or(|seen| !Arc::ptr_eq(seen, known))
         {
-            return Ok(known);
+            return Ok(Arc::clone(known));
         }
-        let runs = Arc::new(self.list()?);
-        *self.runs.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&runs));
-        Ok(runs)
+        self.take(&known)
     }
 
-    fn forget_list(&self) {
-        *self.runs.write().unwrap_or_else(PoisonError::into_inner) = None;
+    fn take(&self, known: &Known) -> Result<Arc<Snapshot>> {
+        let taken = Snapshot::take(&*self.store, known.snapshot.as_deref())?;
+        let taken = Arc::new(taken);
+        let mut now = self
+            .snapshot
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        now.snapshot = Some(Arc::clone(&taken));
+        now.has = known.published;
+        Ok(taken)
     }
 
-    fn list(&self) -> Result<Runs> {
-        let mut tries = 0;
-        'list: loop {
-            let mut runs = Runs::default();
-            for object in self.store.list("index/")? {
-                match Run::open(&*self.store, &object) {
-                    Ok(run) => runs.runs.push(Arc::new(run)),
-                    Err(error) if error.is_not_found() && tries < LIST_TRIES => {
-                        tries += 1;
-                        continue 'list;
-                    }
-                    Err(error @ Error::Corrupt { .. }) => {
-                        tracing::warn!(%error, "an index run is not used");
-                        runs.broken.push(error);
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
-            // Big runs have most of the blocks.
-            runs.runs.sort_by_key(|run| Reverse(run.entries));
-            return Ok(runs);
+    fn mark_stale(&self) {
+        let known = self.snapshot.write();
+        known.unwrap_or_else(PoisonError::into_inner).published += 1;
+    }
+
+    /// Takes a new snapshot, past any cache.
+    pub(super) fn refresh(&self) -> Result<()> {
+        self.fresh().map(|_| ())
+    }
+
+    fn fresh(&self) -> Result<Arc<Snapshot>> {
+        let _one = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        self.take(&self.known())
+    }
+
+    /// A pack that the index names is not there: it was repacked, and a new snapshot knows where its blocks are now. One is taken
+    /// once for each pack, since a pack that is lost stays named.
+    pub(super) fn refresh_as_gone(&self, pack: ObjectId) -> Result<()> {
+        let mut gone = self.gone.lock().unwrap_or_else(PoisonError::into_inner);
+        if gone.insert(pack) {
+            self.refresh()?;
         }
+        Ok(())
     }
 
-    /// Where a block is; `None` when no run has it.
-    pub(super) fn locate(&self, id: BlockId) -> Result<Option<Location>> {
-        let mut runs = self.runs()?;
+    /// The generation of the snapshot that questions are answered from. It may be a later one after any publication: a writer
+    /// asks before the first block that it looks up, and compares that with the head.
+    pub(super) fn generation(&self) -> Result<u64> {
+        Ok(self.snapshot()?.generation)
+    }
+
+    /// Asks a snapshot, and a newer one when a run of it is gone.
+    fn ask<T>(&self, question: impl Fn(&Snapshot) -> Result<T>) -> Result<T> {
+        let mut snapshot = self.snapshot()?;
         let mut tries = 0;
         loop {
-            match self.look_in(&runs, id) {
-                Err(error) if error.is_not_found() && tries < LIST_TRIES => {
+            match question(&snapshot) {
+                Err(error) if error.is_not_found() && tries < TRIES => {
                     tries += 1;
-                    runs = self.reload(Some(&runs))?;
+                    snapshot = self.reload(Some(&snapshot))?;
                 }
                 other => return other,
             }
         }
     }
 
-    /// Where a block is that a point refers to: what is not found is looked for in a fresh list, then it is damage.
+    /// Where a block is that others may refer to: not in a condemned pack, and not where it was found bad.
+    pub(super) fn locate(&self, id: BlockId) -> Result<Option<Location>> {
+        self.ask(|snapshot| snapshot.locate(&*self.store, id))
+    }
+
+    /// Every location of a block and whether it is excluded, those first that are not.
+    pub(super) fn locate_all(&self, id: BlockId) -> Result<Vec<(Location, bool)>> {
+        self.ask(|snapshot| snapshot.locate_all(&*self.store, id))
+    }
+
+    /// Where a block is that a point refers to: a location that is not excluded, or else any. What is not found is looked for in
+    /// a new snapshot, then it is damage.
     pub(super) fn locate_stored(&self, id: BlockId) -> Result<Location> {
-        let seen = self.runs()?;
+        let seen = self.snapshot()?;
         if let Ok(Some(location)) = self.locate(id) {
             return Ok(location);
         }
+        if let Ok(Some((location, _))) = self.locate_all(id).map(|all| all.first().copied()) {
+            return Ok(location);
+        }
         self.reload(Some(&seen))?;
-        self.locate(id)?
+        self.locate_all(id)?
+            .first()
+            .map(|(location, _)| *location)
             .ok_or_else(|| Error::corrupt(format!("block {id}"), "no index run has it"))
     }
 
-    fn look_in(&self, runs: &Runs, id: BlockId) -> Result<Option<Location>> {
-        let mut damage = None;
-        for run in &runs.runs {
-            match run.find(&*self.store, id) {
-                Ok(None) => {}
-                Err(error @ Error::Corrupt { .. }) => damage = Some(error),
-                found => return found,
+    /// Whether a block was found bad somewhere; quick, for every block of a backup.
+    pub(super) fn is_quarantined(&self, id: BlockId) -> Result<bool> {
+        Ok(self.snapshot()?.is_quarantined(id))
+    }
+
+    /// Takes the lock of those who delete runs, waiting for a merge to end.
+    fn lock(&self, who: &str) -> Result<StoreLock> {
+        let deadline = Deadline::after(LOCK_WAIT);
+        loop {
+            match self.store.lock("index", who) {
+                Err(Error::Busy { .. }) if !deadline.passed() => clock::sleep(LOCK_PAUSE),
+                other => return other,
             }
         }
-        match (damage, runs.broken.first()) {
-            (Some(error), _) => Err(error),
-            (None, Some(Error::Corrupt { object, what })) => Err(Error::corrupt(object, what)),
-            _ => Ok(None),
+    }
+
+    /// Hands on every block with all its locations, in the order of the ids. Nothing is merged meanwhile: a list that is read
+    /// while runs come and go may lack both a run and what it was merged into.
+    pub(super) fn sweep(
+        &self,
+        each: &mut dyn FnMut(BlockId, &[Location]) -> Result<()>,
+    ) -> Result<()> {
+        let _lock = self.lock("reading the whole index")?;
+        let snapshot = self.fresh()?;
+        if let Some(error) = snapshot.broken.first() {
+            return Err(error.repeat_damage());
         }
+        let mut merged = Merged::new(&*self.store, &snapshot.runs)?;
+        let mut block: Option<BlockId> = None;
+        let mut locations = Vec::new();
+        while let Some((id, location)) = merged.next()? {
+            if let Some(before) = block
+                && before != id
+            {
+                each(before, &locations)?;
+                locations.clear();
+            }
+            block = Some(id);
+            locations.push(location);
+        }
+        block.map_or(Ok(()), |id| each(id, &locations))
+    }
+
+    /// Writes every run anew that names one of these packs, without their entries.
+    pub(super) fn rewrite_without(&self, packs: &HashSet<ObjectId>) -> Result<()> {
+        let _lock = self.lock("taking deleted packs out of the index")?;
+        let snapshot = self.fresh()?;
+        for run in &snapshot.runs {
+            if run.packs.iter().any(|pack| packs.contains(pack)) {
+                self.rewrite_run(run, packs)?;
+            }
+        }
+        self.refresh()
+    }
+
+    fn rewrite_run(&self, run: &Arc<Run>, packs: &HashSet<ObjectId>) -> Result<()> {
+        let mut stream = run.stream();
+        let mut writer = None;
+        while let Some((id, location)) = stream.next(&*self.store)? {
+            if packs.contains(&location.pack) {
+                continue;
+            }
+            let writer = match &mut writer {
+                Some(writer) => writer,
+                none => none.insert(RunWriter::create(&*self.store)?),
+            };
+            writer.add(id, &location)?;
+        }
+        if let Some(writer) = writer {
+            writer.finish()?;
+        }
+        self.store.delete(std::slice::from_ref(&run.object))
     }
 
     /// Publishes a run of new blocks, whose packs are durable. Their order does not matter; of a block that comes twice one
     /// entry stays.
     pub(super) fn publish(&self, mut entries: Vec<(BlockId, Location)>) -> Result<()> {
         self.write_run(&mut entries)?;
-        self.forget_list();
+        self.mark_stale();
         match self.compact() {
             // The blocks are found without the merge.
             Err(error @ (Error::Corrupt { .. } | Error::NotFound { .. } | Error::Busy { .. })) => {
@@ -169,8 +270,8 @@ impl Index {
     }
 
     fn write_run(&self, entries: &mut Vec<(BlockId, Location)>) -> Result<String> {
-        entries.sort_unstable_by_key(|(id, _)| *id);
-        entries.dedup_by_key(|(id, _)| *id);
+        entries.sort_unstable_by_key(page::key);
+        entries.dedup_by_key(|entry| page::key(entry));
         let mut writer = RunWriter::create(&*self.store)?;
         for (id, location) in entries.iter() {
             writer.add(*id, location)?;
@@ -180,58 +281,38 @@ impl Index {
 
     /// Merges runs until at most [`RUNS`] are left. Only one process at a time merges; another one lets it.
     fn compact(&self) -> Result<()> {
-        if self.runs()?.runs.len() <= RUNS {
+        if self.snapshot()?.runs.len() <= RUNS {
             return Ok(());
         }
         let _lock = self.store.lock("index", "merging index runs")?;
-        self.forget_list();
-        let runs = self.runs()?;
-        let inputs = choose(&runs.runs);
+        let snapshot = self.fresh()?;
+        let inputs = choose(&snapshot.runs);
         if inputs.is_empty() {
             return Ok(());
         }
         self.merge(inputs)?;
-        self.forget_list();
+        self.mark_stale();
         Ok(())
     }
 
     fn merge(&self, inputs: &[Arc<Run>]) -> Result<()> {
-        let store = &*self.store;
-        let mut streams: Vec<RunStream> = inputs.iter().map(Run::stream).collect();
-        let mut heads = BinaryHeap::new();
-        let mut pending = vec![None; streams.len()];
-        for (number, stream) in streams.iter_mut().enumerate() {
-            if let Some((id, location)) = stream.next(store)? {
-                heads.push(Reverse((id, number)));
-                pending[number] = Some(location);
-            }
-        }
-        let mut writer = RunWriter::create(store)?;
-        let mut last = None;
-        while let Some(Reverse((id, number))) = heads.pop() {
-            if let Some(location) = pending[number].take()
-                && last != Some(id)
-            {
-                writer.add(id, &location)?;
-                last = Some(id);
-            }
-            if let Some((id, location)) = streams[number].next(store)? {
-                heads.push(Reverse((id, number)));
-                pending[number] = Some(location);
-            }
+        let mut merged = Merged::new(&*self.store, inputs)?;
+        let mut writer = RunWriter::create(&*self.store)?;
+        while let Some((id, location)) = merged.next()? {
+            writer.add(id, &location)?;
         }
         writer.finish()?;
         let names: Vec<_> = inputs.iter().map(|run| run.object.clone()).collect();
-        store.delete(&names)
+        self.store.delete(&names)
     }
 
     /// Makes the index anew from the footers of all packs; the runs there were, damaged ones too, go at the end.
     pub(super) fn rebuild(&self) -> Result<u64> {
         let _lock = self.store.lock("index", "rebuilding the index")?;
-        let before = self.store.list("index/")?;
+        let before = self.store.list_fresh(run::PREFIX)?;
         let mut entries = Vec::new();
         let mut blocks = 0;
-        for object in self.store.list("packs/")? {
+        for object in self.store.list_fresh("packs/")? {
             match pack::open(&*self.store, &object) {
                 Ok(mut pack) => entries.append(&mut pack.entries),
                 Err(error @ Error::Corrupt { .. }) => {
@@ -250,7 +331,7 @@ impl Index {
             self.write_run(&mut entries)?;
         }
         self.store.delete(&before)?;
-        self.forget_list();
+        self.mark_stale();
         Ok(blocks)
     }
 
@@ -259,11 +340,9 @@ impl Index {
         &self,
         pack_sizes: &dyn Fn(ObjectId) -> Option<u64>,
     ) -> Result<Vec<Error>> {
-        let Runs {
-            runs,
-            broken: mut errors,
-        } = self.list()?;
-        for run in &runs {
+        let snapshot = self.fresh()?;
+        let mut errors: Vec<Error> = snapshot.broken.iter().map(Error::repeat_damage).collect();
+        for run in &snapshot.runs {
             if let Err(error) = self.verify_run(run, pack_sizes) {
                 match error {
                     // Merged by another process meanwhile.
@@ -335,6 +414,8 @@ fn tier(entries: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::cmp::Reverse;
+
     use super::*;
 
     #[test]

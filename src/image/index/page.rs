@@ -15,7 +15,7 @@
     )
 )]
 
-use std::cmp::Ordering;
+use std::ops::Range;
 
 use super::super::block::Location;
 use super::super::bytes::Cursor;
@@ -38,6 +38,11 @@ pub(super) fn write_entry(entries: &mut Vec<u8>, id: BlockId, pack: u32, locatio
     entries.extend_from_slice(&location.offset.to_le_bytes());
     entries.extend_from_slice(&stored_field(location));
     entries.extend_from_slice(&location.plain.to_le_bytes());
+}
+
+/// What the entries of a run are sorted by; a block may have copies in several packs.
+pub(super) fn key((id, location): &(BlockId, Location)) -> (BlockId, ObjectId, u32) {
+    (*id, location.pack, location.offset)
 }
 
 /// A page of `count` entries.
@@ -85,7 +90,7 @@ impl<'a> Page<'a> {
         Some(BlockId::from_bytes(cursor.array()?))
     }
 
-    fn count(&self) -> usize {
+    pub(super) fn count(&self) -> usize {
         self.entries.len().checked_div(48).unwrap_or(0)
     }
 
@@ -97,27 +102,28 @@ impl<'a> Page<'a> {
         self.id_at(self.count().checked_sub(1)?)
     }
 
-    /// The entry of a block, when the page has it.
-    pub(super) fn find(
-        &self,
-        id: BlockId,
-        packs: &[ObjectId],
-    ) -> Result<Option<Location>, Malformed> {
+    /// The positions of the entries of a block.
+    pub(super) fn find(&self, id: BlockId) -> Result<Range<usize>, Malformed> {
+        let start = self.first_not(|other| other < id)?;
+        let mut end = start;
+        while end < self.count() && self.id_at(end) == Some(id) {
+            end = end.saturating_add(1);
+        }
+        Ok(start..end)
+    }
+
+    /// The first position whose id is not `before`.
+    fn first_not(&self, before: impl Fn(BlockId) -> bool) -> Result<usize, Malformed> {
         let (mut low, mut high) = (0, self.count());
         while low < high {
             let middle = low.midpoint(high);
-            match self.id_at(middle).ok_or(Malformed)?.cmp(&id) {
-                Ordering::Less => low = middle.saturating_add(1),
-                Ordering::Greater => high = middle,
-                Ordering::Equal => {
-                    return self
-                        .at(middle, packs)
-                        .map(|(_, location)| Some(location))
-                        .ok_or(Malformed);
-                }
+            if before(self.id_at(middle).ok_or(Malformed)?) {
+                low = middle.saturating_add(1);
+            } else {
+                high = middle;
             }
         }
-        Ok(None)
+        Ok(low)
     }
 
     /// The entry at a position; `None` when it cannot be one.
@@ -145,7 +151,7 @@ impl<'a> Page<'a> {
             .map(|position| self.at(position, packs))
             .collect::<Option<_>>()?;
         entries
-            .is_sorted_by(|(a, _), (b, _)| a < b)
+            .is_sorted_by(|a, b| key(a) < key(b))
             .then_some(entries)
     }
 }
@@ -184,8 +190,8 @@ mod tests {
         let (bytes, expected) = page();
         let read = Page::parse(&bytes, 5).unwrap();
         assert_eq!(read.all(&packs()).unwrap(), expected);
-        assert_eq!(read.find(expected[3].0, &packs()), Ok(Some(expected[3].1)));
-        assert_eq!(read.find(BlockId::of(b"no"), &packs()), Ok(None));
+        assert_eq!(read.find(expected[3].0), Ok(3..4));
+        assert!(read.find(BlockId::of(b"no")).unwrap().is_empty());
         assert!(read.all(&packs()[..1]).is_none());
         assert!(Page::parse(&bytes, 4).is_none());
         for position in 0..bytes.len() {
@@ -201,7 +207,7 @@ mod tests {
             let bytes = write_page(3, &entries);
             if let Some(page) = Page::parse(&bytes, 3) {
                 page.all(&packs());
-                page.find(BlockId::of(b"x"), &packs()).ok();
+                page.find(BlockId::of(b"x")).ok();
             }
         }
     }

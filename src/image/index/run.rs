@@ -26,7 +26,7 @@ use super::super::error::{Error, Result};
 use super::super::ids::{BlockId, ObjectId};
 use super::super::sealed::{self, HEADER, Magic};
 use super::super::store::{ObjectWriter, Store};
-use super::page::{ENTRIES, ENTRY, PAGE, PAGE_HEADER, Page, write_entry, write_page};
+use super::page::{ENTRIES, ENTRY, PAGE, PAGE_HEADER, Page, key, write_entry, write_page};
 
 const MAGIC: Magic = *b"fr-indx\0";
 /// How many pages a merge reads at a time.
@@ -34,9 +34,12 @@ const STREAM_PAGES: u64 = 16;
 /// After so many guesses the search halves what is left: ids that are not spread evenly cost a logarithm, not a scan.
 const GUESSES: u32 = 6;
 
+/// How the names of runs begin.
+pub(super) const PREFIX: &str = "index/";
+
 /// The name of a run.
-pub(super) fn name(id: ObjectId) -> String {
-    format!("index/{id}")
+fn name(id: ObjectId) -> String {
+    format!("{PREFIX}{id}")
 }
 
 /// An opened run.
@@ -75,8 +78,13 @@ impl Run {
             .min(ENTRIES)
     }
 
-    /// Where the entry of a block is, when the run has it.
-    pub(super) fn find(&self, store: &dyn Store, id: BlockId) -> Result<Option<Location>> {
+    /// Hands on where a block is, until `each` says that it is enough; gives whether it did.
+    pub(super) fn find(
+        &self,
+        store: &dyn Store,
+        id: BlockId,
+        each: &mut dyn FnMut(Location) -> bool,
+    ) -> Result<bool> {
         let mut buffer = [0; 4096];
         let (mut low, mut high) = (0, self.pages());
         let (mut low_key, mut high_key) = (0, u64::MAX);
@@ -99,10 +107,72 @@ impl Run {
                 low = number.saturating_add(1);
                 low_key = last.leading();
             } else {
-                return page.find(id, &self.packs).map_err(|_| damaged());
+                return self.around(store, number, page, id, each);
             }
         }
-        Ok(None)
+        Ok(false)
+    }
+
+    /// Hands on the entries of a block of a page and, as copies may lie on both sides of its ends, of its neighbours.
+    fn around(
+        &self,
+        store: &dyn Store,
+        number: u64,
+        page: Page<'_>,
+        id: BlockId,
+        each: &mut dyn FnMut(Location) -> bool,
+    ) -> Result<bool> {
+        let (found, before, mut after) = self.of_page(number, page, id, each)?;
+        if found {
+            return Ok(true);
+        }
+        let mut buffer = [0; 4096];
+        let mut next = number;
+        while before && let Some(previous) = next.checked_sub(1) {
+            next = previous;
+            let page = self.read_page(store, previous, &mut buffer)?;
+            match self.of_page(previous, page, id, each)? {
+                (true, ..) => return Ok(true),
+                (false, true, _) => {}
+                (false, false, _) => break,
+            }
+        }
+        next = number;
+        while after && next.saturating_add(1) < self.pages() {
+            next = next.saturating_add(1);
+            let page = self.read_page(store, next, &mut buffer)?;
+            let (found, _, more) = self.of_page(next, page, id, each)?;
+            if found {
+                return Ok(true);
+            }
+            after = more;
+        }
+        Ok(false)
+    }
+
+    /// Hands on the entries of a block of one page; gives whether that was enough, and whether they begin and end the page.
+    fn of_page(
+        &self,
+        number: u64,
+        page: Page<'_>,
+        id: BlockId,
+        each: &mut dyn FnMut(Location) -> bool,
+    ) -> Result<(bool, bool, bool)> {
+        let positions = page.find(id).map_err(|_| self.damaged(number))?;
+        let some = !positions.is_empty();
+        let ends = (
+            some && positions.start == 0,
+            some && positions.end == page.count(),
+        );
+        for position in positions {
+            let (_, location) = page
+                .at(position, &self.packs)
+                .ok_or_else(|| self.damaged(number))?;
+            if each(location) {
+                return Ok((true, ends.0, ends.1));
+            }
+        }
+        Ok((false, ends.0, ends.1))
     }
 
     fn read_page<'a>(
@@ -170,7 +240,7 @@ pub(super) struct RunStream {
     run: Arc<Run>,
     page: u64,
     ready: VecDeque<(BlockId, Location)>,
-    last: Option<BlockId>,
+    last: Option<(BlockId, ObjectId, u32)>,
 }
 
 impl RunStream {
@@ -193,9 +263,9 @@ impl RunStream {
         for (number, page) in (self.page..end).zip(bytes.chunks(narrow(PAGE))) {
             let entries = Page::parse(page, run.count(number))
                 .and_then(|page| page.all(&run.packs))
-                .filter(|entries| self.last < entries.first().map(|(id, _)| *id))
+                .filter(|entries| self.last < entries.first().map(key))
                 .ok_or_else(|| run.damaged(number))?;
-            self.last = entries.last().map(|(id, _)| *id);
+            self.last = entries.last().map(key);
             self.ready.extend(entries);
         }
         self.page = end;
@@ -230,7 +300,7 @@ impl RunWriter {
         })
     }
 
-    /// Adds an entry whose id is above the last one's.
+    /// Adds an entry that comes after the last one, by [`key`].
     pub(super) fn add(&mut self, id: BlockId, location: &Location) -> Result<()> {
         let number = if let Some(number) = self.numbers.get(&location.pack) {
             *number

@@ -13,6 +13,7 @@ use std::num::NonZeroU64;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::{Advice, FlockOperation, fadvise, flock};
 
@@ -45,9 +46,22 @@ struct Inner {
 }
 
 /// The directories that every store has, made before anything else.
-const DIRECTORIES: [&str; 7] = [
-    "index", "locks", "maps", "packs", "points", "sessions", "tmp",
+const DIRECTORIES: [&str; 9] = [
+    "condemned",
+    "index",
+    "locks",
+    "maps",
+    "packs",
+    "points",
+    "quarantine",
+    "sessions",
+    "tmp",
 ];
+
+/// How the names of the files begin that make a client of a network file system forget its copy of a directory.
+const PROBE: &str = ".probe-";
+/// A probe that is older than this was left by a dead process.
+const PROBE_AGE: Duration = Duration::from_secs(3600);
 
 impl DirStore {
     /// Makes the directories of a new store. The path may be missing, empty, or left half-made by an earlier try.
@@ -176,8 +190,7 @@ impl Inner {
                 .unwrap_or_else(PoisonError::into_inner)
                 .contains(directory)
         };
-        // The store's own directories were durable before its first object was.
-        if directory.parent() == Some(&self.root) || directory == self.root || known(&self.made) {
+        if directory == self.root || known(&self.made) {
             return Ok(());
         }
         if let Some(parent) = directory.parent() {
@@ -227,6 +240,14 @@ impl Inner {
         Ok(())
     }
 
+    fn list(&self, prefix: &str, listing: Listing) -> Result<Vec<String>> {
+        let directory = self.path(prefix.trim_end_matches('/'))?;
+        let mut names = Vec::new();
+        list_into(&directory, prefix, listing, &mut names)?;
+        names.sort_unstable();
+        Ok(names)
+    }
+
     fn file(&self, name: &str) -> Result<Arc<File>> {
         let path = self.path(name)?;
         self.open.get(name, || {
@@ -235,8 +256,66 @@ impl Inner {
     }
 }
 
-fn list_into(directory: &Path, prefix: &str, names: &mut Vec<String>) -> Result<()> {
+/// Whether a listing may come from a cache.
+#[derive(Clone, Copy, PartialEq)]
+enum Listing {
+    Any,
+    Fresh,
+}
+
+/// Makes and removes a file, which makes a client of a network file system read the directory anew. Who may not write here
+/// gets what the client has.
+fn probe(directory: &Path) -> io::Result<()> {
+    let path = directory.join(format!(
+        "{PROBE}{}",
+        hex(&random::<8>().map_err(io::Error::other)?)
+    ));
+    let made = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path);
+    match made {
+        Ok(_) => match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        },
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::ReadOnlyFilesystem
+                    | io::ErrorKind::PermissionDenied
+            ) =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes a probe that a dead process left. Failing to is no reason not to list.
+fn remove_stale_probe(entry: &std::fs::DirEntry) {
+    let age = entry
+        .metadata()
+        .and_then(|metadata| metadata.modified())
+        .ok()
+        .and_then(|modified| modified.elapsed().ok());
+    if age.is_some_and(|age| age > PROBE_AGE) {
+        std::fs::remove_file(entry.path()).ok();
+    }
+}
+
+fn list_into(
+    directory: &Path,
+    prefix: &str,
+    listing: Listing,
+    names: &mut Vec<String>,
+) -> Result<()> {
     let failed = |error| Error::io("list", prefix, error);
+    if listing == Listing::Fresh {
+        probe(directory).map_err(failed)?;
+    }
     let entries = match std::fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other.map_err(failed)?,
@@ -246,9 +325,13 @@ fn list_into(directory: &Path, prefix: &str, names: &mut Vec<String>) -> Result<
         let Ok(part) = entry.file_name().into_string() else {
             continue;
         };
+        if part.starts_with(PROBE) {
+            remove_stale_probe(&entry);
+            continue;
+        }
         let name = format!("{prefix}{part}");
         if entry.file_type().map_err(failed)?.is_dir() {
-            list_into(&entry.path(), &format!("{name}/"), names)?;
+            list_into(&entry.path(), &format!("{name}/"), listing, names)?;
         } else if check_name(&name).is_ok() {
             names.push(name);
         }
@@ -316,11 +399,11 @@ impl Store for DirStore {
     }
 
     fn list(&self, prefix: &str) -> Result<Vec<String>> {
-        let directory = self.inner.path(prefix.trim_end_matches('/'))?;
-        let mut names = Vec::new();
-        list_into(&directory, prefix, &mut names)?;
-        names.sort_unstable();
-        Ok(names)
+        self.inner.list(prefix, Listing::Any)
+    }
+
+    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>> {
+        self.inner.list(prefix, Listing::Fresh)
     }
 
     fn delete(&self, names: &[String]) -> Result<()> {

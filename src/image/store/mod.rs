@@ -28,6 +28,11 @@ pub trait Store: Send + Sync {
     fn size(&self, name: &str) -> Result<u64>;
     /// The names of all objects under a prefix that ends with `/`, sorted.
     fn list(&self, prefix: &str) -> Result<Vec<String>>;
+    /// As [`Store::list`], but never from what a client of a network file system remembers: what another host published
+    /// before the call is in the answer.
+    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>> {
+        self.list(prefix)
+    }
     /// Deletes objects, durably when it returns; one that is not there is no error.
     fn delete(&self, names: &[String]) -> Result<()>;
     /// Takes the named lock until the guard is dropped or the process dies; [`Error::Busy`] says who holds it.
