@@ -4,6 +4,7 @@ mod backup;
 mod repository;
 mod restore;
 mod target;
+mod verify;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -101,7 +102,19 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             repo,
             points,
             max_duration,
-        } => repository::verify(&repo.repo, &points, max_duration),
+            share,
+            older_than,
+            rate,
+        } => {
+            let limits = verify::Limits {
+                max_duration,
+                share,
+                older_than,
+                rate,
+            };
+            verify::verify(&repo.repo, &points, &limits)
+        }
+        Command::Check { repo, points } => verify::check(&repo.repo, &points),
         Command::Restore {
             repo,
             point,

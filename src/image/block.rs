@@ -236,11 +236,7 @@ pub(super) fn decode_exactly(
     open_entry(&entry, id, plain)
 }
 
-fn open_entry(
-    entry: &Entry<'_>,
-    id: BlockId,
-    plain: &mut [u8],
-) -> std::result::Result<(), Damage> {
+fn open_entry(entry: &Entry<'_>, id: BlockId, plain: &mut [u8]) -> std::result::Result<(), Damage> {
     if entry.id != id {
         return Err(Damage("its entry holds another block"));
     }

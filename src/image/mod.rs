@@ -46,4 +46,4 @@ pub use points::Points;
 pub use read::BlockSink;
 pub use repo::{Encoded, InitOptions, Repository};
 pub use session::{Content, Item, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions};
-pub use verify::{Damage, VerifyOptions, VerifyReport};
+pub use verify::{CheckReport, Damage, Pace, PackReport, VerifyOptions, VerifyReport};
