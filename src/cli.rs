@@ -174,6 +174,34 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Forget points: by a policy, or by name. Their space comes back with `prune`.
+    Forget {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        forget: ForgetArgs,
+    },
+    /// Keep a point whatever a policy says.
+    Pin {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        point: String,
+        /// Why; `list` and `show` tell it.
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+    },
+    /// Leave a point to the policy again.
+    Unpin {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        point: String,
+    },
     /// Remove this repository's bitmaps from a VM.
     Untrack(RepoTargetArgs),
     /// Take back whatever a dead run left in a VM.
@@ -214,6 +242,59 @@ pub struct RepoArgs {
     /// The repository.
     #[arg(long, env = "FORERUN_REPO")]
     pub repo: PathBuf,
+}
+
+/// Which points to forget, or what to keep of them.
+#[derive(Debug, Args)]
+pub struct ForgetArgs {
+    /// The targets whose points the policy is for: a key or one of its spellings.
+    #[arg(conflicts_with_all = ["all_targets", "point"])]
+    pub targets: Vec<String>,
+    /// The policy is for all targets, each by itself.
+    #[arg(long, conflicts_with = "point")]
+    pub all_targets: bool,
+    /// These points, and no policy. A damaged one by its full id.
+    #[arg(long, num_args = 1.., value_name = "POINT")]
+    pub point: Vec<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keep: KeepArgs,
+    /// Whose days, weeks, months and years count: `UTC`, `Europe/Berlin`; by default the host's.
+    #[arg(long, value_name = "ZONE", conflicts_with = "point")]
+    pub tz: Option<String>,
+    /// Also the last good point of a target; a policy never takes it.
+    #[arg(long, conflicts_with = "keep")]
+    pub allow_last: bool,
+    /// Only say what would be done.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// How many points to keep of a target: all that any of these keeps.
+#[derive(Debug, Args)]
+#[group(id = "keep", multiple = true, conflicts_with = "point")]
+pub struct KeepArgs {
+    /// The newest ones.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_last: Option<u32>,
+    /// The newest one of each of the last N hours that have one.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_hourly: Option<u32>,
+    /// Of days.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_daily: Option<u32>,
+    /// Of weeks, Monday to Sunday.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_weekly: Option<u32>,
+    /// Of months.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_monthly: Option<u32>,
+    /// Of years.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_yearly: Option<u32>,
+    /// All that are no more than this older than the target's newest: 36h, 14d, 8w.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub keep_within: Option<Duration>,
 }
 
 /// Which VM.
@@ -332,6 +413,9 @@ impl Command {
             Self::Verify { .. } => "verify",
             Self::Check { .. } => "check",
             Self::Restore { .. } => "restore",
+            Self::Forget { .. } => "forget",
+            Self::Pin { .. } => "pin",
+            Self::Unpin { .. } => "unpin",
             Self::Untrack(_) => "untrack",
             Self::Recover { .. } => "recover",
             Self::DropSession { .. } => "drop-session",

@@ -28,6 +28,10 @@
 //! Imports point one way: `image` and `nbd` know nothing of VMs, `qmp` nothing of repositories, `bitmap` nothing of either's
 //! data. `tests/tidy.rs` holds the arrows.
 
+// The store of the crash tests is written against the library from outside, and serves tests inside too.
+#[cfg(test)]
+extern crate self as forerun;
+
 pub mod backup;
 pub mod bitmap;
 pub mod cli;

@@ -213,7 +213,7 @@ pub fn parse_share(text: &str) -> Result<f64, String> {
     share.ok_or_else(|| format!("`{text}` is not a share such as 10% or 2.5%"))
 }
 
-/// Reads a duration as people write it: `30s`, `5m`, `2h`, `1d`, `250ms`.
+/// Reads a duration as people write it: `30s`, `5m`, `2h`, `1d`, `2w`, `250ms`.
 pub fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
     let text = text.trim();
     let split = text
@@ -228,6 +228,7 @@ pub fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
         "m" | "min" => 60_000,
         "h" => 3_600_000,
         "d" => 86_400_000,
+        "w" => 604_800_000,
         _ => return Err(bad()),
     };
     number

@@ -1,6 +1,7 @@
 //! The commands: each turns its arguments into calls of the library and the results into an [`Outcome`].
 
 mod backup;
+mod forget;
 mod repository;
 mod restore;
 mod target;
@@ -132,6 +133,13 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             restore::restore(&repo.repo, &request, style)
         }
+        Command::Forget { repo, forget } => forget::forget(&repo.repo, &forget),
+        Command::Pin {
+            repo,
+            point,
+            reason,
+        } => forget::pin(&repo.repo, &point, reason),
+        Command::Unpin { repo, point } => forget::unpin(&repo.repo, &point),
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
         Command::DropSession { repo, target } => repository::drop_session(&repo.repo, &target),

@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::exit::{Failure, Kind};
-use crate::image::{self, InitOptions, Manifest, Repository, Session};
+use crate::image::{self, InitOptions, Manifest, Pins, PointId, Repository, Session};
 use crate::report::Outcome;
 use crate::units::{BlockSize, Bytes};
 
@@ -36,6 +36,7 @@ pub(super) fn init(path: &Path, block_size: u64) -> Result<Outcome> {
 pub(super) fn list(path: &Path, target: Option<&str>) -> Result<Outcome> {
     let repo = Repository::open(path)?;
     let points = repo.points()?;
+    let pins = repo.pins()?;
     let mut outcome = Outcome::default();
     let mut listed = Vec::new();
     for point in &points.points {
@@ -44,7 +45,7 @@ pub(super) fn list(path: &Path, target: Option<&str>) -> Result<Outcome> {
         }
         let size: u64 = point.disks.iter().map(|disk| disk.size).sum();
         outcome.line(format!(
-            "{}  {}  {}  {} on {}  {}",
+            "{}  {}  {}  {} on {}  {}{}",
             point.id,
             point.instant,
             name_of(point),
@@ -55,10 +56,16 @@ pub(super) fn list(path: &Path, target: Option<&str>) -> Result<Outcome> {
                 .map(|disk| disk.key.as_str())
                 .collect::<Vec<_>>()
                 .join(", "),
-            quiesce(point)
+            quiesce(point),
+            pinned_words(&pins, point.id)
         ));
-        listed.push(summary(point));
+        listed.push(summary(point, &pins));
     }
+    let unread = pins
+        .damaged
+        .iter()
+        .map(|error| format!("a pin cannot be read: {error}"));
+    outcome.warnings.extend(unread);
     for error in &points.damaged {
         outcome
             .warnings
@@ -71,7 +78,16 @@ pub(super) fn list(path: &Path, target: Option<&str>) -> Result<Outcome> {
     Ok(outcome)
 }
 
-fn name_of(point: &Manifest) -> &str {
+fn pinned_words(pins: &Pins, point: PointId) -> String {
+    match (pins.has(point), pins.reason(point)) {
+        (false, _) => String::new(),
+        (true, None) => "  pinned".to_owned(),
+        (true, Some(why)) => format!("  pinned: {why}"),
+    }
+}
+
+/// What a target is called, as people know it.
+pub(super) fn name_of(point: &Manifest) -> &str {
     point
         .target
         .spellings
@@ -86,14 +102,18 @@ fn quiesce(point: &Manifest) -> String {
         .unwrap_or_default()
 }
 
-fn summary(point: &Manifest) -> Value {
+fn summary(point: &Manifest, pins: &Pins) -> Value {
+    let pinned = pins.has(point.id).then(|| {
+        let pin = pins.pins.get(&point.id).and_then(Option::as_ref);
+        json!({ "reason": pin.and_then(|pin| pin.reason.clone()), "since": pin.map(|pin| pin.since) })
+    });
     json!({
         "id": point.id, "target": point.target, "instant": point.instant, "parent": point.parent,
         "freeze": point.freeze, "quiesce": point.quiesce,
         "disks": point.disks.iter().map(|disk| json!({
             "key": disk.key, "size": disk.size, "format": disk.format, "rescanned": disk.rescanned,
         })).collect::<Vec<_>>(),
-        "statistics": point.statistics,
+        "statistics": point.statistics, "pinned": pinned,
     })
 }
 
@@ -121,8 +141,12 @@ pub(super) fn show(path: &Path, point: &str) -> Result<Outcome> {
             outcome.line(format!("    read in full: {why}"));
         }
     }
+    let pins = repo.pins()?;
+    if pins.has(point.id) {
+        outcome.line(pinned_words(&pins, point.id));
+    }
     outcome.line(format!("  {}", point.statistics));
-    let mut full = summary(&point);
+    let mut full = summary(&point, &pins);
     full["machine"] = point.machine.clone();
     outcome.more.insert("point".to_owned(), full);
     Ok(outcome)

@@ -17,17 +17,20 @@ mod bytes;
 mod condemned;
 mod envelope;
 mod error;
+mod forget;
 mod ids;
 #[allow(dead_code, reason = "prune and verify use it")]
 mod index;
 mod manifest;
 mod map;
 mod pack;
+mod pins;
 mod points;
 #[allow(dead_code, reason = "prune and verify use it")]
 mod quarantine;
 mod read;
 mod repo;
+mod retention;
 mod sealed;
 mod session;
 pub mod store;
@@ -35,15 +38,19 @@ mod verify;
 
 pub use block::NewBlock;
 pub use error::{Error, Result};
+pub use forget::{ForgetPlan, Selection, TargetPlan};
 pub use ids::{BlockId, Digest, ObjectId, PointId, RepoId, SessionId};
+pub use index::Rebuilt;
 pub use manifest::{DiskPoint, Manifest, Quiesce, RetiredBitmap, Target, Tracking};
 pub use map::{
     BlockIds, Diff, Entry, LAYERS, LayerRef, MapReader, MapRef, MapRuns, MapStats, Run, RunContent,
     build_map, diff,
 };
 pub use pack::{PackStats, PackWriter};
+pub use pins::{Pin, Pins};
 pub use points::Points;
 pub use read::BlockSink;
 pub use repo::{Encoded, InitOptions, Repository};
+pub use retention::{Policy, Reason};
 pub use session::{Content, Item, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions};
 pub use verify::{CheckReport, Damage, Pace, PackReport, VerifyOptions, VerifyReport};

@@ -19,7 +19,8 @@ pub struct Points {
     pub damaged: Vec<Error>,
 }
 
-fn name(id: PointId) -> String {
+/// The name of the object.
+pub(super) fn name(id: PointId) -> String {
     format!("points/{id}")
 }
 

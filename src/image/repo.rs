@@ -10,7 +10,7 @@ use super::bytes::all_zero;
 use super::envelope;
 use super::error::{Error, Result};
 use super::ids::{BlockId, RepoId};
-use super::index::Index;
+use super::index::{Index, Rebuilt};
 use super::pack::PackWriter;
 use super::store::{DirStore, Store};
 use crate::units::BlockSize;
@@ -182,8 +182,8 @@ impl Repository {
         PackWriter::new(self, label)
     }
 
-    /// Makes the index anew from the packs; gives the number of blocks.
-    pub fn rebuild_index(&self) -> Result<u64> {
+    /// Makes the index anew from the packs.
+    pub fn rebuild_index(&self) -> Result<Rebuilt> {
         self.index().rebuild()
     }
 }

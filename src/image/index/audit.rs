@@ -30,7 +30,7 @@ impl Index {
                 snapshot.broken.iter().map(Error::repeat_damage).collect();
             let mut runs = Vec::new();
             for run in &snapshot.runs {
-                match self.read_whole(run) {
+                match run.check(&*self.store, &mut |_, _| Ok(())) {
                     Ok(()) => runs.push(Arc::clone(run)),
                     // Merged by another process meanwhile.
                     Err(error) if error.is_not_found() && tries < TRIES => {
@@ -49,19 +49,13 @@ impl Index {
         }
     }
 
-    fn read_whole(&self, run: &Arc<Run>) -> Result<()> {
-        let mut stream = run.stream();
-        while stream.next(&*self.store)?.is_some() {}
-        Ok(())
-    }
-
     /// Whether a run names a pack; past any cache.
     pub(in crate::image) fn names(&self, pack: ObjectId) -> Result<bool> {
         Ok(self
             .fresh()?
             .runs
             .iter()
-            .any(|run| run.packs.contains(&pack)))
+            .any(|run| run.packs.binary_search(&pack).is_ok()))
     }
 }
 

@@ -46,12 +46,13 @@ struct Inner {
 }
 
 /// The directories that every store has, made before anything else.
-const DIRECTORIES: [&str; 9] = [
+const DIRECTORIES: &[&str] = &[
     "condemned",
     "index",
     "locks",
     "maps",
     "packs",
+    "pins",
     "points",
     "quarantine",
     "sessions",
@@ -81,7 +82,7 @@ impl DirStore {
         }
         refuse_foreign(root, &shown)?;
         for name in DIRECTORIES {
-            make_directory(&root.join(name)).map_err(|error| Error::io("make", name, error))?;
+            make_directory(&root.join(name)).map_err(|error| Error::io("make", *name, error))?;
         }
         sync_directory(root).map_err(|error| Error::io("sync", shown, error))?;
         Ok(Self::at(root))
@@ -190,6 +191,7 @@ impl Inner {
                 .unwrap_or_else(PoisonError::into_inner)
                 .contains(directory)
         };
+        // One of the store's own may be of a later version than the store.
         if directory == self.root || known(&self.made) {
             return Ok(());
         }

@@ -179,7 +179,7 @@ impl Verify<'_> {
             let mut wanted = ids.into_iter().peekable();
             while let Some((id, location)) = next.filter(|(id, _)| parts.of(*id) <= part) {
                 while let Some(absent) = wanted.next_if(|wanted| *wanted < id) {
-                    self.absent(absent)?;
+                    self.absent(absent, structure)?;
                 }
                 wanted.next_if_eq(&id);
                 structure.entries += 1;
@@ -195,7 +195,7 @@ impl Verify<'_> {
                 next = entries.next()?;
             }
             for absent in wanted {
-                self.absent(absent)?;
+                self.absent(absent, structure)?;
             }
         }
         for (pack, ids) in gone {
@@ -227,9 +227,17 @@ impl Verify<'_> {
     }
 
     /// A block that no sound index run has: a damaged one may.
-    fn absent(&mut self, id: BlockId) -> Result<()> {
-        if let Err(error) = self.repo.read_block(id) {
-            self.lost.insert(id, as_damage(error)?);
+    fn absent(&mut self, id: BlockId, structure: &Structure) -> Result<()> {
+        match self.repo.index().locate_stored(id) {
+            Ok(location) if structure.packs.contains_key(&location.pack) => {}
+            Ok(location) => {
+                if self.repo.is_missing(location.pack)? {
+                    self.found(missing(id, location.pack));
+                }
+            }
+            Err(error) => {
+                self.lost.insert(id, as_damage(error)?);
+            }
         }
         Ok(())
     }

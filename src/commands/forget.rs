@@ -1,0 +1,224 @@
+//! `forget`, `pin` and `unpin`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use anyhow::Result;
+use jiff::tz::TimeZone;
+use serde_json::{Value, json};
+
+use super::repository::name_of;
+use crate::cli::{ForgetArgs, KeepArgs};
+use crate::clock;
+use crate::exit::{Failure, Kind};
+use crate::image::{Error, ForgetPlan, Manifest, PointId, Policy, Repository, Selection};
+use crate::report::Outcome;
+
+/// `forget`.
+pub(super) fn forget(path: &Path, args: &ForgetArgs) -> Result<Outcome> {
+    let repo = Repository::open(path)?;
+    let selection = if args.point.is_empty() {
+        by_policy(&repo, args)?
+    } else {
+        let ids = args.point.iter().map(|point| point_id(&repo, point));
+        Selection::Points {
+            points: ids.collect::<Result<_>>()?,
+            allow_last: args.allow_last,
+        }
+    };
+    let plan = if args.dry_run {
+        repo.plan_forget(&selection)?
+    } else {
+        repo.forget(&selection)?
+    };
+    Ok(report(plan, args.dry_run))
+}
+
+/// The point that is named; a damaged one has no name but its full id.
+fn point_id(repo: &Repository, text: &str) -> Result<PointId> {
+    match text.parse() {
+        Ok(id) => Ok(id),
+        Err(_) => Ok(repo.resolve(text)?.id),
+    }
+}
+
+fn by_policy(repo: &Repository, args: &ForgetArgs) -> Result<Selection> {
+    let policy = policy(&args.keep);
+    if policy.is_empty() {
+        return Err(Failure::hinted(
+            Kind::Usage,
+            "nothing says what to keep, and everything is not forgotten by leaving it out",
+            "give a rule such as `--keep-daily 14`, or name points with `--point`",
+        ));
+    }
+    if args.targets.is_empty() && !args.all_targets {
+        return Err(Failure::hinted(
+            Kind::Usage,
+            "nothing says whose points to forget",
+            "name targets, or give `--all-targets`",
+        ));
+    }
+    let zone = match &args.tz {
+        None => clock::local_now().time_zone().clone(),
+        Some(name) => TimeZone::get(name).map_err(|error| {
+            Failure::hinted(
+                Kind::Usage,
+                format!("`{name}` is no time zone: {error}"),
+                "write a name such as UTC or Europe/Berlin",
+            )
+        })?,
+    };
+    let targets = match args.all_targets {
+        true => None,
+        false => Some(keys(repo, &args.targets)?),
+    };
+    Ok(Selection::Policy {
+        policy,
+        zone,
+        targets,
+    })
+}
+
+fn policy(keep: &KeepArgs) -> Policy {
+    Policy {
+        last: keep.keep_last.unwrap_or(0),
+        hourly: keep.keep_hourly.unwrap_or(0),
+        daily: keep.keep_daily.unwrap_or(0),
+        weekly: keep.keep_weekly.unwrap_or(0),
+        monthly: keep.keep_monthly.unwrap_or(0),
+        yearly: keep.keep_yearly.unwrap_or(0),
+        within: keep.keep_within,
+    }
+}
+
+/// The keys of the targets of these names, each of which is that of one target.
+pub(super) fn keys(repo: &Repository, names: &[String]) -> Result<BTreeSet<String>> {
+    let points = repo.points()?.points;
+    let mut all = BTreeSet::new();
+    for name in names {
+        let called = points.iter().filter(|point| point.target.is_called(name));
+        let found: BTreeSet<&str> = called.map(|point| point.target.key.as_str()).collect();
+        let list = |keys: &BTreeSet<&str>| keys.iter().copied().collect::<Vec<_>>().join(", ");
+        match found.len() {
+            0 => {
+                let known: BTreeMap<&str, &str> = points
+                    .iter()
+                    .map(|point| (point.target.key.as_str(), name_of(point)))
+                    .collect();
+                let known = known
+                    .into_iter()
+                    .map(|(key, name)| format!("{name} ({key})"));
+                return Err(Failure::hinted(
+                    Kind::Failed,
+                    format!("no point that can be read is of a target `{name}`"),
+                    format!("targets: {}", known.collect::<Vec<_>>().join(", ")),
+                ));
+            }
+            1 => all.extend(found.into_iter().map(str::to_owned)),
+            _ => {
+                return Err(Failure::hinted(
+                    Kind::Failed,
+                    format!("`{name}` is the name of {} targets", found.len()),
+                    format!("name one by its key: {}", list(&found)),
+                ));
+            }
+        }
+    }
+    Ok(all)
+}
+
+fn report(plan: ForgetPlan, dry_run: bool) -> Outcome {
+    let mut outcome = Outcome::default();
+    let gone = if dry_run { "would forget" } else { "forgot" };
+    let mut count = plan.damaged.len();
+    for target in &plan.targets {
+        let any = target.kept.first().map(|(point, _)| point);
+        let any = any.or(target.forgotten.first());
+        let name = any.map_or(target.key.as_str(), name_of);
+        outcome.line(format!("{name} ({})", target.key));
+        let mut lines = Vec::new();
+        for (point, reasons) in &target.kept {
+            let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+            lines.push((point, format!("keep    {}", reasons.join(", "))));
+        }
+        for point in &target.forgotten {
+            lines.push((point, "forget".to_owned()));
+        }
+        lines.sort_by_key(|(point, _)| (point.instant, point.id));
+        for (point, what) in lines {
+            let line = format!("  {}  {}  {what}", point.id, point.instant);
+            outcome.line(line.trim_end());
+        }
+        count += target.forgotten.len();
+        let brief = |point: &Manifest| json!({ "point": point.id, "instant": point.instant });
+        let kept: Vec<Value> = target
+            .kept
+            .iter()
+            .map(|(point, reasons)| {
+                json!({ "point": point.id, "instant": point.instant, "reasons": reasons })
+            })
+            .collect();
+        outcome.targets.push(json!({
+            "target": name, "key": target.key, "kept": kept,
+            "forgotten": target.forgotten.iter().map(brief).collect::<Vec<_>>(),
+        }));
+    }
+    for point in &plan.damaged {
+        outcome.line(format!("{point}  damaged  forget"));
+    }
+    let points = if count == 1 { "point" } else { "points" };
+    outcome.line(format!(
+        "{gone} {count} {points}; their space comes back with `forerun prune`"
+    ));
+    outcome.warnings = plan.warnings;
+    outcome.more.insert(
+        "forget".to_owned(),
+        json!({ "dry_run": dry_run, "damaged": plan.damaged, "stray_pins": plan.stray_pins }),
+    );
+    outcome
+}
+
+/// `pin`.
+pub(super) fn pin(path: &Path, point: &str, reason: Option<String>) -> Result<Outcome> {
+    let repo = Repository::open(path)?;
+    let point = repo.resolve(point)?;
+    let pin = match repo.pin(point.id, reason) {
+        Err(Error::Exists { .. }) => {
+            let why = repo.pins()?.reason(point.id).map(str::to_owned);
+            let why = why.map_or(String::new(), |why| format!(": {why}"));
+            return Err(Failure::hinted(
+                Kind::Failed,
+                format!("point {} is pinned already{why}", point.id),
+                format!("to change the reason, `forerun unpin {}` first", point.id),
+            ));
+        }
+        other => other?,
+    };
+    let mut outcome = Outcome::default();
+    outcome.line(format!(
+        "pinned {} of {} of {}",
+        point.id,
+        point.instant,
+        name_of(&point)
+    ));
+    outcome.more.insert("point".to_owned(), json!(point.id));
+    outcome.more.insert(
+        "pinned".to_owned(),
+        json!({ "reason": pin.reason, "since": pin.since }),
+    );
+    Ok(outcome)
+}
+
+/// `unpin`.
+pub(super) fn unpin(path: &Path, point: &str) -> Result<Outcome> {
+    let repo = Repository::open(path)?;
+    let id = point_id(&repo, point)?;
+    let mut outcome = Outcome::default();
+    if repo.unpin(id)? {
+        outcome.line(format!("unpinned {id}"));
+    } else {
+        outcome.warnings.push(format!("point {id} was not pinned"));
+    }
+    outcome.more.insert("point".to_owned(), json!(id));
+    Ok(outcome)
+}
