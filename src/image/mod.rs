@@ -18,6 +18,7 @@ mod condemned;
 mod envelope;
 mod error;
 mod forget;
+mod heal;
 mod ids;
 #[allow(dead_code, reason = "prune and verify use it")]
 mod index;
@@ -52,5 +53,7 @@ pub use points::Points;
 pub use read::BlockSink;
 pub use repo::{Encoded, InitOptions, Repository};
 pub use retention::{Policy, Reason};
-pub use session::{Content, Item, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions};
+pub use session::{
+    Content, Item, SegmentContent, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions,
+};
 pub use verify::{CheckReport, Damage, Pace, PackReport, VerifyOptions, VerifyReport};
