@@ -50,6 +50,7 @@ pub(super) fn verify(path: &Path, points: &[String], limits: &Limits) -> Result<
             };
             Arc::new(pace) as _
         }),
+        save_every: None,
     })?;
     let mut outcome = Outcome::default();
     let extent = if report.complete {

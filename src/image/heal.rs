@@ -5,10 +5,23 @@ use std::collections::HashSet;
 
 use super::error::{Error, Result};
 use super::ids::BlockId;
-use super::quarantine::Quarantine;
+use super::quarantine::{Bad, Quarantine};
 use super::repo::Repository;
 
 impl Repository {
+    /// Puts bad places into quarantine that are not in it.
+    pub(super) fn quarantine(&self, found: &[Bad]) -> Result<()> {
+        if found.is_empty() {
+            return Ok(());
+        }
+        let known = Quarantine::read(self.store())?;
+        let mut new: Vec<Bad> = found.to_vec();
+        new.retain(|bad| !known.has(bad.id, bad.pack));
+        new.sort_unstable_by_key(|bad| (bad.id, bad.pack));
+        new.dedup_by_key(|bad| (bad.id, bad.pack));
+        Quarantine::add(self.store(), &new)
+    }
+
     /// The blocks that are bad wherever they are stored, as of now. Costs a listing when nothing was found bad. From then on
     /// [`Repository::encode`] takes none of them for known.
     pub fn lost_blocks(&self) -> Result<HashSet<BlockId>> {

@@ -22,6 +22,7 @@ mod heal;
 mod ids;
 #[allow(dead_code, reason = "prune and verify use it")]
 mod index;
+mod locate;
 mod manifest;
 mod map;
 mod pack;

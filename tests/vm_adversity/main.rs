@@ -10,6 +10,7 @@ mod agent;
 mod changes;
 mod choice;
 mod foreign;
+mod heal;
 mod lab;
 mod offline;
 mod restore;

@@ -22,6 +22,9 @@ impl Verify<'_> {
         let mut damaged = Vec::new();
         let records = Quarantine::records(self.repo.store(), &mut damaged)?;
         for error in damaged {
+            if let Error::Corrupt { object, .. } = &error {
+                self.worthless.push(object.clone());
+            }
             self.damaged(error, Hurts::new())?;
         }
         for (object, record) in records {

@@ -52,6 +52,8 @@ pub struct VerifyOptions {
     pub older_than: Option<Duration>,
     /// How fast to read; `None` for as fast as it goes.
     pub pace: Option<Pace>,
+    /// How often what was checked is written down; `None` for every minute.
+    pub save_every: Option<Duration>,
 }
 
 /// A damaged or missing object.
@@ -149,6 +151,11 @@ impl Repository {
             verify.packs(&structure, &mut report)?;
         }
         verify.settle()?;
+        if report.complete && report.packs.is_some() {
+            // Whatever they said was found anew.
+            let deleted = self.store().delete(&verify.worthless);
+            verify.note("damaged records of bad blocks stay", deleted);
+        }
         verify.attribute(&points)?;
         report.damage = verify.damage.into_values().collect();
         report.notes = verify.notes;
@@ -193,6 +200,8 @@ struct Verify<'a> {
     notes: Vec<String>,
     /// What is known to be bad since before.
     quarantine: Quarantine,
+    /// Damaged records of bad places.
+    worthless: Vec<String>,
     /// Bad places that were found now.
     found: Vec<Bad>,
     /// Blocks that cannot be read anywhere: the object and how.
@@ -218,6 +227,7 @@ impl<'a> Verify<'a> {
             damage: BTreeMap::new(),
             notes: Vec::new(),
             quarantine: Quarantine::read(repo.store())?,
+            worthless: Vec::new(),
             found: Vec::new(),
             lost: BTreeMap::new(),
         })
@@ -362,7 +372,7 @@ impl<'a> Verify<'a> {
         if found.is_empty() {
             return Ok(());
         }
-        let added = self.record(&found);
+        let added = self.repo.quarantine(&found);
         self.note("the bad blocks are not in quarantine", added);
         self.repo.index().refresh()?;
         for bad in found {
@@ -378,17 +388,6 @@ impl<'a> Verify<'a> {
             }
         }
         Ok(())
-    }
-
-    /// Puts bad places into quarantine that are not in it.
-    fn record(&self, found: &[Bad]) -> Result<()> {
-        if found.is_empty() {
-            return Ok(());
-        }
-        let known = Quarantine::read(self.repo.store())?;
-        let new = found.iter().filter(|bad| !known.has(bad.id, bad.pack));
-        let new: Vec<Bad> = new.cloned().collect();
-        Quarantine::add(self.repo.store(), &new)
     }
 
     /// Names the points that lost blocks hurt, and finds maps with holes.

@@ -17,8 +17,8 @@ use super::structure::Structure;
 use super::{Hurts, PackReport, Verify, VerifyReport, in_parallel, lock};
 use crate::clock::{self, Deadline};
 
-/// How often what was checked is written down.
-const FLUSH: Duration = Duration::from_secs(60);
+/// How often what was checked is written down, unless that is said.
+const SAVE: Duration = Duration::from_secs(60);
 
 /// What the workers share.
 struct Round {
@@ -66,7 +66,7 @@ impl Verify<'_> {
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         self.found.append(&mut round.bad);
         // What was found is to outlive a kill before the packs count as checked.
-        if let Err(error) = self.record(&self.found) {
+        if let Err(error) = self.repo.quarantine(&self.found) {
             round.failure.get_or_insert(error);
         }
         let exists = |pack| structure.packs.contains_key(&pack);
@@ -168,11 +168,11 @@ impl Verify<'_> {
         round.packs += 1;
         round.pack_bytes += size;
         round.checks.done(id, clock::utc_now());
-        if clock::now().duration_since(round.flushed) >= FLUSH {
+        if clock::now().duration_since(round.flushed) >= self.options.save_every.unwrap_or(SAVE) {
             round.flushed = clock::now();
             // What was found is to outlive a kill before the packs count as checked.
             let bad = std::mem::take(&mut round.bad);
-            let recorded = self.record(&bad);
+            let recorded = self.repo.quarantine(&bad);
             round.bad = bad;
             let written = recorded.and_then(|()| round.checks.flush(store));
             round.failure = written.err();
