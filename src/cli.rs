@@ -123,6 +123,14 @@ pub enum Command {
         /// The other.
         b: String,
     },
+    /// Show what points cost: what they refer to, and what would be freed without them.
+    Stats {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Only this target, or this point.
+        of: Option<String>,
+    },
     /// Read and re-hash everything that is stored, or what these points need.
     ///
     /// Everything goes pack by pack, those not checked for longest first; where one run ends the next goes on. Blocks that
@@ -183,6 +191,27 @@ pub enum Command {
         #[allow(missing_docs)]
         forget: ForgetArgs,
     },
+    /// Copy points to a second repository; only what that one lacks is read.
+    Copy {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        #[arg(required_unless_present = "all", conflicts_with = "all")]
+        points: Vec<String>,
+        /// All points.
+        #[arg(long)]
+        all: bool,
+        /// Of these targets only. May be repeated.
+        #[arg(long, requires = "all")]
+        target: Vec<String>,
+        /// The second repository.
+        #[arg(long, value_name = "REPO2")]
+        to: PathBuf,
+        /// Read at most this much a second: 100MiB/s.
+        #[arg(long, value_parser = parse_rate)]
+        rate: Option<u64>,
+    },
     /// Keep a point whatever a policy says.
     Pin {
         #[command(flatten)]
@@ -202,6 +231,15 @@ pub enum Command {
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
         point: String,
     },
+    /// Make anew what can be made anew.
+    Repair {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// What.
+        #[arg(value_enum)]
+        what: Repair,
+    },
     /// Remove this repository's bitmaps from a VM.
     Untrack(RepoTargetArgs),
     /// Take back whatever a dead run left in a VM.
@@ -218,8 +256,11 @@ pub enum Command {
         #[command(flatten)]
         #[allow(missing_docs)]
         repo: RepoArgs,
-        /// The target's key or one of its spellings.
-        target: String,
+        /// The target's key or one of its spellings. As qmp:SOCKET, its bitmaps are removed from the VM at once.
+        target: Target,
+        /// The name of a target without a UUID.
+        #[arg(long = "as", value_name = "NAME")]
+        name: Option<String>,
     },
     /// The process that frees a guest for a dead run.
     #[command(hide = true)]
@@ -381,6 +422,13 @@ pub enum Format {
     Qcow2,
 }
 
+/// What can be made anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Repair {
+    /// Which pack holds which block, from the footers of the packs.
+    Index,
+}
+
 impl Command {
     /// Whether a signal must not end it before the VM is released; the others are ended by one at once.
     #[must_use]
@@ -410,12 +458,15 @@ impl Command {
             Self::List { .. } => "list",
             Self::Show { .. } => "show",
             Self::Diff { .. } => "diff",
+            Self::Stats { .. } => "stats",
             Self::Verify { .. } => "verify",
             Self::Check { .. } => "check",
             Self::Restore { .. } => "restore",
+            Self::Copy { .. } => "copy",
             Self::Forget { .. } => "forget",
             Self::Pin { .. } => "pin",
             Self::Unpin { .. } => "unpin",
+            Self::Repair { .. } => "repair",
             Self::Untrack(_) => "untrack",
             Self::Recover { .. } => "recover",
             Self::DropSession { .. } => "drop-session",

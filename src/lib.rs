@@ -13,7 +13,7 @@
 //! QEMU              qmp: monitor, graph, exports, freeze, agent, release
 //! the data plane    nbd: an NBD client
 //! the repository    image: packs, index, maps, points, sessions
-//! the way back      restore
+//! the way back      restore                              replicate: to a second repository
 //! the ground        units, clock, fault, unix_path
 //! ```
 //!
@@ -47,6 +47,7 @@ pub mod nbd;
 mod offline;
 pub mod progress;
 pub mod qmp;
+pub mod replicate;
 pub mod report;
 pub mod restore;
 pub mod schedule;

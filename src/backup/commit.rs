@@ -352,6 +352,7 @@ impl Runner {
                 "begun": self.begun,
             }),
             retired_bitmaps: retired,
+            origin: None,
         })
     }
 

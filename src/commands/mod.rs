@@ -1,9 +1,12 @@
 //! The commands: each turns its arguments into calls of the library and the results into an [`Outcome`].
 
 mod backup;
+mod copy;
 mod forget;
+mod repair;
 mod repository;
 mod restore;
+mod stats;
 mod target;
 mod verify;
 
@@ -99,6 +102,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         Command::List { repo, target } => repository::list(&repo.repo, target.as_deref()),
         Command::Show { repo, point } => repository::show(&repo.repo, &point),
         Command::Diff { repo, a, b } => repository::diff(&repo.repo, &a, &b),
+        Command::Stats { repo, of } => stats::stats(&repo.repo, of.as_deref()),
         Command::Verify {
             repo,
             points,
@@ -133,6 +137,14 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             restore::restore(&repo.repo, &request, style)
         }
+        Command::Copy {
+            repo,
+            points,
+            all: _,
+            target,
+            to,
+            rate,
+        } => copy::copy(&repo.repo, &to, &points, &target, rate, style),
         Command::Forget { repo, forget } => forget::forget(&repo.repo, &forget),
         Command::Pin {
             repo,
@@ -140,9 +152,12 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             reason,
         } => forget::pin(&repo.repo, &point, reason),
         Command::Unpin { repo, point } => forget::unpin(&repo.repo, &point),
+        Command::Repair { repo, what } => repair::repair(&repo.repo, what),
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
-        Command::DropSession { repo, target } => repository::drop_session(&repo.repo, &target),
+        Command::DropSession { repo, target, name } => {
+            target::drop_session(&repo.repo, &target, name.as_deref())
+        }
         Command::Guard { .. } => Ok(Outcome::default()),
     }
 }

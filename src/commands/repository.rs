@@ -1,4 +1,4 @@
-//! `init`, `list`, `show`, `diff` and `drop-session`.
+//! `init`, `list`, `show` and `diff`.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::exit::{Failure, Kind};
-use crate::image::{self, InitOptions, Manifest, Pins, PointId, Repository, Session};
+use crate::image::{self, InitOptions, Manifest, Pins, PointId, Repository};
 use crate::report::Outcome;
 use crate::units::{BlockSize, Bytes};
 
@@ -16,7 +16,13 @@ pub(super) fn init(path: &Path, block_size: u64) -> Result<Outcome> {
         .map_err(|_| format!("block size {block_size} is too large"))
         .and_then(BlockSize::try_from)
         .map_err(|message| Failure::plain(Kind::Usage, message))?;
-    let repo = Repository::init(path, InitOptions { block_size })?;
+    let repo = Repository::init(
+        path,
+        InitOptions {
+            block_size,
+            compression: image::Compression::default(),
+        },
+    )?;
     let mut outcome = Outcome::default();
     outcome.line(format!(
         "repository {} with blocks of {block_size} in {}",
@@ -113,7 +119,7 @@ fn summary(point: &Manifest, pins: &Pins) -> Value {
         "disks": point.disks.iter().map(|disk| json!({
             "key": disk.key, "size": disk.size, "format": disk.format, "rescanned": disk.rescanned,
         })).collect::<Vec<_>>(),
-        "statistics": point.statistics, "pinned": pinned,
+        "statistics": point.statistics, "pinned": pinned, "origin": point.origin,
     })
 }
 
@@ -140,6 +146,9 @@ pub(super) fn show(path: &Path, point: &str) -> Result<Outcome> {
         if let Some(why) = &disk.rescanned {
             outcome.line(format!("    read in full: {why}"));
         }
+    }
+    if let Some(origin) = point.origin {
+        outcome.line(format!("  copied from repository {}", origin.repository));
     }
     let pins = repo.pins()?;
     if pins.has(point.id) {
@@ -191,41 +200,5 @@ pub(super) fn diff(path: &Path, a: &str, b: &str) -> Result<Outcome> {
     outcome.more.insert("a".to_owned(), json!(a.id));
     outcome.more.insert("b".to_owned(), json!(b.id));
     outcome.more.insert("disks".to_owned(), Value::from(disks));
-    Ok(outcome)
-}
-
-/// `drop-session`.
-pub(super) fn drop_session(path: &Path, target: &str) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
-    let known = repo.points()?.points;
-    let key = known
-        .iter()
-        .find(|point| point.target.is_called(target))
-        .map_or(target, |point| point.target.key.as_str());
-    let Some(session) = Session::find(&repo, key)? else {
-        let sessions = Session::list(&repo)?;
-        let keys: Vec<&str> = sessions.sessions.iter().map(Session::key).collect();
-        let hint = if keys.is_empty() {
-            "there are no sessions".to_owned()
-        } else {
-            format!("sessions: {}", keys.join(", "))
-        };
-        return Err(Failure::hinted(
-            Kind::Failed,
-            format!("no session of `{target}`"),
-            hint,
-        ));
-    };
-    let state = crate::hoststate::TargetState::open(key)?;
-    let _run = state.lock_run(&repo.id().short(), "forerun drop-session")?;
-    let id = session.id();
-    session.remove()?;
-    let mut outcome = Outcome::default();
-    outcome.line(format!(
-        "dropped session {id} of {key}; the next backup reads its disks in full"
-    ));
-    outcome
-        .targets
-        .push(json!({ "target": target, "key": key, "session": id }));
     Ok(outcome)
 }

@@ -1,4 +1,4 @@
-//! `inspect`, `status`, `untrack` and `recover`.
+//! `inspect`, `status`, `untrack`, `drop-session` and `recover`.
 
 use std::path::{Path, PathBuf};
 
@@ -10,18 +10,19 @@ use crate::bitmap::track::{self, Tracked};
 use crate::cli::{RepoTargetArgs, TargetArgs};
 use crate::exit::{Failure, Kind};
 use crate::hoststate::{self, TargetState};
-use crate::image::Repository;
+use crate::image::{self, Repository};
 use crate::qmp::agent::THAW_FOR;
 use crate::qmp::command::{action_remove_bitmap, transaction};
 use crate::qmp::graph;
 use crate::qmp::names::{PREFIX, RunName};
 use crate::qmp::{export, orphans, release, socket};
+use crate::replicate;
 use crate::report::Outcome;
 use crate::session::Session;
 use crate::settle;
-use crate::target::Target;
+use crate::target::{Choice, Target};
 use crate::units::Bytes;
-use crate::vm::seen;
+use crate::vm::{Hold, Vm, seen};
 
 /// A run that makes nothing: only its name is needed.
 fn looking() -> RunName {
@@ -181,34 +182,108 @@ pub(super) fn untrack(args: &RepoTargetArgs) -> Result<Outcome> {
     let vm = super::find(&args.target)?;
     let _run = vm.state.lock_run(&short, "forerun untrack")?;
     let mut hold = vm.hold(&RunName::new(&short), "forerun untrack")?;
-    // All disks: one that cannot be backed up must not stand in the way out.
-    let bitmaps: Vec<(String, String)> = hold
-        .machine()?
-        .disks
-        .iter()
-        .flat_map(|disk| {
-            disk.bitmaps
-                .iter()
-                .map(|bitmap| (disk.node.clone(), bitmap.name.clone()))
-        })
-        .filter(|(_, name)| name::belongs_to(name, &short))
-        .collect();
-    let actions: Vec<Value> = bitmaps
-        .iter()
-        .map(|(node, name)| action_remove_bitmap(node, name))
-        .collect();
-    transaction(&mut hold.monitor, &actions)?;
+    let removed = remove_bitmaps(&mut hold, |name| name::belongs_to(name, &short))?;
     let mut outcome = Outcome::default();
     outcome.line(format!(
         "{}: bitmaps removed: {}; the next backup reads the disks in full",
         vm.target,
-        bitmaps.len()
+        removed.len()
     ));
     outcome.targets.push(json!({
-        "target": vm.target.to_string(), "key": vm.key,
-        "removed": bitmaps.iter().map(|(_, name)| name).collect::<Vec<_>>(),
+        "target": vm.target.to_string(), "key": vm.key, "removed": removed,
     }));
     Ok(outcome)
+}
+
+/// Removes bitmaps by their names. From all disks: one that cannot be backed up must not stand in the way out.
+fn remove_bitmaps(hold: &mut Hold, chosen: impl Fn(&str) -> bool) -> Result<Vec<String>> {
+    let machine = hold.machine()?;
+    let (mut actions, mut names) = (Vec::new(), Vec::new());
+    for disk in &machine.disks {
+        for bitmap in disk.bitmaps.iter().filter(|bitmap| chosen(&bitmap.name)) {
+            actions.push(action_remove_bitmap(&disk.node, &bitmap.name));
+            names.push(bitmap.name.clone());
+        }
+    }
+    transaction(&mut hold.monitor, &actions)?;
+    Ok(names)
+}
+
+/// `drop-session`.
+pub(super) fn drop_session(path: &Path, target: &Target, name: Option<&str>) -> Result<Outcome> {
+    let repo = Repository::open(path)?;
+    let short = repo.id().short();
+    let spelled = target.to_string();
+    let vm = match target {
+        Target::Qmp(_) => Some(Vm::find(target, name, Choice::default())),
+        _ => None,
+    };
+    let points = repo.points()?.points;
+    let known = points.iter().find(|point| point.target.is_called(&spelled));
+    let key = match (&vm, known) {
+        (Some(Ok(vm)), _) => vm.key.clone(),
+        (_, Some(point)) => point.target.key.clone(),
+        _ => name.unwrap_or(&spelled).to_owned(),
+    };
+    let Some(session) = image::Session::find(&repo, &key)? else {
+        return Err(no_session(&repo, &spelled));
+    };
+    if let Some(_copy) = replicate::lock_session(&repo, &key)? {
+        let id = session.id();
+        session.remove()?;
+        let mut outcome = Outcome::default();
+        outcome.line(format!(
+            "dropped session {id} of {key}; the next copy begins anew"
+        ));
+        let target = json!({ "target": spelled, "key": key, "session": id, "removed": [] });
+        outcome.targets.push(target);
+        return Ok(outcome);
+    }
+    let state = TargetState::open(&key)?;
+    let _run = state.lock_run(&short, "forerun drop-session")?;
+    let Some((id, bitmaps)) = Session::give_up(&repo, &key)? else {
+        return Err(no_session(&repo, &spelled));
+    };
+    let mut outcome = Outcome::default();
+    outcome.line(format!(
+        "dropped session {id} of {key}; the next backup reads its disks in full"
+    ));
+    // It is dropped, whether or not its bitmaps can be removed now.
+    let removed = vm.map(|vm| {
+        let mut hold = vm?.hold(&RunName::new(&short), "forerun drop-session")?;
+        remove_bitmaps(&mut hold, |name| bitmaps.contains(name))
+    });
+    let removed = match removed {
+        Some(Ok(removed)) => removed,
+        Some(Err(error)) => {
+            outcome.line(format!(
+                "its bitmaps stay in the VM until the next backup: {error:#}"
+            ));
+            Vec::new()
+        }
+        None => Vec::new(),
+    };
+    outcome
+        .targets
+        .push(json!({ "target": spelled, "key": key, "session": id, "removed": removed }));
+    Ok(outcome)
+}
+
+fn no_session(repo: &Repository, target: &str) -> anyhow::Error {
+    let keys: Vec<String> = image::Session::list(repo)
+        .map(|found| found.sessions)
+        .unwrap_or_default()
+        .iter()
+        .map(|session| session.key().to_owned())
+        // Not what dropped ones left behind.
+        .filter(|key| !key.ends_with("/withdrawn"))
+        .collect();
+    let hint = if keys.is_empty() {
+        "there are no sessions".to_owned()
+    } else {
+        format!("sessions: {}", keys.join(", "))
+    };
+    Failure::hinted(Kind::Failed, format!("no session of `{target}`"), hint)
 }
 
 /// `recover`.

@@ -9,6 +9,7 @@
 mod agent;
 mod changes;
 mod choice;
+mod dropped;
 mod foreign;
 mod heal;
 mod lab;

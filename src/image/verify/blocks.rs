@@ -118,14 +118,14 @@ impl Verify<'_> {
 
     /// Reads places that are in order; gives the blocks whose packs are gone.
     fn read_places(&mut self, places: &[Place], report: &mut VerifyReport) -> Result<Vec<BlockId>> {
-        let store = self.repo.store();
+        let repo = self.repo;
         let pace = self.options.pace.as_deref();
         let gone = Mutex::new(Vec::new());
         let found = Mutex::new(Vec::new());
         let counted = Mutex::new((0, 0));
         let late = || self.deadline.is_some_and(Deadline::passed);
         let done = in_parallel(self.threads, CHUNK, places, &late, &|places| {
-            let mut reader = Places::new(store, pace);
+            let mut reader = Places::new(repo, pace);
             for one in places.chunk_by(|(_, a), (_, b)| a.pack == b.pack) {
                 match reader.read(one) {
                     Ok(mut bad) => lock(&found).append(&mut bad),

@@ -66,7 +66,7 @@ impl Verify<'_> {
         let mut there = false;
         for (location, _) in places.iter().filter(|(place, _)| place.pack == bad.pack) {
             there = true;
-            match Places::new(self.repo.store(), None).read(&[(bad.id, *location)]) {
+            match Places::new(self.repo, None).read(&[(bad.id, *location)]) {
                 Ok(found) if found.is_empty() => return Ok(Now::Sound),
                 Ok(_) | Err(Error::NotFound { .. } | Error::Io { .. }) => {}
                 Err(error) => return Err(error),

@@ -91,7 +91,7 @@ pub struct VerifyReport {
 }
 
 /// How far the round through all packs has come.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PackReport {
     /// Packs that were read.
     pub checked: u64,

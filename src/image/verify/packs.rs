@@ -141,7 +141,7 @@ impl Verify<'_> {
     fn read_pack(&self, id: ObjectId, size: u64, round: &Mutex<Round>) -> Result<()> {
         let store = self.repo.store();
         let object = pack::name(id);
-        let mut reader = Places::new(store, self.options.pace.as_deref());
+        let mut reader = Places::new(self.repo, self.options.pace.as_deref());
         let read = match pack::open(store, &object) {
             Ok(mut opened) => {
                 let places = &mut opened.entries;

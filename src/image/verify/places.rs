@@ -6,7 +6,7 @@ use super::super::error::{Error, Result};
 use super::super::ids::{BlockId, ObjectId};
 use super::super::pack;
 use super::super::quarantine::Bad;
-use super::super::store::Store;
+use super::super::repo::Repository;
 
 /// Bytes of one read at most, unless a single entry is longer.
 const READ: u64 = 4 << 20;
@@ -18,7 +18,7 @@ pub(super) type Place = (BlockId, Location);
 
 /// Reads blocks; its buffers are used again and again.
 pub(super) struct Places<'a> {
-    store: &'a dyn Store,
+    repo: &'a Repository,
     /// Told before so many bytes are read.
     pace: Option<&'a (dyn Fn(u64) + Send + Sync)>,
     stored: Vec<u8>,
@@ -30,9 +30,9 @@ pub(super) struct Places<'a> {
 }
 
 impl<'a> Places<'a> {
-    pub(super) fn new(store: &'a dyn Store, pace: Option<&'a (dyn Fn(u64) + Send + Sync)>) -> Self {
+    pub(super) fn new(repo: &'a Repository, pace: Option<&'a (dyn Fn(u64) + Send + Sync)>) -> Self {
         Self {
-            store,
+            repo,
             pace,
             stored: Vec::new(),
             plain: Vec::new(),
@@ -102,7 +102,8 @@ impl<'a> Places<'a> {
         if self.stored.len() < length {
             self.stored.resize(length, 0);
         }
-        self.store
+        self.repo
+            .store()
             .get_range(&pack::name(first.pack), start, &mut self.stored[..length])
     }
 
@@ -115,7 +116,13 @@ impl<'a> Places<'a> {
         if self.plain.len() < length {
             self.plain.resize(length, 0);
         }
-        match decode_exactly(entry, id, location, &mut self.plain[..length]) {
+        match decode_exactly(
+            self.repo.hasher(),
+            entry,
+            id,
+            location,
+            &mut self.plain[..length],
+        ) {
             Ok(()) => {
                 self.blocks += 1;
                 self.bytes += u64::from(location.plain);

@@ -277,12 +277,12 @@ impl Verify<'_> {
         let mut places = structure.loose.clone();
         places.retain(|(id, location)| !self.quarantine.has(*id, location.pack));
         places.sort_unstable_by_key(|(_, location)| (location.pack, location.offset));
-        let store = self.repo.store();
+        let repo = self.repo;
         let pace = self.options.pace.as_deref();
         let bad = Mutex::new(Vec::new());
         in_parallel(self.threads, LOOSE, &places, &|| false, &|places| {
             for one in places.chunk_by(|(_, a), (_, b)| a.pack == b.pack) {
-                match Places::new(store, pace).read(one) {
+                match Places::new(repo, pace).read(one) {
                     Ok(mut more) => lock(&bad).append(&mut more),
                     // Pruned meanwhile.
                     Err(Error::NotFound { .. }) => {}
