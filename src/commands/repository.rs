@@ -5,42 +5,57 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::secret;
+use crate::cli::RepoArgs;
 use crate::exit::{Failure, Kind};
-use crate::image::{self, InitOptions, Manifest, Pins, PointId, Repository};
+use crate::image::{self, Compression, InitOptions, Manifest, Pins, PointId, Repository, Secret};
 use crate::report::Outcome;
 use crate::units::{BlockSize, Bytes};
 
 /// `init`.
-pub(super) fn init(path: &Path, block_size: u64) -> Result<Outcome> {
+pub(super) fn init(
+    path: &Path,
+    block_size: u64,
+    compression: Compression,
+    encryption: Option<(&Secret, &str)>,
+) -> Result<Outcome> {
     let block_size = u32::try_from(block_size)
         .map_err(|_| format!("block size {block_size} is too large"))
         .and_then(BlockSize::try_from)
         .map_err(|message| Failure::plain(Kind::Usage, message))?;
-    let repo = Repository::init(
-        path,
-        InitOptions {
-            block_size,
-            compression: image::Compression::default(),
-        },
-    )?;
+    let options = InitOptions {
+        block_size,
+        compression,
+    };
+    let repo = match encryption {
+        Some((secret, label)) => Repository::init_encrypted(path, options, secret, label)?,
+        None => Repository::init(path, options)?,
+    };
     let mut outcome = Outcome::default();
     outcome.line(format!(
         "repository {} with blocks of {block_size} in {}",
         repo.id(),
         path.display()
     ));
+    if repo.is_encrypted() {
+        outcome.line(
+            "  encrypted: without its keys nothing of it can be read, so keep a copy of the key file or passphrase and of `keys/` elsewhere"
+                .to_owned(),
+        );
+    }
     outcome.more.insert(
         "repository".to_owned(),
         json!({
             "id": repo.id(), "path": path, "block_size": block_size.bytes(),
+            "compression": compression, "encrypted": repo.is_encrypted(),
         }),
     );
     Ok(outcome)
 }
 
 /// `list`.
-pub(super) fn list(path: &Path, target: Option<&str>) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn list(args: &RepoArgs, target: Option<&str>) -> Result<Outcome> {
+    let repo = secret::open(args)?;
     let points = repo.points()?;
     let pins = repo.pins()?;
     let mut outcome = Outcome::default();
@@ -124,8 +139,8 @@ fn summary(point: &Manifest, pins: &Pins) -> Value {
 }
 
 /// `show`.
-pub(super) fn show(path: &Path, point: &str) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn show(args: &RepoArgs, point: &str) -> Result<Outcome> {
+    let repo = secret::open(args)?;
     let point = repo.resolve(point)?;
     let mut outcome = Outcome::default();
     outcome.line(format!("point {}", point.id));
@@ -162,8 +177,8 @@ pub(super) fn show(path: &Path, point: &str) -> Result<Outcome> {
 }
 
 /// `diff`.
-pub(super) fn diff(path: &Path, a: &str, b: &str) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn diff(args: &RepoArgs, a: &str, b: &str) -> Result<Outcome> {
+    let repo = secret::open(args)?;
     let (a, b) = (repo.resolve(a)?, repo.resolve(b)?);
     let mut outcome = Outcome::default();
     let mut disks = Vec::new();

@@ -1,12 +1,13 @@
 //! `verify` and `check`.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::secret;
+use crate::cli::RepoArgs;
 use crate::clock;
 use crate::exit::Kind;
 use crate::image::{Damage, PackReport, PointId, Repository, VerifyOptions};
@@ -35,8 +36,8 @@ fn chosen(repo: &Repository, points: &[String]) -> Result<Option<Vec<PointId>>> 
 }
 
 /// `verify`.
-pub(super) fn verify(path: &Path, points: &[String], limits: &Limits) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn verify(args: &RepoArgs, points: &[String], limits: &Limits) -> Result<Outcome> {
+    let repo = secret::open(args)?;
     let throttle = limits.rate.map(|rate| Throttle::new(Some(rate)));
     let report = repo.verify(&VerifyOptions {
         points: chosen(&repo, points)?,
@@ -113,9 +114,9 @@ fn round(packs: &PackReport) -> String {
 }
 
 /// `check`.
-pub(super) fn check(path: &Path, points: &[String]) -> Result<Outcome> {
+pub(super) fn check(args: &RepoArgs, points: &[String]) -> Result<Outcome> {
     let begin = clock::now();
-    let repo = Repository::open(path)?;
+    let repo = secret::open(args)?;
     let report = repo.check(chosen(&repo, points)?.as_deref(), threads())?;
     let took_ms = u64::try_from((clock::now() - begin).as_millis()).unwrap_or(u64::MAX);
     let mut outcome = Outcome::default();

@@ -14,5 +14,6 @@ mod foreign;
 mod heal;
 mod lab;
 mod offline;
+mod overlay;
 mod restore;
 mod space;
