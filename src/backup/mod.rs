@@ -123,6 +123,8 @@ struct RunDisk {
     proved: BlockSet,
     /// The proofs against the pending bitmaps, read ahead for the next time that `open` is worked out.
     proofs: Option<Proofs>,
+    /// Blocks that are damaged in the repository, read ahead as well.
+    unsound: Option<BlockSet>,
     /// Pending epochs that turned out to be of no use any more.
     idle: Vec<u64>,
 }
@@ -268,6 +270,7 @@ impl Runner {
                     open: None,
                     proved: BlockSet::new(blocks),
                     proofs: None,
+                    unsound: None,
                     idle: Vec::new(),
                 },
                 |at| before.swap_remove(at),

@@ -354,6 +354,13 @@ impl Runner {
             disk.proved = proved;
             proofs
         };
+        let unsound = match disk.unsound.take() {
+            Some(unsound) => unsound,
+            None => {
+                let lost = self.repo.lost_blocks()?;
+                self.session.unsound(tracked, &lost, block_size)?
+            }
+        };
         let mut open = BlockSet::new(blocks);
         if let Some(epoch) = tracked.whole {
             let all = BlockRun {
@@ -382,6 +389,14 @@ impl Runner {
             ) {
                 disk.idle.push(epoch);
             }
+        }
+        if !unsound.is_empty() {
+            tracing::info!(
+                disk = disk.key,
+                blocks = unsound.count(),
+                "blocks that are damaged in the repository are read again"
+            );
+            open.union(&unsound);
         }
         Ok(open)
     }

@@ -10,6 +10,7 @@ mod restore;
 mod secret;
 mod stats;
 mod target;
+mod verify;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -109,7 +110,19 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             repo,
             points,
             max_duration,
-        } => repository::verify(&repo, &points, max_duration),
+            share,
+            older_than,
+            rate,
+        } => {
+            let limits = verify::Limits {
+                max_duration,
+                share,
+                older_than,
+                rate,
+            };
+            verify::verify(&repo, &points, &limits)
+        }
+        Command::Check { repo, points } => verify::check(&repo, &points),
         Command::Restore {
             repo,
             point,
