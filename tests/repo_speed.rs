@@ -14,7 +14,7 @@ mod image_common;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use forerun::clock;
-use forerun::image::{BlockId, BlockSink, VerifyOptions};
+use forerun::image::{BlockSink, VerifyOptions};
 use image_common::{BLOCK, Bench};
 
 const SIZE: usize = 1 << 30;
