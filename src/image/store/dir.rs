@@ -455,6 +455,29 @@ impl Store for DirStore {
         Ok(())
     }
 
+    #[expect(clippy::disallowed_methods, reason = "the store's own durable write")]
+    fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let path = self.inner.path(name)?;
+        let directory = path.parent().unwrap_or(&self.inner.root);
+        let (temporary, mut file) = self.inner.temporary(name)?;
+        let kind = kind(name);
+        step_of("store", "write", kind);
+        let replaced = file
+            .write_all(bytes)
+            .and_then(|()| file.sync_all())
+            .and_then(|()| {
+                step_of("store", "rename", kind);
+                std::fs::rename(&temporary, &path)?;
+                step_of("store", "rename", kind);
+                sync_directory(directory)
+            });
+        self.inner.open.forget(name);
+        if replaced.is_err() {
+            std::fs::remove_file(&temporary).ok();
+        }
+        replaced.map_err(|error| Error::io("replace", name, error))
+    }
+
     fn lock(&self, name: &str, who: &str) -> Result<StoreLock> {
         let object = format!("locks/{name}");
         let path = self.inner.path(&object)?;
