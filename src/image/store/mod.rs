@@ -32,9 +32,7 @@ pub trait Store: Send + Sync {
     fn list(&self, prefix: &str) -> Result<Vec<String>>;
     /// As [`Store::list`], but never from what a client of a network file system remembers: what another host published
     /// before the call is in the answer.
-    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>> {
-        self.list(prefix)
-    }
+    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>>;
     /// Deletes objects, durably when it returns; one that is not there is no error.
     fn delete(&self, names: &[String]) -> Result<()>;
     /// Puts another object in the place of one, in one step: whoever reads finds the old or the new. Only `repair new-id` does
