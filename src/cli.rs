@@ -212,13 +212,10 @@ pub enum Command {
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
         point: String,
     },
-    /// Make anew what can be made anew.
+    /// Put right what can be put right.
     Repair {
-        #[command(flatten)]
+        #[command(subcommand)]
         #[allow(missing_docs)]
-        repo: RepoArgs,
-        /// What.
-        #[arg(value_enum)]
         what: Repair,
     },
     /// Remove this repository's bitmaps from a VM.
@@ -323,6 +320,23 @@ pub struct NewKeyArgs {
     /// A word for the new key.
     #[arg(long)]
     pub label: Option<String>,
+}
+
+/// What can be put right.
+#[derive(Debug, Subcommand)]
+pub enum Repair {
+    /// Make the index of the blocks anew from the packs.
+    Index(RepoArgs),
+    /// Give a repository that was copied as files an id of its own: else its bitmaps and the original's have one owner. The
+    /// next backup into it reads disks in full.
+    NewId {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Give up the sessions that were copied with it.
+        #[arg(long)]
+        drop_sessions: bool,
+    },
 }
 
 /// Where the repository is.
@@ -463,9 +477,10 @@ pub struct PaceArgs {
 /// How to freeze.
 #[derive(Debug, Args)]
 pub struct FreezeArgs {
-    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back.
-    #[arg(long = "freeze", value_enum, default_value_t = FreezeMethod::Fleece)]
-    pub method: FreezeMethod,
+    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back. Without it `fleece`, but not
+    /// where the guest would feel the errors of its disk or of a full scratch.
+    #[arg(long = "freeze", value_enum)]
+    pub method: Option<FreezeMethod>,
     /// Freeze the guest's file systems around the instant.
     #[arg(long, value_enum, default_value_t = Quiesce::Auto)]
     pub quiesce: Quiesce,
@@ -481,6 +496,9 @@ pub struct FreezeArgs {
     /// How long the snapshot may be held.
     #[arg(long, default_value = "10s", value_parser = parse_duration)]
     pub deadline: Duration,
+    /// How long the overlay of `--freeze snapshot` may take to be committed back.
+    #[arg(long, default_value = "10m", value_parser = parse_duration)]
+    pub commit_deadline: Duration,
 }
 
 /// The methods of freezing.
@@ -499,13 +517,6 @@ pub enum Format {
     Raw,
     /// qcow2 version 3.
     Qcow2,
-}
-
-/// What can be made anew.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Repair {
-    /// Which pack holds which block, from the footers of the packs.
-    Index,
 }
 
 impl Command {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::Proofs;
 use crate::bitmap::rotate::Journal;
-use crate::bitmap::track::{Base, Named, Record, State, Tracked, withdraw};
+use crate::bitmap::track::{Base, Named, Record, State, Tracked, disown, withdraw};
 use crate::copy::Proof;
 use crate::image::{self, Item, Manifest, MapRef, Repository, SegmentHeader, SegmentRef};
 use crate::units::BlockSize;
@@ -46,9 +46,17 @@ pub struct Session {
     committed: Option<image::Session>,
 }
 
-/// Under this key the names of bitmaps are kept that dropped sessions withdrew: no target has such a key.
+/// What the keys end with under which the names of bitmaps are kept that dropped sessions withdrew: no target has such a key.
+const WITHDRAWN: &str = "/withdrawn";
+
 fn withdrawn_key(key: &str) -> String {
-    format!("{key}/withdrawn")
+    format!("{key}{WITHDRAWN}")
+}
+
+/// Whether a session of this key holds no more than what dropped ones withdrew.
+#[must_use]
+pub fn is_withdrawn_key(key: &str) -> bool {
+    key.ends_with(WITHDRAWN)
 }
 
 impl Session {
@@ -193,6 +201,8 @@ impl Session {
             }
         }
         withdraw(&mut self.bases, &self.state.retired);
+        let repository = self.repo.id().short();
+        disown(&mut self.bases, &mut self.state.retired, &repository);
         Ok(())
     }
 
@@ -200,6 +210,14 @@ impl Session {
     #[must_use]
     pub fn id(&self) -> Option<image::SessionId> {
         self.log.as_ref().map(image::Session::id)
+    }
+
+    /// Takes a step of the tracking, with this session as its journal.
+    pub fn track<T>(&mut self, step: impl FnOnce(&mut State, &mut Self) -> Result<T>) -> Result<T> {
+        let mut state = std::mem::take(&mut self.state);
+        let done = step(&mut state, self);
+        self.state = state;
+        done
     }
 
     /// The number of the pass that comes next.
@@ -344,10 +362,10 @@ mod tests {
         DiskPoint, InitOptions, PointId, Quiesce, Repository, SessionId, Target, Tracking,
     };
 
-    fn point(map: &MapRef, minute: i64, epoch: Option<u64>) -> Manifest {
+    fn point(repository: &str, map: &MapRef, minute: i64, epoch: Option<u64>) -> Manifest {
         let tracking = epoch.map(|epoch| Tracking {
             epoch,
-            bitmap: format!("b{epoch}"),
+            bitmap: crate::bitmap::name::new(repository, epoch),
             persistent: true,
             granularity: 65536,
             identity: Value::Null,
@@ -419,7 +437,8 @@ mod tests {
             // An image of a VM that was off, without bitmaps: no rotation tells.
             (20, None, None),
         ] {
-            repo.publish(&point(&map, minute, epoch)).unwrap();
+            let point = point(&repo.id().short(), &map, minute, epoch);
+            repo.publish(&point).unwrap();
             assert_eq!(base(), newest);
         }
     }

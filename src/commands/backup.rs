@@ -28,20 +28,23 @@ pub(super) struct Limits {
 
 fn options(pace: Option<&PaceArgs>, freeze: Option<&FreezeArgs>, doing: &str) -> Options {
     let default = Pace::default();
+    let named = freeze.and_then(|freeze| freeze.method);
     Options {
         pace: Pace {
             rate: pace.and_then(|pace| pace.rate),
             in_flight: pace.map_or(default.in_flight, |pace| usize::from(pace.in_flight)),
         },
-        method: match freeze.map(|freeze| freeze.method) {
+        method: match named {
             Some(FreezeMethod::Snapshot) => Method::Snapshot,
             _ => Method::Fleece,
         },
+        method_named: named.is_some(),
         quiesce: freeze.map_or(Quiesce::Never, |freeze| freeze.quiesce),
         agent: freeze.and_then(|freeze| freeze.agent.clone()),
         scratch: freeze.and_then(|freeze| freeze.scratch.clone()),
         scratch_reserve: freeze.and_then(|freeze| freeze.scratch_reserve),
         deadline: freeze.map_or(std::time::Duration::from_secs(10), |freeze| freeze.deadline),
+        commit_deadline: freeze.map_or(std::time::Duration::ZERO, |freeze| freeze.commit_deadline),
         doing: format!("forerun {doing}"),
     }
 }

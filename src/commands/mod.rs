@@ -142,7 +142,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             reason,
         } => forget::pin(&repo, &point, reason),
         Command::Unpin { repo, point } => forget::unpin(&repo, &point),
-        Command::Repair { repo, what } => repair::repair(&repo, what),
+        Command::Repair { what } => repair::repair(&what),
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
         Command::DropSession { repo, target, name } => {

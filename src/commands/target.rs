@@ -19,7 +19,7 @@ use crate::qmp::names::{PREFIX, RunName};
 use crate::qmp::{export, orphans, release, socket};
 use crate::replicate;
 use crate::report::Outcome;
-use crate::session::Session;
+use crate::session::{Session, is_withdrawn_key};
 use crate::settle;
 use crate::target::{Choice, Target};
 use crate::units::Bytes;
@@ -282,7 +282,7 @@ fn no_session(repo: &Repository, target: &str) -> anyhow::Error {
         .iter()
         .map(|session| session.key().to_owned())
         // Not what dropped ones left behind.
-        .filter(|key| !key.ends_with("/withdrawn"))
+        .filter(|key| !is_withdrawn_key(key))
         .collect();
     let hint = if keys.is_empty() {
         "there are no sessions".to_owned()

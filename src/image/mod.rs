@@ -48,6 +48,8 @@ mod retention;
 mod sealed;
 mod secret;
 mod session;
+#[cfg(test)]
+mod speed;
 mod stats;
 pub mod store;
 mod verify;

@@ -13,5 +13,6 @@ mod dropped;
 mod foreign;
 mod lab;
 mod offline;
+mod overlay;
 mod restore;
 mod space;

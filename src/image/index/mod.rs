@@ -1,5 +1,6 @@
 //! The index: which pack holds a block. A set of immutable sorted runs; a lookup asks the filter of each whose range holds the
-//! block, and few runs themselves. Merging keeps their number small: what it writes is a group of runs, its parts. A block may have several locations; none is ever dropped but by [`Index::rewrite_without`].
+//! block, and few runs themselves. Merging keeps their number small: what it writes is a group of runs, its parts. A block may have
+//! several locations; none is ever dropped but by [`Index::rewrite_without`].
 //!
 //! A merged run is published before its inputs are deleted, so a crash in between leaves entries twice, which the next merge
 //! drops. A reader that holds an older list of runs finds an input gone and reads the list anew. Nothing here is the truth: the
@@ -368,6 +369,21 @@ impl Index {
         self.store.delete(&before)?;
         self.mark_stale();
         Ok(rebuilt)
+    }
+
+    /// Makes an index of entries that belong to no packs; gives how many there are.
+    #[cfg(test)]
+    pub(super) fn fill(
+        &self,
+        packs: impl Iterator<Item = Vec<(BlockId, Location)>>,
+    ) -> Result<u64> {
+        let mut spill = Spill::new(&*self.store, self.part);
+        for entries in packs {
+            spill.add(entries)?;
+        }
+        let entries = spill.finish()?;
+        self.mark_stale();
+        Ok(entries)
     }
 
     /// Takes over what runs know of packs that do not tell themselves.
