@@ -109,7 +109,7 @@ fn what_the_configuration_has_besides_stays() {
     let mut value: Value = serde_json::from_slice(body).unwrap();
     value["later"] = json!("kept");
     let body = serde_json::to_vec(&value).unwrap();
-    let digest = image_common::id_of(&body);
+    let digest = image_common::sha256(&body);
     let mut bytes = format!("forerun config 1 {} {digest}\n", body.len()).into_bytes();
     bytes.extend(body);
     std::fs::write(&config, bytes).unwrap();
