@@ -183,6 +183,18 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Delete what no point, session or reader needs. Backups go on meanwhile.
+    Prune {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Only say what would go.
+        #[arg(long)]
+        dry_run: bool,
+        /// Copy at most this much out of packs that are mostly dead.
+        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+        max_repack: Option<u64>,
+    },
     /// Forget points: by a policy, or by name. Their space comes back with `prune`.
     Forget {
         #[command(flatten)]
@@ -540,9 +552,10 @@ pub enum Format {
 }
 
 impl Command {
-    /// Whether a signal must not end it before the VM is released; the others are ended by one at once.
+    /// Whether a signal must not end it at once: a VM is released first, a prune ends where the next one goes on best. The
+    /// others are ended by one at once.
     #[must_use]
-    pub fn holds_a_vm(&self) -> bool {
+    pub fn ends_in_order(&self) -> bool {
         matches!(
             self,
             Self::Track(_)
@@ -550,6 +563,7 @@ impl Command {
                 | Self::Precopy { .. }
                 | Self::Backup { .. }
                 | Self::Run { .. }
+                | Self::Prune { .. }
         )
     }
 
@@ -573,6 +587,7 @@ impl Command {
             Self::Verify { .. } => "verify",
             Self::Check { .. } => "check",
             Self::Restore { .. } => "restore",
+            Self::Prune { .. } => "prune",
             Self::Copy { .. } => "copy",
             Self::Forget { .. } => "forget",
             Self::Pin { .. } => "pin",

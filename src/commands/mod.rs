@@ -4,6 +4,7 @@ mod backup;
 mod copy;
 mod forget;
 mod key;
+mod prune;
 mod repair;
 mod repository;
 mod restore;
@@ -63,7 +64,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         return Ok(Outcome::default());
     }
     let interrupted = Arc::new(AtomicBool::new(false));
-    if command.holds_a_vm() {
+    if command.ends_in_order() {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         for signal in [SIGINT, SIGTERM, SIGHUP] {
             signal_hook::flag::register(signal, Arc::clone(&interrupted))
@@ -140,6 +141,11 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             restore::restore(&repo, &request, style)
         }
+        Command::Prune {
+            repo,
+            dry_run,
+            max_repack,
+        } => prune::prune(&repo, dry_run, max_repack, style, &interrupted),
         Command::Copy {
             repo,
             points,

@@ -174,6 +174,7 @@ pub(super) fn show(args: &RepoArgs, point: &str) -> Result<Outcome> {
 pub(super) fn diff(args: &RepoArgs, a: &str, b: &str) -> Result<Outcome> {
     let repo = secret::open(args)?;
     let (a, b) = (repo.resolve(a)?, repo.resolve(b)?);
+    let _lease = repo.lease(&[&a, &b], "forerun diff")?;
     let mut outcome = Outcome::default();
     let mut disks = Vec::new();
     for disk in &b.disks {

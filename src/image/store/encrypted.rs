@@ -387,10 +387,6 @@ impl Store for EncryptedStore {
         self.inner.list_fresh(prefix)
     }
 
-    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>> {
-        self.inner.list_fresh(prefix)
-    }
-
     fn delete(&self, names: &[String]) -> Result<()> {
         for name in names {
             self.objects.forget(name);
@@ -400,6 +396,10 @@ impl Store for EncryptedStore {
 
     fn lock(&self, name: &str, who: &str) -> Result<StoreLock> {
         self.inner.lock(name, who)
+    }
+
+    fn held(&self, prefix: &str) -> Result<Vec<(String, String)>> {
+        self.inner.held(prefix)
     }
 }
 
