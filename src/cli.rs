@@ -257,6 +257,12 @@ pub enum Command {
 /// What can be put right.
 #[derive(Debug, Subcommand)]
 pub enum Repair {
+    /// Make anew which pack holds which block, from the footers of the packs.
+    Index {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+    },
     /// Give a repository that was copied as files an id of its own: else its bitmaps and the original's have one owner. The
     /// next backup into it reads disks in full.
     NewId {

@@ -395,9 +395,7 @@ mod tests {
     #[test]
     fn the_newest_point_is_the_one_of_the_last_rotation_whatever_the_clock_says() {
         let directory = tempfile::tempdir().unwrap();
-        let options = InitOptions {
-            block_size: BlockSize::DEFAULT,
-        };
+        let options = InitOptions::default();
         let repo = Repository::init(&directory.path().join("repo"), options).unwrap();
         let log = image::Session::create(&repo, "map", &Value::Null).unwrap();
         let header = SegmentHeader {

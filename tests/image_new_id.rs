@@ -12,7 +12,7 @@ use forerun::image::{self, Manifest, PointId, Repository, RetiredBitmap, Trackin
 use forerun::progress::Progress;
 use forerun::replicate::{Copied, Options, Replication};
 use forerun::session::Session;
-use image_common::{BLOCK, Bench, KEY, restore};
+use image_common::{BLOCK, Bench, KEY, restore, sha256};
 use serde_json::{Value, json};
 
 /// A repository with a point whose disk is followed, and a copy of its files.
@@ -109,13 +109,20 @@ fn what_the_configuration_has_besides_stays() {
     let mut value: Value = serde_json::from_slice(body).unwrap();
     value["later"] = json!("kept");
     let body = serde_json::to_vec(&value).unwrap();
-    let digest = image::BlockId::of(&body);
+    let digest = sha256(&body);
     let mut bytes = format!("forerun config 1 {} {digest}\n", body.len()).into_bytes();
     bytes.extend(body);
     std::fs::write(&config, bytes).unwrap();
     Repository::open(&copy).unwrap().renew_id().unwrap();
     let text = std::fs::read_to_string(&config).unwrap();
     assert!(text.contains(r#""later":"kept""#), "{text}");
+}
+
+#[test]
+fn a_key_that_is_bound_to_the_id_keeps_it() {
+    let bench = Bench::encrypted(BLOCK);
+    let error = bench.repo.renew_id().unwrap_err();
+    assert!(error.to_string().contains("copy the points"), "{error}");
 }
 
 #[test]

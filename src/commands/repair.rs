@@ -16,6 +16,7 @@ use crate::session::{Session, is_withdrawn_key};
 /// `repair`.
 pub(super) fn repair(what: &Repair) -> Result<Outcome> {
     match what {
+        Repair::Index { repo } => index(&repo.repo),
         Repair::NewId {
             repo,
             drop_sessions,
@@ -81,6 +82,31 @@ fn new_id(path: &Path, drop_sessions: bool) -> Result<Outcome> {
     outcome.more.insert(
         "repair".to_owned(),
         json!({ "old": old, "new": new, "dropped": keys }),
+    );
+    Ok(outcome)
+}
+
+fn index(path: &Path) -> Result<Outcome> {
+    let rebuilt = Repository::open(path)?.rebuild_index()?;
+    let mut outcome = Outcome::default();
+    outcome.line(format!(
+        "made the index anew: {} blocks, from the footers of {} packs",
+        rebuilt.blocks, rebuilt.packs
+    ));
+    let mut left_out = Vec::new();
+    for error in &rebuilt.damaged {
+        outcome.line(format!("DAMAGED {error}"));
+        left_out.push(error.to_string());
+    }
+    if !left_out.is_empty() {
+        outcome.line(
+            "of a damaged pack the index has what it had before; `forerun verify` tells whom it hurts",
+        );
+        outcome.kind = Some(Kind::Corrupt);
+    }
+    outcome.more.insert(
+        "repair".to_owned(),
+        json!({ "blocks": rebuilt.blocks, "packs": rebuilt.packs, "left_out": left_out }),
     );
     Ok(outcome)
 }

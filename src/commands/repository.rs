@@ -17,7 +17,13 @@ pub(super) fn init(path: &Path, block_size: u64) -> Result<Outcome> {
         .map_err(|_| format!("block size {block_size} is too large"))
         .and_then(BlockSize::try_from)
         .map_err(|message| Failure::plain(Kind::Usage, message))?;
-    let repo = Repository::init(path, InitOptions { block_size })?;
+    let repo = Repository::init(
+        path,
+        InitOptions {
+            block_size,
+            compression: image::Compression::default(),
+        },
+    )?;
     let mut outcome = Outcome::default();
     outcome.line(format!(
         "repository {} with blocks of {block_size} in {}",

@@ -250,7 +250,7 @@ impl Verify<'_> {
         let offset = u64::from(location.offset);
         self.repo.store().get_range(&object, offset, &mut entry)?;
         let mut plain = vec![0; narrow(u64::from(location.plain))];
-        decode_entry(&entry, id, &mut plain)
+        decode_entry(self.repo.hasher(), &entry, id, &mut plain)
             .map_err(|damage| Error::corrupt(object, format!("block {id}: {}", damage.0)))
     }
 

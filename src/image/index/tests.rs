@@ -6,18 +6,14 @@
     reason = "tests fail by it"
 )]
 
-#[path = "../../../tests/image_common/memory.rs"]
-#[allow(dead_code, unreachable_pub, reason = "other tests use the rest")]
-mod memory;
-
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
-use memory::{Fate, Memory, Objects};
 use proptest::prelude::*;
 
-use super::super::block::Codec;
+use super::super::codec::Codec;
 use super::super::condemned::Condemned;
+use super::super::memory::{Fate, Memory, Objects};
 use super::super::quarantine::{Bad, Quarantine};
 use super::*;
 

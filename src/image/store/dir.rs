@@ -19,7 +19,7 @@ use rustix::fs::{Advice, FlockOperation, fadvise, flock};
 
 use super::super::bytes::{narrow, wide};
 use super::super::ids::{hex, random};
-use super::open_files::OpenFiles;
+use super::recent::Recent;
 use super::{Error, ObjectWriter, Result, Store, StoreLock, WHOLE_LIMIT, check_name, kind};
 use crate::clock;
 use crate::fault::step_of;
@@ -40,7 +40,7 @@ pub struct DirStore {
 
 struct Inner {
     root: PathBuf,
-    open: OpenFiles,
+    open: Recent<File>,
     /// Directories that are known to be durable.
     made: Mutex<HashSet<PathBuf>>,
 }
@@ -49,6 +49,7 @@ struct Inner {
 const DIRECTORIES: &[&str] = &[
     "condemned",
     "index",
+    "keys",
     "locks",
     "maps",
     "packs",
@@ -98,7 +99,7 @@ impl DirStore {
     fn at(root: &Path) -> Self {
         let inner = Inner {
             root: root.to_owned(),
-            open: OpenFiles::default(),
+            open: Recent::default(),
             made: Mutex::default(),
         };
         Self {

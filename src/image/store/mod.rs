@@ -5,9 +5,11 @@
 //! Names are `/`-separated paths of `[0-9a-z.-]` whose first part is the kind of the object.
 
 mod dir;
-mod open_files;
+mod encrypted;
+mod recent;
 
 pub use dir::DirStore;
+pub(super) use encrypted::EncryptedStore;
 
 use super::error::{Error, Result};
 
