@@ -3,7 +3,7 @@
 //! The log is the repository's ([`image::Session`]); what it means is [`bitmap::track`](crate::bitmap::track)'s. A target
 //! without a session begins one at its first rotation.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -13,8 +13,11 @@ use crate::bitmap::dirty::Proofs;
 use crate::bitmap::rotate::Journal;
 use crate::bitmap::track::{Base, Named, Record, State, Tracked, disown, withdraw};
 use crate::copy::Proof;
-use crate::image::{self, Item, Manifest, MapRef, Repository, SegmentHeader, SegmentRef};
-use crate::units::BlockSize;
+use crate::image::{
+    self, BlockId, Item, Manifest, MapReader, MapRef, Repository, Run, RunContent, SegmentHeader,
+    SegmentRef,
+};
+use crate::units::{BlockRun, BlockSize};
 
 /// What was read for proofs. Bytes of disks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -212,6 +215,14 @@ impl Session {
         self.log.as_ref().map(image::Session::id)
     }
 
+    /// Takes a step of the tracking, with this session as its journal.
+    pub fn track<T>(&mut self, step: impl FnOnce(&mut State, &mut Self) -> Result<T>) -> Result<T> {
+        let mut state = std::mem::take(&mut self.state);
+        let done = step(&mut state, self);
+        self.state = state;
+        done
+    }
+
     /// The number of the pass that comes next.
     pub fn next_pass(&mut self) -> u64 {
         self.pass += 1;
@@ -279,6 +290,34 @@ impl Session {
         Ok((proofs, proved))
     }
 
+    /// The blocks of a disk whose content in the next point would be one of `lost`: the base has it, or the session, and nothing
+    /// later was proved. They are to be read again, which stores them anew.
+    pub fn unsound(
+        &self,
+        disk: &Tracked,
+        lost: &HashSet<BlockId>,
+        block_size: BlockSize,
+    ) -> Result<BlockSet> {
+        let mut of_base = BlockSet::new(block_size.blocks(disk.size));
+        if lost.is_empty() {
+            return Ok(of_base);
+        }
+        if let Some(base) = &disk.base {
+            for run in MapReader::open(&self.repo, &base_map(base)?)?.runs() {
+                take_in(&run?, lost, None, &mut of_base);
+            }
+        }
+        let mut unsound = of_base.clone();
+        let segments = self.segments.iter();
+        for segment in segments.filter(|segment| segment.header.disk == disk.key) {
+            let log = self.log.as_ref().context("segments without a session")?;
+            for run in log.segment_content(segment)? {
+                take_in(&run?, lost, Some(&of_base), &mut unsound);
+            }
+        }
+        Ok(unsound)
+    }
+
     /// Builds the map of a disk from its base and all its proofs.
     pub fn build_map(&self, disk: &Tracked) -> Result<(MapRef, image::MapStats)> {
         let base = disk.base.as_ref().map(base_map).transpose()?;
@@ -314,6 +353,27 @@ impl Journal for Session {
             self.log = Some(log);
         }
         Ok(())
+    }
+}
+
+/// Takes in what blocks hold of lost ones. What is the same as the base is as unsound as that.
+fn take_in(run: &Run, lost: &HashSet<BlockId>, of_base: Option<&BlockSet>, unsound: &mut BlockSet) {
+    unsound.remove(run.blocks());
+    let ones = (run.first..run.end()).map(|first| BlockRun { first, count: 1 });
+    match &run.content {
+        RunContent::Zero(_) => {}
+        RunContent::Same(_) => {
+            for one in ones.filter(|one| of_base.is_some_and(|base| base.contains(one.first))) {
+                unsound.insert(one);
+            }
+        }
+        RunContent::Data(ids) => {
+            for (one, id) in ones.zip(ids.as_slice()) {
+                if lost.contains(id) {
+                    unsound.insert(one);
+                }
+            }
+        }
     }
 }
 

@@ -98,6 +98,13 @@ fn shown(path: &Path, root: &Path) -> String {
     path.strip_prefix(root).unwrap().display().to_string()
 }
 
+/// Locks are no objects, and what verify itself writes comes and goes with it (`image_verify.rs` damages that).
+fn is_judged(name: &str) -> bool {
+    !["locks/", "checks/", "quarantine/"]
+        .iter()
+        .any(|kind| name.starts_with(kind))
+}
+
 fn replace(path: &Path, bytes: &[u8]) {
     std::fs::remove_file(path).unwrap();
     let mut file = std::fs::File::create_new(path).unwrap();
@@ -122,7 +129,7 @@ fn flipped(encrypted: bool) {
     files(&root, &mut objects);
     for path in objects {
         let name = shown(&path, &root);
-        if name.starts_with("locks/") {
+        if !is_judged(&name) {
             continue;
         }
         let sound = std::fs::read(&path).unwrap();
@@ -158,7 +165,7 @@ fn truncated(encrypted: bool) {
     files(&root, &mut objects);
     for path in objects {
         let name = shown(&path, &root);
-        if name.starts_with("locks/") {
+        if !is_judged(&name) {
             continue;
         }
         let sound = std::fs::read(&path).unwrap();

@@ -214,7 +214,7 @@ fn what_is_damaged_is_not_counted_and_not_taken() {
 /// A JSON object as the repository writes it.
 fn sealed(kind: &str, value: &Value) -> Vec<u8> {
     let body = serde_json::to_vec(value).unwrap();
-    let digest = forerun::image::BlockId::of(&body);
+    let digest = image_common::id_of(&body);
     let mut bytes = format!("forerun {kind} 1 {} {digest}\n", body.len()).into_bytes();
     bytes.extend(body);
     bytes

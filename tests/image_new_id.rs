@@ -12,7 +12,7 @@ use forerun::image::{self, Manifest, PointId, Repository, RetiredBitmap, Trackin
 use forerun::progress::Progress;
 use forerun::replicate::{Copied, Options, Replication};
 use forerun::session::Session;
-use image_common::{BLOCK, Bench, KEY, restore, sha256};
+use image_common::{BLOCK, Bench, KEY, restore};
 use serde_json::{Value, json};
 
 /// A repository with a point whose disk is followed, and a copy of its files.
@@ -109,7 +109,7 @@ fn what_the_configuration_has_besides_stays() {
     let mut value: Value = serde_json::from_slice(body).unwrap();
     value["later"] = json!("kept");
     let body = serde_json::to_vec(&value).unwrap();
-    let digest = sha256(&body);
+    let digest = image_common::id_of(&body);
     let mut bytes = format!("forerun config 1 {} {digest}\n", body.len()).into_bytes();
     bytes.extend(body);
     std::fs::write(&config, bytes).unwrap();

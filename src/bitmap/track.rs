@@ -97,6 +97,11 @@ pub enum Record {
         /// The disks.
         disks: Vec<String>,
     },
+    /// A disk that could not be read.
+    Unreadable {
+        /// Its key.
+        disk: String,
+    },
 }
 
 /// The state that the records add up to.
@@ -112,6 +117,8 @@ pub struct State {
     pub confirmed: bool,
     /// Bitmaps that were needed once and may still be in the VM, by disk.
     pub retired: Vec<(String, String)>,
+    /// Disks that could not be read, and have not been read in full since.
+    pub unreadable: BTreeSet<String>,
 }
 
 impl State {
@@ -173,7 +180,12 @@ impl State {
                     self.retired
                         .extend(gone.into_iter().map(|named| (key.clone(), named.name)));
                     disk.whole = disk.whole.filter(|epoch| *epoch > *up_to);
+                    // What could not be read was unsafe until now.
+                    self.unreadable.remove(key);
                 }
+            }
+            Record::Unreadable { disk } => {
+                self.unreadable.insert(disk.clone());
             }
         }
     }

@@ -1,14 +1,13 @@
 //! `repair`.
 
-use std::path::Path;
-
 use anyhow::Result;
 use serde_json::json;
 
-use crate::cli::Repair;
+use super::secret;
+use crate::cli::{Repair, RepoArgs};
 use crate::exit::{Failure, Kind};
 use crate::hoststate::TargetState;
-use crate::image::{self, Repository};
+use crate::image;
 use crate::replicate;
 use crate::report::Outcome;
 use crate::session::{Session, is_withdrawn_key};
@@ -16,18 +15,43 @@ use crate::session::{Session, is_withdrawn_key};
 /// `repair`.
 pub(super) fn repair(what: &Repair) -> Result<Outcome> {
     match what {
-        Repair::Index { repo } => index(&repo.repo),
+        Repair::Index(args) => index(args),
         Repair::NewId {
             repo,
             drop_sessions,
-        } => new_id(&repo.repo, *drop_sessions),
+        } => new_id(repo, *drop_sessions),
     }
+}
+
+fn index(args: &RepoArgs) -> Result<Outcome> {
+    let rebuilt = secret::open(args)?.rebuild_index()?;
+    let mut outcome = Outcome::default();
+    outcome.line(format!(
+        "made the index anew: {} blocks, from the footers of {} packs",
+        rebuilt.blocks, rebuilt.packs
+    ));
+    let mut left_out = Vec::new();
+    for error in &rebuilt.damaged {
+        outcome.line(format!("DAMAGED {error}"));
+        left_out.push(error.to_string());
+    }
+    if !left_out.is_empty() {
+        outcome.line(
+            "of a damaged pack the index has what it had before; `forerun verify` tells whom it hurts",
+        );
+        outcome.kind = Some(Kind::Corrupt);
+    }
+    outcome.more.insert(
+        "repair".to_owned(),
+        json!({ "blocks": rebuilt.blocks, "packs": rebuilt.packs, "left_out": left_out }),
+    );
+    Ok(outcome)
 }
 
 /// A session belongs to the old id, as its bitmaps do: it goes first. What dropped sessions withdrew is of use until no bitmap
 /// of the old id is believed: it goes last.
-fn new_id(path: &Path, drop_sessions: bool) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+fn new_id(args: &RepoArgs, drop_sessions: bool) -> Result<Outcome> {
+    let repo = secret::open(args)?;
     let old = repo.id();
     let sessions = image::Session::list(&repo)?;
     let keys: Vec<String> = sessions
@@ -63,7 +87,7 @@ fn new_id(path: &Path, drop_sessions: bool) -> Result<Outcome> {
         image::Session::remove_damaged(&repo, id)?;
     }
     let new = repo.renew_id()?;
-    let repo = Repository::open(path)?;
+    let repo = secret::open(args)?;
     let mut outcome = Outcome::default();
     // Also those that giving up has just made.
     for session in image::Session::list(&repo)?.sessions {
@@ -82,31 +106,6 @@ fn new_id(path: &Path, drop_sessions: bool) -> Result<Outcome> {
     outcome.more.insert(
         "repair".to_owned(),
         json!({ "old": old, "new": new, "dropped": keys }),
-    );
-    Ok(outcome)
-}
-
-fn index(path: &Path) -> Result<Outcome> {
-    let rebuilt = Repository::open(path)?.rebuild_index()?;
-    let mut outcome = Outcome::default();
-    outcome.line(format!(
-        "made the index anew: {} blocks, from the footers of {} packs",
-        rebuilt.blocks, rebuilt.packs
-    ));
-    let mut left_out = Vec::new();
-    for error in &rebuilt.damaged {
-        outcome.line(format!("DAMAGED {error}"));
-        left_out.push(error.to_string());
-    }
-    if !left_out.is_empty() {
-        outcome.line(
-            "of a damaged pack the index has what it had before; `forerun verify` tells whom it hurts",
-        );
-        outcome.kind = Some(Kind::Corrupt);
-    }
-    outcome.more.insert(
-        "repair".to_owned(),
-        json!({ "blocks": rebuilt.blocks, "packs": rebuilt.packs, "left_out": left_out }),
     );
     Ok(outcome)
 }

@@ -1,12 +1,13 @@
 //! `stats`.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::repository::name_of;
+use super::secret;
+use crate::cli::RepoArgs;
 use crate::exit::Kind;
 use crate::image::{Amount, Manifest, PointId, PointStats, Repository, Sizes, Stats};
 use crate::report::Outcome;
@@ -20,8 +21,8 @@ enum Shown {
 }
 
 /// Counts everything, and shows all or a part of it.
-pub(super) fn stats(path: &Path, of: Option<&str>) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn stats(args: &RepoArgs, of: Option<&str>) -> Result<Outcome> {
+    let repo = secret::open(args)?;
     let manifests = repo.points()?.points;
     let names: BTreeMap<&str, &str> = manifests
         .iter()

@@ -21,10 +21,12 @@ mod envelope;
 mod error;
 mod forget;
 mod hasher;
+mod heal;
 mod ids;
 #[allow(dead_code, reason = "prune and verify use it")]
 mod index;
 mod keys;
+mod locate;
 mod manifest;
 mod map;
 #[cfg(test)]
@@ -48,6 +50,8 @@ mod retention;
 mod sealed;
 mod secret;
 mod session;
+#[cfg(test)]
+mod speed;
 mod stats;
 pub mod store;
 mod verify;
@@ -72,6 +76,8 @@ pub use read::BlockSink;
 pub use repo::{Encoded, InitOptions, Repository};
 pub use retention::{Policy, Reason};
 pub use secret::Secret;
-pub use session::{Content, Item, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions};
+pub use session::{
+    Content, Item, SegmentContent, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions,
+};
 pub use stats::{Amount, Objects, PointStats, Sizes, Stats};
-pub use verify::{Damage, VerifyOptions, VerifyReport};
+pub use verify::{CheckReport, Damage, Pace, PackReport, VerifyOptions, VerifyReport};

@@ -158,6 +158,23 @@ impl Repository {
         }
     }
 
+    /// The same repository; what it stores from now on is compressed so.
+    #[must_use]
+    pub fn with_compression(mut self, compression: Compression) -> Self {
+        self.compression = compression;
+        self
+    }
+
+    /// What new blocks are compressed with.
+    pub fn compression(&self) -> Compression {
+        self.compression
+    }
+
+    /// Whether all that it holds is encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.inner.config.is_encrypted()
+    }
+
     /// Gives the repository in the store another name, whose short form is another, too. What is opened keeps the old name until
     /// it is opened again. Everything else of the configuration stays, also what this build does not know.
     pub fn renew_id(&self) -> Result<RepoId> {
@@ -177,23 +194,6 @@ impl Repository {
         self.store()
             .replace(CONFIG, &envelope::seal("config", &config)?)?;
         Ok(id)
-    }
-
-    /// The same repository; what it stores from now on is compressed so.
-    #[must_use]
-    pub fn with_compression(mut self, compression: Compression) -> Self {
-        self.compression = compression;
-        self
-    }
-
-    /// What new blocks are compressed with.
-    pub fn compression(&self) -> Compression {
-        self.compression
-    }
-
-    /// Whether all that it holds is encrypted.
-    pub fn is_encrypted(&self) -> bool {
-        self.inner.config.is_encrypted()
     }
 
     /// Its name.

@@ -15,7 +15,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::{Advice, FlockOperation, fadvise, flock};
+use rustix::fs::{
+    Advice, FlockOperation, Timespec, Timestamps, UTIME_NOW, fadvise, flock, futimens,
+};
 
 use super::super::bytes::{narrow, wide};
 use super::super::ids::{hex, random};
@@ -283,17 +285,26 @@ fn probe(directory: &Path) -> io::Result<()> {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         },
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound
-                    | io::ErrorKind::ReadOnlyFilesystem
-                    | io::ErrorKind::PermissionDenied
-            ) =>
-        {
-            Ok(())
-        }
-        Err(error) => Err(error),
+        Err(error) => match error.kind() {
+            // Gone meanwhile, or we are only reading.
+            io::ErrorKind::NotFound
+            | io::ErrorKind::ReadOnlyFilesystem
+            | io::ErrorKind::PermissionDenied => Ok(()),
+            // Setting a time needs no room, and answers with the directory's state as well.
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                let now = Timespec {
+                    tv_sec: 0,
+                    tv_nsec: UTIME_NOW,
+                };
+                let times = Timestamps {
+                    last_access: now,
+                    last_modification: now,
+                };
+                futimens(File::open(directory)?, &times).ok();
+                Ok(())
+            }
+            _ => Err(error),
+        },
     }
 }
 

@@ -383,6 +383,10 @@ impl Store for EncryptedStore {
         self.inner.list(prefix)
     }
 
+    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>> {
+        self.inner.list_fresh(prefix)
+    }
+
     fn delete(&self, names: &[String]) -> Result<()> {
         for name in names {
             self.objects.forget(name);
