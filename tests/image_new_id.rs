@@ -119,6 +119,13 @@ fn what_the_configuration_has_besides_stays() {
 }
 
 #[test]
+fn a_key_that_is_bound_to_the_id_keeps_it() {
+    let bench = Bench::encrypted(BLOCK);
+    let error = bench.repo.renew_id().unwrap_err();
+    assert!(error.to_string().contains("copy the points"), "{error}");
+}
+
+#[test]
 fn sessions_go_only_by_decision() {
     let (bench, point, copy) = copied();
     let repo = Repository::open(&copy).unwrap();
