@@ -141,11 +141,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             restore::restore(&repo, &request, style)
         }
-        Command::Prune {
-            repo,
-            dry_run,
-            max_repack,
-        } => prune::prune(&repo, dry_run, max_repack, style, &interrupted),
+        Command::Prune(args) => prune::prune(&args, style, &interrupted),
         Command::Copy {
             repo,
             points,

@@ -112,19 +112,19 @@ impl Copier<'_> {
             let offset = u64::from(location.offset);
             self.repo.store().get_range(&object, offset, &mut entry)?;
             plain.resize(narrow(u64::from(location.plain)), 0);
-            let block = match decode_entry(self.repo.hasher(), &entry, *id, &mut plain) {
-                Ok(()) => NewBlock {
+            let decoded = decode_entry(self.repo.hasher(), &entry, *id, &mut plain);
+            let block = if decoded.is_ok() {
+                NewBlock {
                     id: *id,
                     codec: location.codec,
                     plain: location.plain,
                     stored: location.stored,
                     entry,
-                },
-                // Another copy may be sound, and is about to go.
-                Err(_) => {
-                    let plain = self.repo.read_block(*id)?;
-                    NewBlock::encode(*id, &plain, self.repo.compression())?
                 }
+            } else {
+                // Another copy may be sound, and is about to go.
+                let plain = self.repo.read_block(*id)?;
+                NewBlock::encode(*id, &plain, self.repo.compression())?
             };
             self.writer.put(Encoded::New(block))?;
         }
