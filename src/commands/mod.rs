@@ -52,6 +52,7 @@ pub fn main() -> ExitCode {
     report::finish(command, style, dispatch(cli.command, style))
 }
 
+#[allow(clippy::too_many_lines, reason = "one arm a command")]
 fn dispatch(command: Command, style: Style) -> Result<Outcome> {
     // A guard must outlive the signals that end its run.
     if let Command::Guard {

@@ -417,6 +417,10 @@ impl Store for View {
         })
     }
 
+    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>, Error> {
+        self.list(prefix)
+    }
+
     fn delete(&self, names: &[String]) -> Result<(), Error> {
         for name in names {
             self.world.step(self.actor, |inner| {

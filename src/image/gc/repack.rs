@@ -31,7 +31,7 @@ pub(super) fn repack(
     }
     watch.begin("repack", chosen.iter().map(|(_, live)| live).sum());
     let quarantine = Quarantine::read(repo.store())?;
-    let mut copier = Copier {
+    let mut repack = Copier {
         repo,
         mark,
         quarantine: &quarantine,
@@ -40,19 +40,19 @@ pub(super) fn repack(
     };
     let mut copied = Vec::new();
     for (pack, live) in chosen {
-        let done = watch.go_on().and_then(|()| copier.copy(*pack));
-        match done {
+        let outcome = watch.go_on().and_then(|()| repack.copy(*pack));
+        match outcome {
             Ok(()) => copied.push(*pack),
             Err(Error::Corrupt { object, what }) => {
                 report.kept_damaged.add(*live);
                 report.damaged.push(format!("{object} is corrupt: {what}"));
             }
-            Err(error) => return give_up(copier.writer, error, report),
+            Err(error) => return give_up(repack.writer, error, report),
         }
         watch.done(*live);
     }
-    let stored = copier.writer.stats().stored_bytes;
-    match copier.writer.seal() {
+    let stored = repack.writer.stats().stored_bytes;
+    match repack.writer.seal() {
         Ok(_) => {
             report.rewritten_bytes = stored;
             Ok(copied)
