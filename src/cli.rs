@@ -184,17 +184,7 @@ pub enum Command {
         force: bool,
     },
     /// Delete what no point, session or reader needs. Backups go on meanwhile.
-    Prune {
-        #[command(flatten)]
-        #[allow(missing_docs)]
-        repo: RepoArgs,
-        /// Only say what would go.
-        #[arg(long)]
-        dry_run: bool,
-        /// Copy at most this much out of packs that are mostly dead.
-        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-        max_repack: Option<u64>,
-    },
+    Prune(PruneArgs),
     /// Forget points: by a policy, or by name. Their space comes back with `prune`.
     Forget {
         #[command(flatten)]
@@ -460,6 +450,20 @@ pub struct KeepArgs {
     pub keep_within: Option<Duration>,
 }
 
+/// What to prune.
+#[derive(Debug, Args)]
+pub struct PruneArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub repo: RepoArgs,
+    /// Only say what would go.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Copy at most this much out of packs that are mostly dead.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_repack: Option<u64>,
+}
+
 /// Which VM.
 #[derive(Debug, Args)]
 pub struct TargetArgs {
@@ -563,7 +567,7 @@ impl Command {
                 | Self::Precopy { .. }
                 | Self::Backup { .. }
                 | Self::Run { .. }
-                | Self::Prune { .. }
+                | Self::Prune(_)
         )
     }
 
@@ -587,7 +591,7 @@ impl Command {
             Self::Verify { .. } => "verify",
             Self::Check { .. } => "check",
             Self::Restore { .. } => "restore",
-            Self::Prune { .. } => "prune",
+            Self::Prune(_) => "prune",
             Self::Copy { .. } => "copy",
             Self::Forget { .. } => "forget",
             Self::Pin { .. } => "pin",

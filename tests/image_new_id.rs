@@ -1,6 +1,10 @@
 //! A repository that was copied as files gets an identity of its own: its points stay, no bitmap of the original is taken for its
 //! own, and the sessions that came along go only by decision.
-#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test fails by it"
+)]
 
 mod image_common;
 

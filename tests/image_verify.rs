@@ -105,7 +105,7 @@ fn shares_go_round_through_all_packs_the_oldest_first() {
         let report = verify(&bench.repo, &share(1.0));
         let packs = report.packs.unwrap();
         assert_eq!((packs.checked, packs.never, packs.all), (1, 6 - done, 6));
-        assert_eq!(report.complete, false);
+        assert!(!report.complete);
         let now = checked(&bench);
         assert_eq!(now.len() as u64, done, "one more, and none twice");
         known = now;

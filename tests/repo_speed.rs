@@ -95,10 +95,10 @@ fn against_hashing_alone() {
     });
     let unpack = best(|| {
         in_parallel(blocks.len(), |block| {
-            let mut plain = [0; BLOCK];
+            let mut plain = vec![0; BLOCK];
             let length = lz4_flex::block::decompress_into(&packed[block], &mut plain);
             assert_eq!(length.unwrap(), BLOCK);
-            std::hint::black_box(<sha2::Sha256 as sha2::Digest>::digest(&plain));
+            std::hint::black_box(<sha2::Sha256 as sha2::Digest>::digest(plain));
         });
     });
     let options = VerifyOptions {

@@ -52,6 +52,7 @@ pub fn main() -> ExitCode {
     report::finish(command, style, dispatch(cli.command, style))
 }
 
+#[allow(clippy::too_many_lines, reason = "one arm a command")]
 fn dispatch(command: Command, style: Style) -> Result<Outcome> {
     // A guard must outlive the signals that end its run.
     if let Command::Guard {
@@ -141,11 +142,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             restore::restore(&repo, &request, style)
         }
-        Command::Prune {
-            repo,
-            dry_run,
-            max_repack,
-        } => prune::prune(&repo, dry_run, max_repack, style, &interrupted),
+        Command::Prune(args) => prune::prune(&args, style, &interrupted),
         Command::Copy {
             repo,
             points,

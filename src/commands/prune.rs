@@ -7,24 +7,18 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::secret;
-use crate::cli::RepoArgs;
+use crate::cli::PruneArgs;
 use crate::exit::Kind;
 use crate::image::{Packs, PruneOptions, PruneReport};
 use crate::progress::Progress;
 use crate::report::{Bar, Outcome, Style};
 use crate::units::Bytes;
 
-pub(super) fn prune(
-    args: &RepoArgs,
-    dry_run: bool,
-    max_repack: Option<u64>,
-    style: Style,
-    interrupted: &AtomicBool,
-) -> Result<Outcome> {
-    let repo = secret::open(args)?;
+pub(super) fn prune(args: &PruneArgs, style: Style, interrupted: &AtomicBool) -> Result<Outcome> {
+    let repo = secret::open(&args.repo)?;
     let options = PruneOptions {
-        dry_run,
-        max_repack: max_repack.unwrap_or(u64::MAX),
+        dry_run: args.dry_run,
+        max_repack: args.max_repack.unwrap_or(u64::MAX),
         interrupted: Some(interrupted),
     };
     let progress = Arc::new(Progress::default());
@@ -40,7 +34,7 @@ pub(super) fn prune(
         .prune(&options, &watch)
         .context("prune (points, sessions and readers keep all that they need)")?;
     drop(bar);
-    Ok(outcome(&report, dry_run))
+    Ok(outcome(&report, args.dry_run))
 }
 
 fn outcome(report: &PruneReport, dry_run: bool) -> Outcome {

@@ -31,7 +31,7 @@ pub(super) fn repack(
     }
     watch.begin("repack", chosen.iter().map(|(_, live)| live).sum());
     let quarantine = Quarantine::read(repo.store())?;
-    let mut copier = Copier {
+    let mut repack = Copier {
         repo,
         mark,
         quarantine: &quarantine,
@@ -40,19 +40,19 @@ pub(super) fn repack(
     };
     let mut copied = Vec::new();
     for (pack, live) in chosen {
-        let done = watch.go_on().and_then(|()| copier.copy(*pack));
-        match done {
+        let outcome = watch.go_on().and_then(|()| repack.copy(*pack));
+        match outcome {
             Ok(()) => copied.push(*pack),
             Err(Error::Corrupt { object, what }) => {
                 report.kept_damaged.add(*live);
                 report.damaged.push(format!("{object} is corrupt: {what}"));
             }
-            Err(error) => return give_up(copier.writer, error, report),
+            Err(error) => return give_up(repack.writer, error, report),
         }
         watch.done(*live);
     }
-    let stored = copier.writer.stats().stored_bytes;
-    match copier.writer.seal() {
+    let stored = repack.writer.stats().stored_bytes;
+    match repack.writer.seal() {
         Ok(_) => {
             report.rewritten_bytes = stored;
             Ok(copied)
@@ -112,19 +112,19 @@ impl Copier<'_> {
             let offset = u64::from(location.offset);
             self.repo.store().get_range(&object, offset, &mut entry)?;
             plain.resize(narrow(u64::from(location.plain)), 0);
-            let block = match decode_entry(self.repo.hasher(), &entry, *id, &mut plain) {
-                Ok(()) => NewBlock {
+            let decoded = decode_entry(self.repo.hasher(), &entry, *id, &mut plain);
+            let block = if decoded.is_ok() {
+                NewBlock {
                     id: *id,
                     codec: location.codec,
                     plain: location.plain,
                     stored: location.stored,
                     entry,
-                },
-                // Another copy may be sound, and is about to go.
-                Err(_) => {
-                    let plain = self.repo.read_block(*id)?;
-                    NewBlock::encode(*id, &plain, self.repo.compression())?
                 }
+            } else {
+                // Another copy may be sound, and is about to go.
+                let plain = self.repo.read_block(*id)?;
+                NewBlock::encode(*id, &plain, self.repo.compression())?
             };
             self.writer.put(Encoded::New(block))?;
         }

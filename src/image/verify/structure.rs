@@ -88,6 +88,8 @@ impl Repository {
         match self.store().size(&pack::name(pack)) {
             Ok(_) => return Ok(false),
             Err(error) if error.is_not_found() => {}
+            // It is there; what is wrong with it is another matter.
+            Err(error) if error.is_corrupt() => return Ok(false),
             Err(error) => return Err(error),
         }
         let condemned = match Condemned::read(self.store()) {
