@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::backup::Quiesce;
 use crate::image::Compression;
 use crate::target::Target;
-use crate::units::{parse_duration, parse_rate, parse_size};
+use crate::units::{parse_duration, parse_rate, parse_share, parse_size};
 
 /// Backs up running KVM/QEMU virtual machines ahead of schedule.
 ///
@@ -132,16 +132,36 @@ pub enum Command {
         /// Only this target, or this point.
         of: Option<String>,
     },
-    /// Read and re-hash everything that points need.
+    /// Read and re-hash everything that is stored, or what these points need.
+    ///
+    /// Everything goes pack by pack, those not checked for longest first; where one run ends the next goes on. Blocks that
+    /// are bad go into quarantine: the next backup stores them anew if the VM still has them.
     Verify {
         #[command(flatten)]
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// Only these points.
         points: Vec<String>,
-        /// Stop after this time.
+        /// Begin nothing after this time.
         #[arg(long, value_parser = parse_duration)]
         max_duration: Option<Duration>,
+        /// Only this share of what is stored: with 10% a week everything is read in ten weeks.
+        #[arg(long, value_name = "PERCENT", value_parser = parse_share, conflicts_with = "points")]
+        share: Option<f64>,
+        /// Only what was not checked for so long.
+        #[arg(long, value_name = "DURATION", value_parser = parse_duration, conflicts_with = "points")]
+        older_than: Option<Duration>,
+        /// Read at most this much a second: 100MiB/s.
+        #[arg(long, value_parser = parse_rate)]
+        rate: Option<u64>,
+    },
+    /// Check, fast and without reading blocks, that everything that points need is where it should be.
+    Check {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Only these points.
+        points: Vec<String>,
     },
     /// Write a point's disks to new images.
     Restore {
@@ -163,6 +183,8 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Delete what no point, session or reader needs. Backups go on meanwhile.
+    Prune(PruneArgs),
     /// Forget points: by a policy, or by name. Their space comes back with `prune`.
     Forget {
         #[command(flatten)]
@@ -428,6 +450,20 @@ pub struct KeepArgs {
     pub keep_within: Option<Duration>,
 }
 
+/// What to prune.
+#[derive(Debug, Args)]
+pub struct PruneArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub repo: RepoArgs,
+    /// Only say what would go.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Copy at most this much out of packs that are mostly dead.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_repack: Option<u64>,
+}
+
 /// Which VM.
 #[derive(Debug, Args)]
 pub struct TargetArgs {
@@ -520,9 +556,10 @@ pub enum Format {
 }
 
 impl Command {
-    /// Whether a signal must not end it before the VM is released; the others are ended by one at once.
+    /// Whether a signal must not end it at once: a VM is released first, a prune ends where the next one goes on best. The
+    /// others are ended by one at once.
     #[must_use]
-    pub fn holds_a_vm(&self) -> bool {
+    pub fn ends_in_order(&self) -> bool {
         matches!(
             self,
             Self::Track(_)
@@ -530,6 +567,7 @@ impl Command {
                 | Self::Precopy { .. }
                 | Self::Backup { .. }
                 | Self::Run { .. }
+                | Self::Prune(_)
         )
     }
 
@@ -551,7 +589,9 @@ impl Command {
             Self::Diff { .. } => "diff",
             Self::Stats { .. } => "stats",
             Self::Verify { .. } => "verify",
+            Self::Check { .. } => "check",
             Self::Restore { .. } => "restore",
+            Self::Prune(_) => "prune",
             Self::Copy { .. } => "copy",
             Self::Forget { .. } => "forget",
             Self::Pin { .. } => "pin",

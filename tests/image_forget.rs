@@ -65,6 +65,8 @@ fn bench() -> (Bench, [PointId; 3], PointId) {
     .map(|instant| point(&bench.repo, &like, "a", instant));
     let b = point(&bench.repo, &like, "b", "2020-01-01T00:00Z");
     bench.repo.forget(&these(&[like.id], true)).unwrap();
+    // The next one has no base, then.
+    bench.last = None;
     (bench, a, b)
 }
 

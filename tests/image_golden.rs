@@ -2,6 +2,7 @@
 //! own directory beside it.
 #![allow(
     clippy::unwrap_used,
+    clippy::disallowed_methods,
     clippy::cast_possible_truncation,
     reason = "a test fails by it, and the disks here are small"
 )]

@@ -1,6 +1,10 @@
 //! A repository that was copied as files gets an identity of its own: its points stay, no bitmap of the original is taken for its
 //! own, and the sessions that came along go only by decision.
-#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test fails by it"
+)]
 
 mod image_common;
 
@@ -116,6 +120,13 @@ fn what_the_configuration_has_besides_stays() {
     Repository::open(&copy).unwrap().renew_id().unwrap();
     let text = std::fs::read_to_string(&config).unwrap();
     assert!(text.contains(r#""later":"kept""#), "{text}");
+}
+
+#[test]
+fn a_key_that_is_bound_to_the_id_keeps_it() {
+    let bench = Bench::encrypted(BLOCK);
+    let error = bench.repo.renew_id().unwrap_err();
+    assert!(error.to_string().contains("copy the points"), "{error}");
 }
 
 #[test]

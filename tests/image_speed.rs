@@ -2,6 +2,8 @@
 //! `cargo test --release --test image_speed -- --ignored --nocapture`.
 #![allow(
     clippy::unwrap_used,
+    clippy::disallowed_methods,
+    clippy::cast_lossless,
     clippy::cast_possible_truncation,
     clippy::cast_precision_loss,
     clippy::print_stdout,

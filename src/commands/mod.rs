@@ -4,12 +4,14 @@ mod backup;
 mod copy;
 mod forget;
 mod key;
+mod prune;
 mod repair;
 mod repository;
 mod restore;
 mod secret;
 mod stats;
 mod target;
+mod verify;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -50,6 +52,7 @@ pub fn main() -> ExitCode {
     report::finish(command, style, dispatch(cli.command, style))
 }
 
+#[allow(clippy::too_many_lines, reason = "one arm a command")]
 fn dispatch(command: Command, style: Style) -> Result<Outcome> {
     // A guard must outlive the signals that end its run.
     if let Command::Guard {
@@ -62,7 +65,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         return Ok(Outcome::default());
     }
     let interrupted = Arc::new(AtomicBool::new(false));
-    if command.holds_a_vm() {
+    if command.ends_in_order() {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         for signal in [SIGINT, SIGTERM, SIGHUP] {
             signal_hook::flag::register(signal, Arc::clone(&interrupted))
@@ -109,7 +112,19 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             repo,
             points,
             max_duration,
-        } => repository::verify(&repo, &points, max_duration),
+            share,
+            older_than,
+            rate,
+        } => {
+            let limits = verify::Limits {
+                max_duration,
+                share,
+                older_than,
+                rate,
+            };
+            verify::verify(&repo, &points, &limits)
+        }
+        Command::Check { repo, points } => verify::check(&repo, &points),
         Command::Restore {
             repo,
             point,
@@ -127,6 +142,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             restore::restore(&repo, &request, style)
         }
+        Command::Prune(args) => prune::prune(&args, style, &interrupted),
         Command::Copy {
             repo,
             points,
