@@ -139,6 +139,22 @@ fn a_backup_of_an_image_is_encrypted_and_restored_with_the_key_file_only() {
     assert_eq!(code, 0, "{restored}");
     assert!(std::fs::read(place.path("out/vda.raw")).unwrap() == disk);
 
+    // To another encrypted repository, whose ids are others; its secret is not the environment's.
+    assert_eq!(place.run(&["key", "generate", "key2"]).0, 0);
+    let second = ["init", "second", "--encrypt", "--key-file", "key2"];
+    assert_eq!(place.run(&second).0, 0);
+    let copy = ["copy", "--all", "--to", "second"];
+    assert_eq!(with_key(&copy).0, 2);
+    let (code, copied) = with_key(&[&copy[..], &["--to-key-file", "key2"]].concat());
+    assert_eq!(code, 0, "{copied}");
+    let verify = ["verify", "--repo", "second", "--key-file", "key2"];
+    let (code, verified) = place.run(&verify);
+    assert_eq!(
+        (code, &verified["verify"]["points"]),
+        (0, &1.into()),
+        "{verified}"
+    );
+
     let key = std::fs::read(place.path("key")).unwrap();
     let mut found = Vec::new();
     files(&place.path("repo"), &mut found);
