@@ -13,7 +13,7 @@ use super::image_common::{manifest_of, segment_header};
 use super::world::{Dice, Role, View, World};
 
 /// Blocks of a disk. The repository takes short blocks, which are quick to hash.
-pub const BLOCKS: u64 = 4;
+pub(crate) const BLOCKS: u64 = 4;
 /// Few contents: everybody deduplicates against everybody, and against what is dying.
 const CONTENTS: u64 = 9;
 
@@ -22,7 +22,7 @@ fn content(value: u64) -> Vec<u8> {
 }
 
 /// All blocks of data of a map.
-pub fn blocks_of(repo: &Repository, map: &MapRef) -> Result<Vec<BlockId>, Error> {
+pub(crate) fn blocks_of(repo: &Repository, map: &MapRef) -> Result<Vec<BlockId>, Error> {
     let reader = MapReader::open(repo, map)?;
     let mut ids = Vec::new();
     for block in 0..BLOCKS {
@@ -41,15 +41,15 @@ pub fn blocks_of(repo: &Repository, map: &MapRef) -> Result<Vec<BlockId>, Error>
 }
 
 /// An actor on its thread.
-pub struct Player {
-    pub world: Arc<World>,
-    pub number: usize,
-    pub role: Role,
-    pub dice: Dice,
+pub(crate) struct Player {
+    pub(crate) world: Arc<World>,
+    pub(crate) number: usize,
+    pub(crate) role: Role,
+    pub(crate) dice: Dice,
 }
 
 impl Player {
-    pub fn play(mut self, rounds: u64) {
+    pub(crate) fn play(mut self, rounds: u64) {
         for _ in 0..rounds {
             // A new process each time.
             let view = View::of(&self.world, self.number, self.role);
@@ -115,6 +115,7 @@ impl Player {
         if let Some(base) = &last {
             session.append_with_roots(&json!({}), &[base.disks[0].map.clone()])?;
             if !repo.has_point(base.id)? {
+                self.world.release(&session.id().to_string());
                 return session.remove();
             }
             let blocks = blocks_of(&repo, &base.disks[0].map)?;

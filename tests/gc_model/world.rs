@@ -10,7 +10,7 @@ use forerun::image::{BlockId, Error, Repository};
 
 /// How the protocol is broken, when it is.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Broken {
+pub(crate) enum Broken {
     /// Not at all.
     Not,
     /// Writers see the condemned list of their first look for ever.
@@ -27,7 +27,7 @@ pub enum Broken {
 
 /// What an actor is.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Role {
+pub(crate) enum Role {
     Writer,
     Forget,
     Prune,
@@ -35,10 +35,10 @@ pub enum Role {
 }
 
 /// A small generator: the schedule needs many cheap numbers.
-pub struct Dice(pub u64);
+pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
-    pub fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -65,17 +65,19 @@ struct Inner {
     failure: Option<String>,
     /// Blocks that must be readable, by whom they are promised to.
     promised: HashMap<String, Vec<BlockId>>,
+    /// What changed, by whom.
+    history: Vec<String>,
 }
 
 /// The store that all share.
-pub struct World {
+pub(crate) struct World {
     inner: Mutex<Inner>,
     changed: Condvar,
     broken: Broken,
 }
 
 impl World {
-    pub fn new(actors: usize, broken: Broken) -> Arc<Self> {
+    pub(crate) fn new(actors: usize, broken: Broken) -> Arc<Self> {
         Arc::new(Self {
             inner: Mutex::new(Inner {
                 objects: BTreeMap::new(),
@@ -87,31 +89,43 @@ impl World {
                 steps: 0,
                 failure: None,
                 promised: HashMap::new(),
+                history: Vec::new(),
             }),
             changed: Condvar::new(),
             broken,
         })
     }
 
-    pub fn fail(&self, what: String) {
+    pub(crate) fn fail(&self, what: String) {
         self.inner.lock().unwrap().failure.get_or_insert(what);
     }
 
-    pub fn failure(&self) -> Option<String> {
+    /// A failure with its history, when that is asked for by `FORERUN_MODEL_TRACE`.
+    pub(crate) fn told(&self, what: String) -> String {
+        if std::env::var_os("FORERUN_MODEL_TRACE").is_none() {
+            return what;
+        }
+        format!("{what}\n{}", self.inner.lock().unwrap().history.join("\n"))
+    }
+
+    pub(crate) fn failure(&self) -> Option<String> {
         self.inner.lock().unwrap().failure.clone()
     }
 
-    pub fn promise(&self, to: &str, blocks: &[BlockId]) {
+    pub(crate) fn promise(&self, to: &str, blocks: &[BlockId]) {
         let mut inner = self.inner.lock().unwrap();
+        inner.history.push(format!("promised to {to}: {blocks:?}"));
         let promised = inner.promised.entry(to.to_owned()).or_default();
         promised.extend_from_slice(blocks);
     }
 
-    pub fn release(&self, from: &str) {
-        self.inner.lock().unwrap().promised.remove(from);
+    pub(crate) fn release(&self, from: &str) {
+        let mut inner = self.inner.lock().unwrap();
+        inner.history.push(format!("released from {from}"));
+        inner.promised.remove(from);
     }
 
-    pub fn promised(&self) -> Vec<(String, Vec<BlockId>)> {
+    pub(crate) fn promised(&self) -> Vec<(String, Vec<BlockId>)> {
         let inner = self.inner.lock().unwrap();
         let all = inner.promised.iter();
         all.map(|(to, blocks)| (to.clone(), blocks.clone()))
@@ -119,15 +133,15 @@ impl World {
     }
 
     /// Whether an actor was killed; it may begin anew.
-    pub fn revive(&self, actor: usize) -> bool {
+    pub(crate) fn revive(&self, actor: usize) -> bool {
         self.inner.lock().unwrap().dead.remove(&actor)
     }
 
-    pub fn is_dead(&self, actor: usize) -> bool {
+    pub(crate) fn is_dead(&self, actor: usize) -> bool {
         self.inner.lock().unwrap().dead.contains(&actor)
     }
 
-    pub fn end(&self, actor: usize) {
+    pub(crate) fn end(&self, actor: usize) {
         let mut inner = self.inner.lock().unwrap();
         inner.actors[actor] = Actor::Ended;
         if inner.turn == Some(actor) {
@@ -166,17 +180,19 @@ impl World {
         match inner.dying.remove(&actor) {
             None => operation(&mut inner),
             Some(done) => {
-                if done {
-                    operation(&mut inner).ok();
-                }
+                let result = done.then(|| operation(&mut inner));
                 inner.dead.insert(actor);
+                inner.history.push(format!("{actor} is killed, {done}"));
+                // A lock lets go by the same mutex.
+                drop(inner);
+                drop(result);
                 Err(crashed())
             }
         }
     }
 
     /// Runs the actors until all have ended. `between` is called after operations that may have taken something away.
-    pub fn schedule(&self, mut dice: Dice, between: &dyn Fn()) {
+    pub(crate) fn schedule(&self, mut dice: Dice, between: &dyn Fn()) {
         let mut checked = usize::MAX;
         let mut last = None;
         let mut quantum = 0;
@@ -231,7 +247,7 @@ impl World {
 
 /// The store as one actor sees it; nobody's sees all at once and is never scheduled.
 #[derive(Clone)]
-pub struct View {
+pub(crate) struct View {
     world: Arc<World>,
     actor: Option<usize>,
     role: Option<Role>,
@@ -246,7 +262,7 @@ struct Lies {
 }
 
 impl View {
-    pub fn of(world: &Arc<World>, actor: usize, role: Role) -> Self {
+    pub(crate) fn of(world: &Arc<World>, actor: usize, role: Role) -> Self {
         Self {
             world: Arc::clone(world),
             actor: Some(actor),
@@ -255,7 +271,7 @@ impl View {
         }
     }
 
-    pub fn whole(world: &Arc<World>) -> Self {
+    pub(crate) fn whole(world: &Arc<World>) -> Self {
         Self {
             world: Arc::clone(world),
             actor: None,
@@ -264,7 +280,7 @@ impl View {
         }
     }
 
-    pub fn open(&self) -> Result<Repository, Error> {
+    pub(crate) fn open(&self) -> Result<Repository, Error> {
         Repository::open_store(Arc::new(self.clone()))
     }
 
@@ -312,7 +328,12 @@ impl View {
     }
 
     fn put_now(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
-        self.world.step(self.actor, |inner| put(inner, name, bytes))
+        self.world.step(self.actor, |inner| {
+            put(inner, name, bytes)?;
+            let note = format!("{:?} puts {name}", self.actor);
+            inner.history.push(note);
+            Ok(())
+        })
     }
 }
 
@@ -425,6 +446,8 @@ impl Store for View {
         for name in names {
             self.world.step(self.actor, |inner| {
                 inner.objects.remove(name);
+                let note = format!("{:?} deletes {name}", self.actor);
+                inner.history.push(note);
                 Ok(())
             })?;
         }

@@ -277,6 +277,18 @@ impl Census<'_> {
         }
         let among: HashSet<BlockId> = self.unknown.keys().copied().collect();
         let needed = self.mark.certainly(&among)?;
-        needed.iter().next().map_or(Ok(()), refuse)
+        // Who refers to it may have stored it anew since the packs were listed.
+        self.repo.index().refresh()?;
+        let mut present = Present::default();
+        for id in &needed {
+            let mut is_stored = false;
+            for (location, excluded) in self.repo.index().locate_all(*id)? {
+                is_stored |= !excluded && present.has(self.repo, location.pack)?;
+            }
+            if !is_stored {
+                return refuse(id);
+            }
+        }
+        Ok(())
     }
 }
