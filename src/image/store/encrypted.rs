@@ -387,10 +387,6 @@ impl Store for EncryptedStore {
         self.inner.list_fresh(prefix)
     }
 
-    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>> {
-        self.inner.list_fresh(prefix)
-    }
-
     fn delete(&self, names: &[String]) -> Result<()> {
         for name in names {
             self.objects.forget(name);
