@@ -9,6 +9,11 @@ use crate::lab::{Lab, MIB, Model, Ran, Still, drive, random_image};
 
 const BLOCK: u64 = 64 << 10;
 
+/// The id of a block in a repository that is not encrypted.
+fn id_of(plain: &[u8]) -> BlockId {
+    BlockId::from_bytes(<sha2::Sha256 as sha2::Digest>::digest(plain).into())
+}
+
 fn packs(lab: &Lab) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(lab.repo().join("packs")).unwrap() {
@@ -27,9 +32,7 @@ fn rot(pack: &Path, disk: &[u8]) -> u64 {
     fs::write(pack, bytes).unwrap();
     let mut blocks = (0..).zip(disk.chunks(65536));
     let (number, _) = blocks
-        .find(|(_, plain)| {
-            BlockId::from_bytes(<sha2::Sha256 as sha2::Digest>::digest(plain).into()) == id
-        })
+        .find(|(_, plain)| id_of(plain) == id)
         .expect("the disk has it");
     let number: u64 = number;
     number * BLOCK

@@ -310,7 +310,7 @@ impl Runner {
                 .unsound(&tracked, &lost, self.repo.block_size())?;
             if let Some(open) = &mut self.disks[index].open {
                 open.union(&unsound);
-            } else if unsound.count() * self.repo.block_size().bytes() > super::SMALL {
+            } else if unsound.count() * self.repo.block_size().bytes() > crate::backup::SMALL {
                 return Err(GivenUp(format!(
                     "{} blocks of disk `{}` are damaged in the repository and must be read again first",
                     unsound.count(),
