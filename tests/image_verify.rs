@@ -17,11 +17,6 @@ use forerun::image::{Encoded, Manifest, Repository, Session, VerifyOptions, Veri
 use image_common::{BLOCK, Bench, id_of, restore};
 use serde_json::{Value, json};
 
-/// The id of a block in a repository that is not encrypted.
-fn id_of(plain: &[u8]) -> BlockId {
-    BlockId::from_bytes(<sha2::Sha256 as sha2::Digest>::digest(plain).into())
-}
-
 /// A block that does not compress, of its own.
 fn noise(seed: u32) -> Vec<u8> {
     let mut state = u64::from(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;

@@ -7,6 +7,8 @@
 //!
 //! `FORERUN_MODEL_CASES` asks for more cases than the default. The model must notice when the protocol is broken: that is tested, too.
 #![allow(
+    clippy::single_match_else,
+    clippy::unused_self,
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
     reason = "a test fails by it, and the numbers here are small"
@@ -133,7 +135,7 @@ fn cases(default: u32) -> u32 {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: cases(1500),
+        cases: cases(1000),
         max_shrink_iters: 0,
         failure_persistence: None,
         ..ProptestConfig::default()
