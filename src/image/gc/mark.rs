@@ -38,6 +38,16 @@ struct Walk {
     dead_leases: Vec<String>,
 }
 
+/// How much a root's word is worth.
+#[derive(Clone, Copy, PartialEq)]
+enum Claim {
+    /// A point: all of it is there.
+    Certain,
+    /// A session or a lease: it may have named a map whose point had gone before, and finds that out when it looks. A layer that is
+    /// missing went then.
+    Hoped,
+}
+
 type Each<'a> = &'a mut dyn FnMut(&Arc<Layer>) -> Result<()>;
 
 impl Walk {
@@ -61,7 +71,7 @@ impl Walk {
         leases
             .maps
             .iter()
-            .try_for_each(|map| self.map(repo, map, each))
+            .try_for_each(|map| self.map(repo, map, Claim::Hoped, each))
     }
 
     fn sessions(&mut self, repo: &Repository, each: Each<'_>) -> Result<bool> {
@@ -119,7 +129,7 @@ impl Walk {
             match repo.point(id) {
                 Ok(point) => {
                     for disk in &point.disks {
-                        self.map(repo, &disk.map, each)?;
+                        self.map(repo, &disk.map, Claim::Certain, each)?;
                     }
                     new |= self.points.insert(id);
                 }
@@ -131,13 +141,16 @@ impl Walk {
         Ok(new)
     }
 
-    fn map(&mut self, repo: &Repository, map: &MapRef, each: Each<'_>) -> Result<()> {
+    fn map(&mut self, repo: &Repository, map: &MapRef, claim: Claim, each: Each<'_>) -> Result<()> {
         for layer in &map.layers {
             if self.layers.contains(&layer.id) {
                 continue;
             }
-            let opened = Layer::open(repo.store_arc(), &layer.object(), MAP, Some(layer.digest))
-                .map_err(Error::missing_is_corrupt)?;
+            let opened = Layer::open(repo.store_arc(), &layer.object(), MAP, Some(layer.digest));
+            let opened = match opened {
+                Err(error) if error.is_not_found() && claim == Claim::Hoped => continue,
+                other => other.map_err(Error::missing_is_corrupt)?,
+            };
             each(&Arc::new(opened)).map_err(Error::missing_is_corrupt)?;
             self.layers.insert(layer.id);
         }

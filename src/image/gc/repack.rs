@@ -31,31 +31,31 @@ pub(super) fn repack(
     }
     watch.begin("repack", chosen.iter().map(|(_, live)| live).sum());
     let quarantine = Quarantine::read(repo.store())?;
-    let mut repack = Copier {
+    let mut copier = Copier {
         repo,
         mark,
         quarantine: &quarantine,
         packs,
         writer: repo.pack_writer(LABEL),
     };
-    let mut copied = Vec::new();
+    let mut emptied = Vec::new();
     for (pack, live) in chosen {
-        let outcome = watch.go_on().and_then(|()| repack.copy(*pack));
-        match outcome {
-            Ok(()) => copied.push(*pack),
+        let done = watch.go_on().and_then(|()| copier.copy(*pack));
+        match done {
+            Ok(()) => emptied.push(*pack),
             Err(Error::Corrupt { object, what }) => {
                 report.kept_damaged.add(*live);
                 report.damaged.push(format!("{object} is corrupt: {what}"));
             }
-            Err(error) => return give_up(repack.writer, error, report),
+            Err(error) => return give_up(copier.writer, error, report),
         }
         watch.done(*live);
     }
-    let stored = repack.writer.stats().stored_bytes;
-    match repack.writer.seal() {
+    let stored = copier.writer.stats().stored_bytes;
+    match copier.writer.seal() {
         Ok(_) => {
             report.rewritten_bytes = stored;
-            Ok(copied)
+            Ok(emptied)
         }
         // What was published stays as a second copy, which the next prune takes away.
         Err(Error::NoSpace { .. }) => {
