@@ -102,7 +102,9 @@ impl Walk {
         };
         for root in roots {
             match root {
-                Root::Maps(maps) => maps.iter().try_for_each(|map| self.map(repo, map, each))?,
+                Root::Maps(maps) => maps
+                    .iter()
+                    .try_for_each(|map| self.map(repo, map, Claim::Hoped, each))?,
                 Root::Segment(object) => {
                     let segment = Layer::open(repo.store_arc(), &object, SEGMENT, None)?;
                     if !self.segments.contains(&segment.digest) {
