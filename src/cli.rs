@@ -6,8 +6,9 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::backup::Quiesce;
+use crate::image::Compression;
 use crate::target::Target;
-use crate::units::{parse_duration, parse_rate, parse_size};
+use crate::units::{parse_duration, parse_rate, parse_share, parse_size};
 
 /// Backs up running KVM/QEMU virtual machines ahead of schedule.
 ///
@@ -37,12 +38,12 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Make a new repository.
-    Init {
-        /// Its directory: missing or empty.
-        repo: PathBuf,
-        /// The unit of storage and tracking, a power of two from 64KiB to 1MiB; for ever.
-        #[arg(long, default_value = "64KiB", value_parser = parse_size)]
-        block_size: u64,
+    Init(InitArgs),
+    /// List and change the keys of an encrypted repository.
+    Key {
+        #[command(subcommand)]
+        #[allow(missing_docs)]
+        command: KeyCommand,
     },
     /// Show a VM's disks, how each can be followed, and what stands in the way.
     Inspect(TargetArgs),
@@ -131,16 +132,36 @@ pub enum Command {
         /// Only this target, or this point.
         of: Option<String>,
     },
-    /// Read and re-hash everything that points need.
+    /// Read and re-hash everything that is stored, or what these points need.
+    ///
+    /// Everything goes pack by pack, those not checked for longest first; where one run ends the next goes on. Blocks that
+    /// are bad go into quarantine: the next backup stores them anew if the VM still has them.
     Verify {
         #[command(flatten)]
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// Only these points.
         points: Vec<String>,
-        /// Stop after this time.
+        /// Begin nothing after this time.
         #[arg(long, value_parser = parse_duration)]
         max_duration: Option<Duration>,
+        /// Only this share of what is stored: with 10% a week everything is read in ten weeks.
+        #[arg(long, value_name = "PERCENT", value_parser = parse_share, conflicts_with = "points")]
+        share: Option<f64>,
+        /// Only what was not checked for so long.
+        #[arg(long, value_name = "DURATION", value_parser = parse_duration, conflicts_with = "points")]
+        older_than: Option<Duration>,
+        /// Read at most this much a second: 100MiB/s.
+        #[arg(long, value_parser = parse_rate)]
+        rate: Option<u64>,
+    },
+    /// Check, fast and without reading blocks, that everything that points need is where it should be.
+    Check {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Only these points.
+        points: Vec<String>,
     },
     /// Write a point's disks to new images.
     Restore {
@@ -187,9 +208,9 @@ pub enum Command {
         /// Of these targets only. May be repeated.
         #[arg(long, requires = "all")]
         target: Vec<String>,
-        /// The second repository.
-        #[arg(long, value_name = "REPO2")]
-        to: PathBuf,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        to: ToArgs,
         /// Read at most this much a second: 100MiB/s.
         #[arg(long, value_parser = parse_rate)]
         rate: Option<u64>,
@@ -213,13 +234,10 @@ pub enum Command {
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
         point: String,
     },
-    /// Make anew what can be made anew.
+    /// Put right what can be put right.
     Repair {
-        #[command(flatten)]
+        #[command(subcommand)]
         #[allow(missing_docs)]
-        repo: RepoArgs,
-        /// What.
-        #[arg(value_enum)]
         what: Repair,
     },
     /// Remove this repository's bitmaps from a VM.
@@ -259,12 +277,124 @@ pub enum Command {
     },
 }
 
+/// A new repository.
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    /// Its directory: missing or empty.
+    pub repo: PathBuf,
+    /// The unit of storage and tracking, a power of two from 64KiB to 1MiB; for ever.
+    #[arg(long, default_value = "64KiB", value_parser = parse_size)]
+    pub block_size: u64,
+    /// What new blocks are compressed with: lz4, zstd, zstd:LEVEL (-7 to 19) or none.
+    #[arg(long, value_name = "CODEC", default_value_t)]
+    pub compression: Compression,
+    /// Encrypt everything, so that only a passphrase or a key file opens it.
+    #[arg(long)]
+    pub encrypt: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub secret: SecretArgs,
+    /// A word for the key, shown by `key list`.
+    #[arg(long, default_value = "", requires = "encrypt")]
+    pub label: String,
+}
+
+/// The commands on keys.
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// List the keys; it takes none.
+    List {
+        /// The repository.
+        #[arg(long, env = "FORERUN_REPO")]
+        repo: PathBuf,
+    },
+    /// Let another passphrase or key file open the repository, too.
+    Add(NewKeyArgs),
+    /// Replace the key that is given by another passphrase or key file.
+    Change(NewKeyArgs),
+    /// Take away what a passphrase or key file opens; never the last one.
+    Remove {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The key's id, the beginning of it, or its label.
+        key: String,
+    },
+    /// Write a new key file, which only its owner can read.
+    Generate {
+        /// The file: it must not exist.
+        file: PathBuf,
+    },
+}
+
+/// The repository, and what shall open it, too.
+#[derive(Debug, Args)]
+pub struct NewKeyArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub repo: RepoArgs,
+    /// The new key file.
+    #[arg(long, value_name = "FILE", conflicts_with = "new_passphrase_file")]
+    pub new_key_file: Option<PathBuf>,
+    /// The new passphrase is the first line of this file; without either it is asked for on a terminal.
+    #[arg(long, value_name = "FILE")]
+    pub new_passphrase_file: Option<PathBuf>,
+    /// A word for the new key.
+    #[arg(long)]
+    pub label: Option<String>,
+}
+
+/// What can be put right.
+#[derive(Debug, Subcommand)]
+pub enum Repair {
+    /// Make the index of the blocks anew from the packs.
+    Index(RepoArgs),
+    /// Give a repository that was copied as files an id of its own: else its bitmaps and the original's have one owner. The
+    /// next backup into it reads disks in full.
+    NewId {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Give up the sessions that were copied with it.
+        #[arg(long)]
+        drop_sessions: bool,
+    },
+}
+
 /// Where the repository is.
 #[derive(Debug, Args)]
 pub struct RepoArgs {
     /// The repository.
     #[arg(long, env = "FORERUN_REPO")]
     pub repo: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub secret: SecretArgs,
+}
+
+/// The second repository.
+#[derive(Debug, Args)]
+pub struct ToArgs {
+    /// The second repository.
+    #[arg(long, value_name = "REPO2")]
+    pub to: PathBuf,
+    /// Its key file, when it is encrypted; without either option its passphrase is asked for on a terminal.
+    #[arg(long, value_name = "FILE", conflicts_with = "to_passphrase_file")]
+    pub to_key_file: Option<PathBuf>,
+    /// The first line of this file is its passphrase.
+    #[arg(long, value_name = "FILE")]
+    pub to_passphrase_file: Option<PathBuf>,
+}
+
+/// What opens an encrypted repository. Without either, the environment is asked, then the terminal.
+#[derive(Debug, Args)]
+pub struct SecretArgs {
+    /// The key file of an encrypted repository (or `FORERUN_KEY_FILE`).
+    #[arg(long, value_name = "FILE", conflicts_with = "passphrase_file")]
+    pub key_file: Option<PathBuf>,
+    /// Its passphrase is the first line of this file (or `FORERUN_PASSPHRASE_FILE`).
+    #[arg(long, value_name = "FILE")]
+    pub passphrase_file: Option<PathBuf>,
 }
 
 /// Which points to forget, or what to keep of them.
@@ -350,7 +480,7 @@ pub struct TargetArgs {
     /// Not these disks.
     #[arg(long, value_name = "DISK")]
     pub exclude: Vec<String>,
-    /// Store a disk that QEMU decrypts as plain text.
+    /// Store a disk that QEMU decrypts as plain text; an encrypted repository takes it without.
     #[arg(long)]
     pub allow_plaintext: bool,
 }
@@ -375,14 +505,18 @@ pub struct PaceArgs {
     /// Keep at most so many requests in flight.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub in_flight: u8,
+    /// What new blocks are compressed with, instead of what `init` said: lz4, zstd, zstd:LEVEL or none.
+    #[arg(long, value_name = "CODEC")]
+    pub compression: Option<Compression>,
 }
 
 /// How to freeze.
 #[derive(Debug, Args)]
 pub struct FreezeArgs {
-    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back.
-    #[arg(long = "freeze", value_enum, default_value_t = FreezeMethod::Fleece)]
-    pub method: FreezeMethod,
+    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back. Without it `fleece`, but not
+    /// where the guest would feel the errors of its disk or of a full scratch.
+    #[arg(long = "freeze", value_enum)]
+    pub method: Option<FreezeMethod>,
     /// Freeze the guest's file systems around the instant.
     #[arg(long, value_enum, default_value_t = Quiesce::Auto)]
     pub quiesce: Quiesce,
@@ -398,6 +532,9 @@ pub struct FreezeArgs {
     /// How long the snapshot may be held.
     #[arg(long, default_value = "10s", value_parser = parse_duration)]
     pub deadline: Duration,
+    /// How long the overlay of `--freeze snapshot` may take to be committed back.
+    #[arg(long, default_value = "10m", value_parser = parse_duration)]
+    pub commit_deadline: Duration,
 }
 
 /// The methods of freezing.
@@ -416,13 +553,6 @@ pub enum Format {
     Raw,
     /// qcow2 version 3.
     Qcow2,
-}
-
-/// What can be made anew.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Repair {
-    /// Which pack holds which block, from the footers of the packs.
-    Index,
 }
 
 impl Command {
@@ -445,7 +575,8 @@ impl Command {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Init { .. } => "init",
+            Self::Init(_) => "init",
+            Self::Key { .. } => "key",
             Self::Inspect(_) => "inspect",
             Self::Track(_) => "track",
             Self::Changed(_) => "changed",
@@ -458,6 +589,7 @@ impl Command {
             Self::Diff { .. } => "diff",
             Self::Stats { .. } => "stats",
             Self::Verify { .. } => "verify",
+            Self::Check { .. } => "check",
             Self::Restore { .. } => "restore",
             Self::Prune(_) => "prune",
             Self::Copy { .. } => "copy",

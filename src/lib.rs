@@ -46,6 +46,7 @@ pub mod image;
 pub mod nbd;
 mod offline;
 pub mod progress;
+mod prompt;
 pub mod qmp;
 pub mod replicate;
 pub mod report;

@@ -110,15 +110,21 @@ fn session_key(source: RepoId, point: PointId) -> String {
     format!("copy:{source}:{point}")
 }
 
+/// The point that a session of this key copies, when it is the key of a copy's session.
+fn point_of_key(key: &str) -> Option<PointId> {
+    let (_, point) = key.strip_prefix("copy:")?.split_once(':')?;
+    point.parse().ok()
+}
+
+/// Whether a session of this key is a copy on its way.
+#[must_use]
+pub fn is_session_key(key: &str) -> bool {
+    point_of_key(key).is_some()
+}
+
 /// Keeps other copies of the point of a session of this key away, when it is the key of a copy's session.
 pub fn lock_session(to: &Repository, key: &str) -> Result<Option<StoreLock>> {
-    let point = key
-        .strip_prefix("copy:")
-        .and_then(|rest| rest.split_once(':'));
-    match point.and_then(|(_, point)| point.parse().ok()) {
-        Some(point) => lock(to, point).map(Some),
-        None => Ok(None),
-    }
+    point_of_key(key).map(|point| lock(to, point)).transpose()
 }
 
 fn lock(to: &Repository, point: PointId) -> Result<StoreLock> {
@@ -175,7 +181,7 @@ impl<'a> Replication<'a> {
         // From here on the source's layers and blocks of this point must stay.
         if let Some(there) = self.there(id)? {
             let other = self.to.origin(&there)?;
-            if other != origin {
+            if other.digest != origin.digest {
                 return Err(Failure::hinted(
                     Kind::Failed,
                     format!(
@@ -283,7 +289,7 @@ impl<'a> Replication<'a> {
             Err(error) if error.is_not_found() || error.is_corrupt() => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        if self.from.origin(&here)? != self.to.origin(there)? {
+        if self.from.origin(&here)?.digest != self.to.origin(there)?.digest {
             return Ok(None);
         }
         Ok(map_of(&here).map(|compare| Base {
@@ -303,7 +309,7 @@ impl<'a> Replication<'a> {
         let key = session_key(self.from.id(), point.id);
         if let Some(session) = Session::find(self.to, &key)? {
             let begun: Option<Header> = serde_json::from_value(session.header().clone()).ok();
-            if let Some(begun) = begun.filter(|begun| begun.origin == origin)
+            if let Some(begun) = begun.filter(|begun| begun.origin.digest == origin.digest)
                 && session.settle().map(|_| true)?
                 && !session.items()?.is_empty()
                 && let Some(bases) = self.recorded(&begun.bases)?

@@ -3,7 +3,7 @@
 //! The log is the repository's ([`image::Session`]); what it means is [`bitmap::track`](crate::bitmap::track)'s. A target
 //! without a session begins one at its first rotation.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -11,10 +11,13 @@ use serde_json::{Value, json};
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::Proofs;
 use crate::bitmap::rotate::Journal;
-use crate::bitmap::track::{Base, Named, Record, State, Tracked, withdraw};
+use crate::bitmap::track::{Base, Named, Record, State, Tracked, disown, withdraw};
 use crate::copy::Proof;
-use crate::image::{self, Item, Manifest, MapRef, Repository, SegmentHeader, SegmentRef};
-use crate::units::BlockSize;
+use crate::image::{
+    self, BlockId, Item, Manifest, MapReader, MapRef, Repository, Run, RunContent, SegmentHeader,
+    SegmentRef,
+};
+use crate::units::{BlockRun, BlockSize};
 
 /// What was read for proofs. Bytes of disks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -48,9 +51,17 @@ pub struct Session {
     grounded: BTreeSet<String>,
 }
 
-/// Under this key the names of bitmaps are kept that dropped sessions withdrew: no target has such a key.
+/// What the keys end with under which the names of bitmaps are kept that dropped sessions withdrew: no target has such a key.
+const WITHDRAWN: &str = "/withdrawn";
+
 fn withdrawn_key(key: &str) -> String {
-    format!("{key}/withdrawn")
+    format!("{key}{WITHDRAWN}")
+}
+
+/// Whether a session of this key holds no more than what dropped ones withdrew.
+#[must_use]
+pub fn is_withdrawn_key(key: &str) -> bool {
+    key.ends_with(WITHDRAWN)
 }
 
 impl Session {
@@ -244,6 +255,8 @@ impl Session {
             }
         }
         withdraw(&mut self.bases, &self.state.retired);
+        let repository = self.repo.id().short();
+        disown(&mut self.bases, &mut self.state.retired, &repository);
         Ok(())
     }
 
@@ -251,6 +264,14 @@ impl Session {
     #[must_use]
     pub fn id(&self) -> Option<image::SessionId> {
         self.log.as_ref().map(image::Session::id)
+    }
+
+    /// Takes a step of the tracking, with this session as its journal.
+    pub fn track<T>(&mut self, step: impl FnOnce(&mut State, &mut Self) -> Result<T>) -> Result<T> {
+        let mut state = std::mem::take(&mut self.state);
+        let done = step(&mut state, self);
+        self.state = state;
+        done
     }
 
     /// The number of the pass that comes next.
@@ -330,6 +351,34 @@ impl Session {
         Ok((proofs, proved))
     }
 
+    /// The blocks of a disk whose content in the next point would be one of `lost`: the base has it, or the session, and nothing
+    /// later was proved. They are to be read again, which stores them anew.
+    pub fn unsound(
+        &self,
+        disk: &Tracked,
+        lost: &HashSet<BlockId>,
+        block_size: BlockSize,
+    ) -> Result<BlockSet> {
+        let mut of_base = BlockSet::new(block_size.blocks(disk.size));
+        if lost.is_empty() {
+            return Ok(of_base);
+        }
+        if let Some(base) = &disk.base {
+            for run in MapReader::open(&self.repo, &base_map(base)?)?.runs() {
+                take_in(&run?, lost, None, &mut of_base);
+            }
+        }
+        let mut unsound = of_base.clone();
+        let segments = self.segments.iter();
+        for segment in segments.filter(|segment| segment.header.disk == disk.key) {
+            let log = self.log.as_ref().context("segments without a session")?;
+            for run in log.segment_content(segment)? {
+                take_in(&run?, lost, Some(&of_base), &mut unsound);
+            }
+        }
+        Ok(unsound)
+    }
+
     /// Builds the map of a disk from its base and all its proofs.
     pub fn build_map(&self, disk: &Tracked) -> Result<(MapRef, image::MapStats)> {
         let base = disk.base.as_ref().map(base_map).transpose()?;
@@ -374,6 +423,27 @@ impl Journal for Session {
     }
 }
 
+/// Takes in what blocks hold of lost ones. What is the same as the base is as unsound as that.
+fn take_in(run: &Run, lost: &HashSet<BlockId>, of_base: Option<&BlockSet>, unsound: &mut BlockSet) {
+    unsound.remove(run.blocks());
+    let ones = (run.first..run.end()).map(|first| BlockRun { first, count: 1 });
+    match &run.content {
+        RunContent::Zero(_) => {}
+        RunContent::Same(_) => {
+            for one in ones.filter(|one| of_base.is_some_and(|base| base.contains(one.first))) {
+                unsound.insert(one);
+            }
+        }
+        RunContent::Data(ids) => {
+            for (one, id) in ones.zip(ids.as_slice()) {
+                if lost.contains(id) {
+                    unsound.insert(one);
+                }
+            }
+        }
+    }
+}
+
 /// The map that a base refers to.
 pub fn base_map(base: &Base) -> Result<MapRef> {
     serde_json::from_value(base.map.clone()).context("the base's map cannot be understood")
@@ -411,10 +481,10 @@ mod tests {
         DiskPoint, InitOptions, PointId, Quiesce, Repository, SessionId, Target, Tracking,
     };
 
-    fn point(map: &MapRef, minute: i64, epoch: Option<u64>) -> Manifest {
+    fn point(repository: &str, map: &MapRef, minute: i64, epoch: Option<u64>) -> Manifest {
         let tracking = epoch.map(|epoch| Tracking {
             epoch,
-            bitmap: format!("b{epoch}"),
+            bitmap: crate::bitmap::name::new(repository, epoch),
             persistent: true,
             granularity: 65536,
             identity: Value::Null,
@@ -486,7 +556,8 @@ mod tests {
             // An image of a VM that was off, without bitmaps: no rotation tells.
             (20, None, None),
         ] {
-            repo.publish(&point(&map, minute, epoch)).unwrap();
+            let point = point(&repo.id().short(), &map, minute, epoch);
+            repo.publish(&point).unwrap();
             assert_eq!(base(), newest);
         }
     }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use crate::bitmap::rotate::Port;
 use crate::bitmap::track::Seen;
 use crate::exit::{Failure, Kind};
-use crate::hoststate::{Journal, Lock, TargetState};
+use crate::hoststate::{self, Journal, Lock, TargetState};
 use crate::offline::{Daemon, Memory};
 use crate::qmp::agent::THAW_FOR;
 use crate::qmp::command::{
@@ -51,7 +51,13 @@ impl Vm {
     pub fn find(target: &Target, given: Option<&str>, choice: Choice) -> Result<Self> {
         let key = match target {
             Target::Qmp(socket) => {
-                let mut monitor = QmpSocket::connect(socket)?;
+                let mut monitor = match QmpSocket::connect(socket) {
+                    Err(error @ crate::qmp::Error::Busy { .. }) => {
+                        return Err(hoststate::holder_of(&target.to_string())
+                            .map_or_else(|| error.into(), Into::into));
+                    }
+                    connected => connected?,
+                };
                 match machine::uuid(&mut monitor)? {
                     Some(uuid) => uuid,
                     None => key_without_uuid(socket, given)?,
@@ -89,7 +95,8 @@ impl Vm {
 
     /// Takes the target: lock, monitor, and what a dead run left is taken back.
     pub fn hold(&self, run: &RunName, doing: &str) -> Result<Hold> {
-        let lock = self.state.lock_target(doing, LOCK_WAIT)?;
+        let doing = format!("{doing} {}", self.target);
+        let lock = self.state.lock_target(&doing, LOCK_WAIT)?;
         let (mut monitor, daemon) = match &self.target {
             Target::Qmp(socket) => (QmpSocket::connect(socket)?, None),
             Target::Disk(image) => {

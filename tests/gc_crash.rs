@@ -337,3 +337,50 @@ fn a_reader_keeps_a_point_that_is_forgotten() {
     prune(&open(&store)).unwrap();
     assert!(restore(&repo, &point.disks[0]).unwrap_err().is_corrupt());
 }
+
+/// A pack that is lost and needed stays named, so that its blocks are known to be lost, and who has them still heals its points.
+#[test]
+fn a_prune_does_not_hide_that_a_needed_pack_is_lost() {
+    let before = before();
+    let packs = before.objects.keys();
+    let mut needed = 0;
+    for pack in packs.filter(|name| name.starts_with("packs/")) {
+        let mut objects = before.objects.clone();
+        objects.remove(pack);
+        let store = Memory::new(objects, None, Fate::Lost);
+        let repo = open(&store);
+        let hurt = repo.verify(&VerifyOptions::default()).unwrap();
+        let hurt = hurt.damage.iter().any(|damage| !damage.hurts.is_empty());
+        let lost = repo.lost_blocks().unwrap();
+        let report = prune(&repo).unwrap();
+        if !hurt {
+            continue;
+        }
+        needed += 1;
+        let told = report
+            .damaged
+            .iter()
+            .any(|what| what.contains(pack.as_str()));
+        assert!(told, "{pack}: {report:?}");
+        let still = open(&store).lost_blocks().unwrap();
+        assert!(!still.is_empty() && still.is_subset(&lost), "{pack}");
+        let repo = open(&store);
+        for (number, (_, disk)) in before.points.iter().enumerate() {
+            backup_of(&repo, &format!("healer {number}"), disk, &all(), None).unwrap();
+        }
+        // What the session alone has proved of the pack is its own to read again.
+        Session::find(&repo, "e")
+            .unwrap()
+            .unwrap()
+            .remove()
+            .unwrap();
+        for (point, disk) in &before.points {
+            assert!(&restore(&repo, &point.disks[0]).unwrap() == disk, "{pack}");
+        }
+        // Now nothing of it is needed, and the index forgets it.
+        let report = prune(&open(&store)).unwrap();
+        assert!(report.damaged.is_empty(), "{pack}: {report:?}");
+        check(&open(&store), &before.points, pack);
+    }
+    assert!(needed > 0, "no pack is needed");
+}

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::freeze::{GivenUp, Residual};
 use super::pass::read_of;
 use super::spool::Spool;
-use super::{Bytes, CONDEMNED_TRIES, Rescan, Runner, is_condemned};
+use super::{Bytes, CONDEMNED_TRIES, Rescan, Runner, SMALL, is_condemned};
 use crate::bitmap::rotate;
 use crate::clock::{self, Deadline};
 use crate::copy::{self, Copied};
@@ -22,8 +22,6 @@ use crate::image::{self, DiskPoint, Manifest, PointId, RetiredBitmap, Tracking};
 use crate::qmp;
 use crate::qmp::freeze::Method;
 
-/// So much residual is not worth a live pass before the freeze.
-pub(super) const SMALL: u64 = 64 << 20;
 /// So little is left alone while there is time.
 const LITTLE: u64 = 16 << 20;
 /// Between two looks at what is left.
@@ -403,12 +401,8 @@ impl Runner {
     fn sweep(&mut self) {
         let keys: Vec<String> = self.disks.iter().map(|disk| disk.key.clone()).collect();
         self.session.state.publish(&keys);
-        let swept = self.hold().and_then(|mut hold| {
-            let mut state = std::mem::take(&mut self.session.state);
-            let swept = rotate::sweep(&mut state, &mut hold);
-            self.session.state = state;
-            swept
-        });
+        let held = self.hold();
+        let swept = held.and_then(|mut hold| rotate::sweep(&mut self.session.state, &mut hold));
         if let Err(error) = swept {
             self.warnings.push(format!(
                 "old bitmaps stay in the VM until the next run: {error:#}"

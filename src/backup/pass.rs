@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 use super::{CONDEMNED_TRIES, RunDisk, Runner, is_condemned};
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::idle;
-use crate::bitmap::rotate;
-use crate::bitmap::track::{self, Tracked};
+use crate::bitmap::rotate::{self, Journal as _};
+use crate::bitmap::track::{self, Record, Tracked};
 use crate::clock::{self, Deadline};
 use crate::copy::{self, Copied, CopyDisk, Piece, Proof};
 use crate::exit::{Failure, Kind};
@@ -48,6 +48,11 @@ const MANY_PENDING: usize = 16;
 #[error("the VM changed within a batch: {0}")]
 struct Astray(String);
 
+/// A disk whose blocks could not be read.
+#[derive(Debug, thiserror::Error)]
+#[error("read disk `{0}`")]
+pub(super) struct Unread(pub(super) String);
+
 /// Why a pass ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PassEnd {
@@ -79,7 +84,7 @@ impl Runner {
                 rotated = false;
             }
             if !rotated {
-                self.rotate(&mut hold)?;
+                self.rotate(&mut hold, false)?;
                 for disk in &mut self.disks {
                     disk.open = None;
                 }
@@ -96,7 +101,7 @@ impl Runner {
                     condemned += 1;
                     continue;
                 }
-                done => done?,
+                done => self.note_unreadable(done)?,
             }
             condemned = 0;
             self.strike_idle()?;
@@ -188,6 +193,25 @@ impl Runner {
         kept
     }
 
+    /// Remembers a disk that has blocks that cannot be read: a fleecing job would have to read them before the guest may
+    /// overwrite them.
+    pub(super) fn note_unreadable<T>(&mut self, done: Result<T>) -> Result<T> {
+        let Err(error) = &done else { return done };
+        let failed = |cause: &(dyn std::error::Error + 'static)| {
+            let answer = cause.downcast_ref::<crate::nbd::Error>();
+            answer.and_then(crate::nbd::Error::server_errno).is_some()
+        };
+        if let Some(Unread(disk)) = error.downcast_ref()
+            && error.chain().any(failed)
+            && !self.session.state.unreadable.contains(disk)
+        {
+            let record = Record::Unreadable { disk: disk.clone() };
+            self.session.append(&record)?;
+            self.session.state.apply(&record);
+        }
+        done
+    }
+
     /// Journals proofs and takes the proved blocks out of what is open.
     fn keep(&mut self, disks: &mut [RunDisk], copied: Copied, epoch: u64) -> Result<()> {
         let block_size = self.repo.block_size();
@@ -275,7 +299,7 @@ impl Runner {
             let Some(open) = &disk.open else { continue };
             let ended = reading
                 .read_open(client, index, copy_disks[index].size, open, give)
-                .with_context(|| format!("read disk `{}`", disk.key))?;
+                .with_context(|| Unread(disk.key.clone()))?;
             if ended.is_break() {
                 break;
             }
@@ -348,6 +372,12 @@ impl Runner {
             disk.proved = proved;
             proofs
         };
+        let unsound = if let Some(unsound) = disk.unsound.take() {
+            unsound
+        } else {
+            let lost = self.repo.lost_blocks()?;
+            self.session.unsound(tracked, &lost, block_size)?
+        };
         let mut open = BlockSet::new(blocks);
         if let Some(epoch) = tracked.whole {
             let all = BlockRun {
@@ -377,6 +407,14 @@ impl Runner {
                 disk.idle.push(epoch);
             }
         }
+        if !unsound.is_empty() {
+            tracing::info!(
+                disk = disk.key,
+                blocks = unsound.count(),
+                "blocks that are damaged in the repository are read again"
+            );
+            open.union(&unsound);
+        }
         Ok(open)
     }
 
@@ -393,10 +431,8 @@ impl Runner {
             return Ok(());
         }
         let mut hold = self.hold()?;
-        let mut state = std::mem::take(&mut self.session.state);
-        let struck = rotate::strike_idle(&mut state, &mut hold, &mut self.session, idle);
-        self.session.state = state;
-        struck
+        self.session
+            .track(|state, journal| rotate::strike_idle(state, &mut hold, journal, idle))
     }
 
     /// Everything older than the newest rotation is safe: strikes it and removes it from the VM.
@@ -415,10 +451,8 @@ impl Runner {
             return Ok(());
         }
         let mut hold = self.hold()?;
-        let mut state = std::mem::take(&mut self.session.state);
-        let struck = rotate::strike(&mut state, &mut hold, &mut self.session, &disks, epoch - 1);
-        self.session.state = state;
-        struck
+        self.session
+            .track(|state, journal| rotate::strike(state, &mut hold, journal, &disks, epoch - 1))
     }
 }
 

@@ -7,11 +7,11 @@ use anyhow::Result;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
+use super::secret;
 use crate::backup::{Options, Point, Quiesce, Runner};
 use crate::cli::{FreezeArgs, FreezeMethod, PaceArgs, RepoTargetArgs};
 use crate::clock;
 use crate::exit::Kind;
-use crate::image::Repository;
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::report::{Bar, Outcome, Style};
@@ -28,20 +28,23 @@ pub(super) struct Limits {
 
 fn options(pace: Option<&PaceArgs>, freeze: Option<&FreezeArgs>, doing: &str) -> Options {
     let default = Pace::default();
+    let named = freeze.and_then(|freeze| freeze.method);
     Options {
         pace: Pace {
             rate: pace.and_then(|pace| pace.rate),
             in_flight: pace.map_or(default.in_flight, |pace| usize::from(pace.in_flight)),
         },
-        method: match freeze.map(|freeze| freeze.method) {
+        method: match named {
             Some(FreezeMethod::Snapshot) => Method::Snapshot,
             _ => Method::Fleece,
         },
+        method_named: named.is_some(),
         quiesce: freeze.map_or(Quiesce::Never, |freeze| freeze.quiesce),
         agent: freeze.and_then(|freeze| freeze.agent.clone()),
         scratch: freeze.and_then(|freeze| freeze.scratch.clone()),
         scratch_reserve: freeze.and_then(|freeze| freeze.scratch_reserve),
         deadline: freeze.map_or(std::time::Duration::from_secs(10), |freeze| freeze.deadline),
+        commit_deadline: freeze.map_or(std::time::Duration::ZERO, |freeze| freeze.commit_deadline),
         doing: format!("forerun {doing}"),
     }
 }
@@ -53,11 +56,21 @@ struct Begun {
     progress: Arc<Progress>,
 }
 
-fn begin(args: &RepoTargetArgs, options: Options, interrupted: Arc<AtomicBool>) -> Result<Begun> {
-    let repo = Repository::open(&args.repo.repo)?;
-    let vm = super::find(&args.target)?;
+fn begin(
+    args: &RepoTargetArgs,
+    pace: Option<&PaceArgs>,
+    freeze: Option<&FreezeArgs>,
+    doing: &str,
+    interrupted: Arc<AtomicBool>,
+) -> Result<Begun> {
+    let mut repo = secret::open(&args.repo)?;
+    if let Some(compression) = pace.and_then(|pace| pace.compression) {
+        repo = repo.with_compression(compression);
+    }
+    let vm = super::find(&args.target, repo.is_encrypted())?;
     let progress = Arc::new(Progress::default());
     let (target, key) = (vm.target.to_string(), vm.key.clone());
+    let options = options(pace, freeze, doing);
     let runner = Runner::begin(vm, repo, options, Arc::clone(&progress), interrupted)?;
     Ok(Begun {
         runner,
@@ -69,7 +82,7 @@ fn begin(args: &RepoTargetArgs, options: Options, interrupted: Arc<AtomicBool>) 
 
 /// `track`.
 pub(super) fn track(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Result<Outcome> {
-    let mut begun = begin(args, options(None, None, "track"), interrupted)?;
+    let mut begun = begin(args, None, None, "track", interrupted)?;
     let started = begun.runner.track()?;
     let mut outcome = Outcome::default();
     let state = if started {
@@ -89,7 +102,7 @@ pub(super) fn track(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Resu
 
 /// `changed`.
 pub(super) fn changed(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Result<Outcome> {
-    let mut begun = begin(args, options(None, None, "changed"), interrupted)?;
+    let mut begun = begin(args, None, None, "changed", interrupted)?;
     let changed = begun.runner.changed()?;
     let mut outcome = Outcome::default();
     for disk in &changed {
@@ -122,7 +135,7 @@ pub(super) fn precopy(
     interrupted: Arc<AtomicBool>,
 ) -> Result<Outcome> {
     let until = limits.until.as_deref().map(schedule::parse).transpose()?;
-    let mut begun = begin(args, options(Some(pace), None, "precopy"), interrupted)?;
+    let mut begun = begin(args, Some(pace), None, "precopy", interrupted)?;
     let bar = Bar::show(Arc::clone(&begun.progress), style);
     begun.progress.begin("copy ahead", 0);
     let until = until.map(super::super::schedule::Due::deadline);
@@ -168,11 +181,7 @@ pub(super) fn backup(
     interrupted: Arc<AtomicBool>,
 ) -> Result<Outcome> {
     let due = clock::utc_now();
-    let mut begun = begin(
-        args,
-        options(Some(pace), Some(freeze), "backup"),
-        interrupted,
-    )?;
+    let mut begun = begin(args, Some(pace), Some(freeze), "backup", interrupted)?;
     let bar = Bar::show(Arc::clone(&begun.progress), style);
     let point = begun.runner.backup(due);
     drop(bar);
@@ -192,7 +201,7 @@ pub(super) fn run(
     interrupted: Arc<AtomicBool>,
 ) -> Result<Outcome> {
     let at = schedule::parse(at)?;
-    let mut begun = begin(args, options(Some(pace), Some(freeze), "run"), interrupted)?;
+    let mut begun = begin(args, Some(pace), Some(freeze), "run", interrupted)?;
     let bar = Bar::show(Arc::clone(&begun.progress), style);
     let deadline = at.deadline();
     if !deadline.passed() {

@@ -1,6 +1,5 @@
 //! `copy`.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -8,6 +7,8 @@ use serde_json::{Value, json};
 
 use super::forget::keys;
 use super::repository::name_of;
+use super::secret;
+use crate::cli::{RepoArgs, ToArgs};
 use crate::exit::{Kind, classify};
 use crate::image::{Error, Manifest, Repository};
 use crate::progress::Progress;
@@ -17,15 +18,15 @@ use crate::units::Bytes;
 
 /// Copies the named points, or without names all of the targets. A damaged point is reported and hinders no other.
 pub(super) fn copy(
-    from: &Path,
-    to: &Path,
+    from: &RepoArgs,
+    to: &ToArgs,
     points: &[String],
     targets: &[String],
     rate: Option<u64>,
     style: Style,
 ) -> Result<Outcome> {
-    let from = Repository::open(from)?;
-    let to = Repository::open(to)?;
+    let from = secret::open(from)?;
+    let to = secret::open_second(to)?;
     let progress = Arc::new(Progress::default());
     let options = Options {
         rate,

@@ -3,12 +3,15 @@
 mod backup;
 mod copy;
 mod forget;
+mod key;
 mod prune;
 mod repair;
 mod repository;
 mod restore;
+mod secret;
 mod stats;
 mod target;
+mod verify;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -49,6 +52,7 @@ pub fn main() -> ExitCode {
     report::finish(command, style, dispatch(cli.command, style))
 }
 
+#[allow(clippy::too_many_lines, reason = "one arm a command")]
 fn dispatch(command: Command, style: Style) -> Result<Outcome> {
     // A guard must outlive the signals that end its run.
     if let Command::Guard {
@@ -69,7 +73,8 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         }
     }
     match command {
-        Command::Init { repo, block_size } => repository::init(&repo, block_size),
+        Command::Init(args) => repository::init(&args),
+        Command::Key { command } => key::run(command),
         Command::Inspect(target) => target::inspect(&target),
         Command::Track(args) => backup::track(&args, interrupted),
         Command::Changed(args) => backup::changed(&args, interrupted),
@@ -99,15 +104,27 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             at,
         } => backup::run(&target, &pace, &freeze, &at, style, interrupted),
         Command::Status(args) => target::status(&args),
-        Command::List { repo, target } => repository::list(&repo.repo, target.as_deref()),
-        Command::Show { repo, point } => repository::show(&repo.repo, &point),
-        Command::Diff { repo, a, b } => repository::diff(&repo.repo, &a, &b),
-        Command::Stats { repo, of } => stats::stats(&repo.repo, of.as_deref()),
+        Command::List { repo, target } => repository::list(&repo, target.as_deref()),
+        Command::Show { repo, point } => repository::show(&repo, &point),
+        Command::Diff { repo, a, b } => repository::diff(&repo, &a, &b),
+        Command::Stats { repo, of } => stats::stats(&repo, of.as_deref()),
         Command::Verify {
             repo,
             points,
             max_duration,
-        } => repository::verify(&repo.repo, &points, max_duration),
+            share,
+            older_than,
+            rate,
+        } => {
+            let limits = verify::Limits {
+                max_duration,
+                share,
+                older_than,
+                rate,
+            };
+            verify::verify(&repo, &points, &limits)
+        }
+        Command::Check { repo, points } => verify::check(&repo, &points),
         Command::Restore {
             repo,
             point,
@@ -123,7 +140,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 format,
                 force,
             };
-            restore::restore(&repo.repo, &request, style)
+            restore::restore(&repo, &request, style)
         }
         Command::Prune(args) => prune::prune(&args, style, &interrupted),
         Command::Copy {
@@ -133,29 +150,30 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             target,
             to,
             rate,
-        } => copy::copy(&repo.repo, &to, &points, &target, rate, style),
-        Command::Forget { repo, forget } => forget::forget(&repo.repo, &forget),
+        } => copy::copy(&repo, &to, &points, &target, rate, style),
+        Command::Forget { repo, forget } => forget::forget(&repo, &forget),
         Command::Pin {
             repo,
             point,
             reason,
-        } => forget::pin(&repo.repo, &point, reason),
-        Command::Unpin { repo, point } => forget::unpin(&repo.repo, &point),
-        Command::Repair { repo, what } => repair::repair(&repo.repo, what),
+        } => forget::pin(&repo, &point, reason),
+        Command::Unpin { repo, point } => forget::unpin(&repo, &point),
+        Command::Repair { what } => repair::repair(&what),
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
         Command::DropSession { repo, target, name } => {
-            target::drop_session(&repo.repo, &target, name.as_deref())
+            target::drop_session(&repo, &target, name.as_deref())
         }
         Command::Guard { .. } => Ok(Outcome::default()),
     }
 }
 
-fn find(args: &TargetArgs) -> Result<Vm> {
+/// Finds a VM. What goes to an encrypted repository is never stored as plain text.
+fn find(args: &TargetArgs, encrypted: bool) -> Result<Vm> {
     let choice = Choice {
         include: args.include.clone(),
         exclude: args.exclude.clone(),
-        allow_plaintext: args.allow_plaintext,
+        allow_plaintext: args.allow_plaintext || encrypted,
     };
     Vm::find(&args.target, args.name.as_deref(), choice)
 }

@@ -6,15 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use serde_json::json;
 
+use super::secret;
 use crate::cli::PruneArgs;
 use crate::exit::Kind;
-use crate::image::{Packs, PruneOptions, PruneReport, Repository};
+use crate::image::{Packs, PruneOptions, PruneReport};
 use crate::progress::Progress;
 use crate::report::{Bar, Outcome, Style};
 use crate::units::Bytes;
 
 pub(super) fn prune(args: &PruneArgs, style: Style, interrupted: &AtomicBool) -> Result<Outcome> {
-    let repo = Repository::open(&args.repo.repo)?;
+    let repo = secret::open(&args.repo)?;
     let options = PruneOptions {
         dry_run: args.dry_run,
         max_repack: args.max_repack.unwrap_or(u64::MAX),

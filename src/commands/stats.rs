@@ -1,14 +1,15 @@
 //! `stats`.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::repository::name_of;
+use super::secret;
+use crate::cli::RepoArgs;
 use crate::exit::Kind;
-use crate::image::{Amount, PointStats, Repository, Sizes, Stats};
+use crate::image::{Amount, Manifest, PointId, PointStats, Repository, Sizes, Stats};
 use crate::report::Outcome;
 use crate::units::Bytes;
 
@@ -20,24 +21,15 @@ enum Shown {
 }
 
 /// Counts everything, and shows all or a part of it.
-pub(super) fn stats(path: &Path, of: Option<&str>) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn stats(args: &RepoArgs, of: Option<&str>) -> Result<Outcome> {
+    let repo = secret::open(args)?;
     let manifests = repo.points()?.points;
     let names: BTreeMap<&str, &str> = manifests
         .iter()
         .map(|point| (point.target.key.as_str(), name_of(point)))
         .collect();
     // A wrong name is told before the work.
-    let chosen = match of {
-        None => None,
-        Some(name) => match manifests.iter().find(|point| point.target.is_called(name)) {
-            Some(point) => Some((point.target.key.clone(), None)),
-            None => {
-                let point = repo.resolve(name)?;
-                Some((point.target.key, Some(point.id)))
-            }
-        },
-    };
+    let chosen = of.map(|name| choose(&repo, &manifests, name)).transpose()?;
     let stats = repo.stats()?;
     let shown = match chosen {
         None => Shown::All,
@@ -93,6 +85,16 @@ pub(super) fn stats(path: &Path, of: Option<&str>) -> Result<Outcome> {
         outcome.kind = Some(Kind::Corrupt);
     }
     Ok(outcome)
+}
+
+/// The key of the target of this name, or that and the id of the point.
+fn choose(repo: &Repository, points: &[Manifest], name: &str) -> Result<(String, Option<PointId>)> {
+    let of_target = points.iter().find(|point| point.target.is_called(name));
+    if let Some(point) = of_target {
+        return Ok((point.target.key.clone(), None));
+    }
+    let point = repo.resolve(name)?;
+    Ok((point.target.key, Some(point.id)))
 }
 
 /// How often `a` has `b`, in hundredths; null when there is nothing.

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::secret;
 use crate::bitmap::name;
 use crate::bitmap::track::{self, Tracked};
-use crate::cli::{RepoTargetArgs, TargetArgs};
+use crate::cli::{RepoArgs, RepoTargetArgs, TargetArgs};
 use crate::exit::{Failure, Kind};
 use crate::hoststate::{self, TargetState};
-use crate::image::{self, Repository};
+use crate::image::{self, Closed, Repository};
 use crate::qmp::agent::THAW_FOR;
 use crate::qmp::command::{action_remove_bitmap, transaction};
 use crate::qmp::graph;
@@ -18,7 +19,7 @@ use crate::qmp::names::{PREFIX, RunName};
 use crate::qmp::{export, orphans, release, socket};
 use crate::replicate;
 use crate::report::Outcome;
-use crate::session::Session;
+use crate::session::{Session, is_withdrawn_key};
 use crate::settle;
 use crate::target::{Choice, Target};
 use crate::units::Bytes;
@@ -31,7 +32,7 @@ fn looking() -> RunName {
 
 /// `inspect`.
 pub(super) fn inspect(args: &TargetArgs) -> Result<Outcome> {
-    let vm = super::find(args)?;
+    let vm = super::find(args, false)?;
     let mut hold = vm.hold(&looking(), "forerun inspect")?;
     let machine = hold.machine()?;
     let mut outcome = Outcome::default();
@@ -69,8 +70,10 @@ pub(super) fn inspect(args: &TargetArgs) -> Result<Outcome> {
             ));
         }
         if disk.decrypted {
-            outcome
-                .line("    encrypted, and decrypted by QEMU: needs --allow-plaintext".to_owned());
+            outcome.line(
+                "    encrypted, and decrypted by QEMU: needs an encrypted repository or --allow-plaintext"
+                    .to_owned(),
+            );
         }
         for filter in &disk.foreign_filters {
             outcome.line(format!("    a block job's filter is on it: {filter}"));
@@ -105,8 +108,8 @@ pub(super) fn inspect(args: &TargetArgs) -> Result<Outcome> {
 
 /// `status`.
 pub(super) fn status(args: &RepoTargetArgs) -> Result<Outcome> {
-    let repo = Repository::open(&args.repo.repo)?;
-    let vm = super::find(&args.target)?;
+    let repo = secret::open(&args.repo)?;
+    let vm = super::find(&args.target, repo.is_encrypted())?;
     let mut hold = vm.hold(&looking(), "forerun status")?;
     hold.look()?;
     let session = Session::open(&repo, &vm.key)?;
@@ -177,9 +180,8 @@ fn describe(
 
 /// `untrack`.
 pub(super) fn untrack(args: &RepoTargetArgs) -> Result<Outcome> {
-    let repo = Repository::open(&args.repo.repo)?;
-    let short = repo.id().short();
-    let vm = super::find(&args.target)?;
+    let short = Closed::at(&args.repo.repo)?.id().short();
+    let vm = super::find(&args.target, false)?;
     let _run = vm.state.lock_run(&short, "forerun untrack")?;
     let mut hold = vm.hold(&RunName::new(&short), "forerun untrack")?;
     let removed = remove_bitmaps(&mut hold, |name| name::belongs_to(name, &short))?;
@@ -210,8 +212,12 @@ fn remove_bitmaps(hold: &mut Hold, chosen: impl Fn(&str) -> bool) -> Result<Vec<
 }
 
 /// `drop-session`.
-pub(super) fn drop_session(path: &Path, target: &Target, name: Option<&str>) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn drop_session(
+    args: &RepoArgs,
+    target: &Target,
+    name: Option<&str>,
+) -> Result<Outcome> {
+    let repo = secret::open(args)?;
     let short = repo.id().short();
     let spelled = target.to_string();
     let vm = match target {
@@ -276,7 +282,7 @@ fn no_session(repo: &Repository, target: &str) -> anyhow::Error {
         .iter()
         .map(|session| session.key().to_owned())
         // Not what dropped ones left behind.
-        .filter(|key| !key.ends_with("/withdrawn"))
+        .filter(|key| !is_withdrawn_key(key))
         .collect();
     let hint = if keys.is_empty() {
         "there are no sessions".to_owned()
@@ -289,13 +295,13 @@ fn no_session(repo: &Repository, target: &str) -> anyhow::Error {
 /// `recover`.
 pub(super) fn recover(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome> {
     let repository = repo
-        .map(Repository::open)
+        .map(Closed::at)
         .transpose()?
         .map(|repo| repo.id().short());
     let mut outcome = Outcome::default();
     let mut removed = Vec::new();
     let mut unthawed: Vec<PathBuf> = Vec::new();
-    match super::find(args) {
+    match super::find(args, false) {
         Ok(vm) => {
             let mut hold = vm.hold(&looking(), "forerun recover")?;
             removed.append(&mut hold.recovered);

@@ -42,7 +42,7 @@ pub struct Manifest {
     pub origin: Option<Origin>,
 }
 
-/// The point that another one is a copy of, or a copy of a copy: two points of one origin have one content.
+/// The point that another one is a copy of, or a copy of a copy: two points of one digest have one content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
     /// The repository that it was made in.

@@ -22,11 +22,13 @@ mod error;
 mod forget;
 mod gc;
 mod hasher;
+mod heal;
 mod ids;
 #[allow(dead_code, reason = "prune and verify use it")]
 mod index;
 mod keys;
 mod lease;
+mod locate;
 mod look;
 mod manifest;
 mod map;
@@ -51,6 +53,8 @@ mod retention;
 mod sealed;
 mod secret;
 mod session;
+#[cfg(test)]
+mod speed;
 mod stats;
 pub mod store;
 mod verify;
@@ -77,6 +81,8 @@ pub use read::BlockSink;
 pub use repo::{Encoded, InitOptions, Repository};
 pub use retention::{Policy, Reason};
 pub use secret::Secret;
-pub use session::{Content, Item, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions};
+pub use session::{
+    Content, Item, SegmentContent, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions,
+};
 pub use stats::{Amount, Objects, PointStats, Sizes, Stats};
-pub use verify::{Damage, VerifyOptions, VerifyReport};
+pub use verify::{CheckReport, Damage, Pace, PackReport, VerifyOptions, VerifyReport};

@@ -181,6 +181,27 @@ impl Repository {
         self.inner.config.is_encrypted()
     }
 
+    /// Gives the repository in the store another name, whose short form is another, too. What is opened keeps the old name until
+    /// it is opened again. Everything else of the configuration stays, also what this build does not know.
+    pub fn renew_id(&self) -> Result<RepoId> {
+        let _lock = self.store().lock("new-id", "giving the repository an id")?;
+        if let Some(feature) = self.inner.config.features.first() {
+            return Err(Error::Unsupported(format!(
+                "a repository with the feature `{feature}` keeps its id: make another one and copy the points to it"
+            )));
+        }
+        let mut config: serde_json::Value =
+            envelope::open("config", CONFIG, &self.store().get(CONFIG)?)?;
+        let mut id = RepoId::random()?;
+        while id.short() == self.id().short() {
+            id = RepoId::random()?;
+        }
+        config["id"] = id.to_string().into();
+        self.store()
+            .replace(CONFIG, &envelope::seal("config", &config)?)?;
+        Ok(id)
+    }
+
     /// Its name.
     pub fn id(&self) -> RepoId {
         self.inner.config.id

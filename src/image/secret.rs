@@ -88,6 +88,11 @@ impl Secret {
         Ok(Self::KeyFile(bytes))
     }
 
+    /// The content of a new key file, from the kernel.
+    pub fn new_key_file() -> Result<Zeroizing<Vec<u8>>> {
+        Ok(Zeroizing::new(MasterKey::random()?.bytes().to_vec()))
+    }
+
     /// What to call it in a message.
     pub(super) fn kind(&self) -> &'static str {
         match self {

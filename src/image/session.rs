@@ -437,9 +437,14 @@ impl Session {
 
     /// Which blocks a segment has, in order, with little memory.
     pub fn segment_runs(&self, segment: &SegmentRef) -> Result<SegmentRuns> {
+        self.segment_content(segment).map(SegmentRuns)
+    }
+
+    /// The blocks of a segment and what they hold, in order, with little memory.
+    pub fn segment_content(&self, segment: &SegmentRef) -> Result<SegmentContent> {
         let layer = Layer::open(self.repo.store_arc(), &segment.object, SEGMENT, None)
             .map_err(Error::missing_is_corrupt)?;
-        Ok(SegmentRuns {
+        Ok(SegmentContent {
             source: Arc::new(layer).stream(),
             failed: false,
         })
@@ -652,21 +657,32 @@ fn joined(runs: &[(BlockRun, Content)]) -> impl Iterator<Item = Run> + '_ {
     })
 }
 
-/// The runs of blocks of a segment.
-pub struct SegmentRuns {
+/// The runs of a segment with what they hold.
+pub struct SegmentContent {
     source: Box<dyn RunSource>,
     failed: bool,
 }
 
-impl Iterator for SegmentRuns {
-    type Item = Result<BlockRun>;
+impl Iterator for SegmentContent {
+    type Item = Result<Run>;
 
-    fn next(&mut self) -> Option<Result<BlockRun>> {
+    fn next(&mut self) -> Option<Result<Run>> {
         if self.failed {
             return None;
         }
         let next = self.source.next_run().transpose();
         self.failed = matches!(next, Some(Err(_)));
-        next.map(|run| run.map(|run| run.blocks()))
+        next
+    }
+}
+
+/// The runs of blocks of a segment.
+pub struct SegmentRuns(SegmentContent);
+
+impl Iterator for SegmentRuns {
+    type Item = Result<BlockRun>;
+
+    fn next(&mut self) -> Option<Result<BlockRun>> {
+        self.0.next().map(|run| run.map(|run| run.blocks()))
     }
 }

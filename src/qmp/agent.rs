@@ -157,18 +157,7 @@ impl Agent {
             other => other,
         })?;
         if let Some(error) = answer.get("error") {
-            let text = |key| {
-                error
-                    .get(key)
-                    .and_then(Value::as_str)
-                    .unwrap_or("")
-                    .to_owned()
-            };
-            return Err(Error::Command {
-                command: C::NAME.to_owned(),
-                class: text("class"),
-                description: text("desc"),
-            });
+            return Err(Error::answered(C::NAME, error));
         }
         match answer.get_mut("return") {
             Some(value) => Ok(value.take()),

@@ -233,19 +233,8 @@ impl Monitor for QmpSocket {
             }
             crate::fault::step(&format!("qmp:{command}:answered"));
             if let Some(error) = line.get("error") {
-                let text = |key| {
-                    error
-                        .get(key)
-                        .and_then(Value::as_str)
-                        .unwrap_or("")
-                        .to_owned()
-                };
                 tracing::debug!(command, %error, "qmp");
-                return Err(Error::Command {
-                    command: command.to_owned(),
-                    class: text("class"),
-                    description: text("desc"),
-                });
+                return Err(Error::answered(command, error));
             }
             return match line.get_mut("return") {
                 Some(value) => Ok(value.take()),

@@ -7,6 +7,8 @@
 //!
 //! `FORERUN_MODEL_CASES` asks for more cases than the default. The model must notice when the protocol is broken: that is tested, too.
 #![allow(
+    clippy::single_match_else,
+    clippy::unused_self,
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
     reason = "a test fails by it, and the numbers here are small"

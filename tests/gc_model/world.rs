@@ -438,6 +438,10 @@ impl Store for View {
         })
     }
 
+    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>, Error> {
+        self.list(prefix)
+    }
+
     fn delete(&self, names: &[String]) -> Result<(), Error> {
         for name in names {
             self.world.step(self.actor, |inner| {
@@ -448,9 +452,10 @@ impl Store for View {
             })?;
         }
         let packs = names.iter().any(|name| name.starts_with("packs/"));
-        let held_back: Vec<_> = match packs {
-            true => self.lies.lock().unwrap().held_back.drain(..).collect(),
-            false => Vec::new(),
+        let held_back: Vec<_> = if packs {
+            self.lies.lock().unwrap().held_back.drain(..).collect()
+        } else {
+            Vec::new()
         };
         held_back
             .iter()

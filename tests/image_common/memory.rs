@@ -193,6 +193,10 @@ impl Store for Memory {
         Ok(names.filter(|name| name.starts_with(prefix)).collect())
     }
 
+    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>, Error> {
+        self.list(prefix)
+    }
+
     fn delete(&self, names: &[String]) -> Result<(), Error> {
         // One at a time: a crash may come between any two.
         names.iter().try_for_each(|name| {

@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use forerun::image::store::Store;
 use forerun::image::{
-    BlockSink, Closed, Content, DiskPoint, Error, InitOptions, Item, Manifest, MapRef, PointId,
-    Quiesce, Repository, Secret, SegmentHeader, Session, Target, build_map,
+    BlockId, BlockSink, Closed, Content, DiskPoint, Error, InitOptions, Item, Manifest, MapRef,
+    PointId, Quiesce, Repository, Secret, SegmentHeader, Session, Target, build_map,
 };
 use forerun::units::BlockRun;
 use serde_json::{Value, json};
@@ -23,6 +23,11 @@ pub const BLOCK: usize = 64 << 10;
 
 /// The key of the only target.
 pub const KEY: &str = "uuid-of-the-vm";
+
+/// The id of a block in a repository that is not encrypted.
+pub fn id_of(plain: &[u8]) -> BlockId {
+    BlockId::from_bytes(<sha2::Sha256 as sha2::Digest>::digest(plain).into())
+}
 
 /// A repository and a disk.
 pub struct Bench {

@@ -102,11 +102,9 @@ impl Walk {
         };
         for root in roots {
             match root {
-                Root::Maps(maps) => {
-                    for map in &maps {
-                        self.map(repo, map, Claim::Hoped, each)?;
-                    }
-                }
+                Root::Maps(maps) => maps
+                    .iter()
+                    .try_for_each(|map| self.map(repo, map, Claim::Hoped, each))?,
                 Root::Segment(object) => {
                     let segment = Layer::open(repo.store_arc(), &object, SEGMENT, None)?;
                     if !self.segments.contains(&segment.digest) {

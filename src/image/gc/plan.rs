@@ -20,6 +20,8 @@ use super::mark::Mark;
 const SMALL: u64 = 16 << 20;
 /// So many small packs are worth merging.
 const SMALL_PACKS: usize = 4;
+/// So many blocks of a pack that is not there tell whether it is needed: few that are not look as if they were.
+const SAMPLE: usize = 1024;
 /// So many blocks that the index does not know are looked for among all references at most.
 const UNKNOWN: usize = 4 << 20;
 
@@ -73,8 +75,11 @@ pub(super) struct Plan {
     pub(super) dead: Vec<ObjectId>,
     /// Packs to be repacked, the best first, each with its live bytes.
     pub(super) repack: Vec<(ObjectId, u64)>,
-    /// Packs that the index names and that are not there.
+    /// Packs that the index names and that are not there, and of which nothing is needed.
     pub(super) missing: HashSet<ObjectId>,
+    /// Packs that are not there although they are needed: the index goes on naming them, so that who reads finds out, and who
+    /// backs up reads their blocks again.
+    pub(super) lost: HashSet<ObjectId>,
 }
 
 /// Makes the plan for the packs that were listed before everything was marked.
@@ -90,7 +95,7 @@ pub(super) fn make(
         mark,
         packs,
         usage: HashMap::new(),
-        unlisted: HashSet::new(),
+        unlisted: HashMap::new(),
         unknown: HashMap::new(),
     };
     census.count()?;
@@ -119,11 +124,19 @@ pub(super) fn make(
     }
     // A pack is there before the index names it: what is not there now is lost.
     let mut present = Present::default();
-    for pack in &census.unlisted {
-        if !present.has(repo, *pack)? {
-            plan.missing.insert(*pack);
+    let mut gone = HashMap::new();
+    for (pack, needed) in std::mem::take(&mut census.unlisted) {
+        if !present.has(repo, pack)? {
+            gone.insert(pack, needed);
         }
     }
+    plan.lost = census.lost(&gone)?;
+    for pack in &plan.lost {
+        let error = Error::corrupt(pack::name(*pack), "it is missing, and is needed");
+        report.damaged.push(error.to_string());
+    }
+    plan.missing = gone.into_keys().collect();
+    plan.missing.retain(|pack| !plan.lost.contains(pack));
     Ok(plan)
 }
 
@@ -162,8 +175,8 @@ struct Census<'a> {
     mark: &'a Mark<'a>,
     packs: &'a HashSet<ObjectId>,
     usage: HashMap<ObjectId, Usage>,
-    /// Packs that the index names and the list does not.
-    unlisted: HashSet<ObjectId>,
+    /// Packs that the index names and the list does not, each with blocks that may be needed and have no other sound copy.
+    unlisted: HashMap<ObjectId, Vec<BlockId>>,
     /// Blocks that may be needed and that the index does not know, with the pack that has them.
     unknown: HashMap<BlockId, ObjectId>,
 }
@@ -191,7 +204,10 @@ impl Census<'_> {
             let chosen = sound.chosen(id, locations);
             for location in locations {
                 if !packs.contains(&location.pack) {
-                    unlisted.insert(location.pack);
+                    let needed = unlisted.entry(location.pack).or_default();
+                    if live && chosen.is_none() && needed.len() < SAMPLE {
+                        needed.push(id);
+                    }
                     continue;
                 }
                 let length = location.end() - u64::from(location.offset);
@@ -255,6 +271,18 @@ impl Census<'_> {
             0 => Fate::Dead,
             _ => Fate::Partly,
         })
+    }
+
+    /// Which of the packs that are not there hold blocks that certainly are needed.
+    fn lost(&self, gone: &HashMap<ObjectId, Vec<BlockId>>) -> Result<HashSet<ObjectId>> {
+        let among: HashSet<BlockId> = gone.values().flatten().copied().collect();
+        if among.is_empty() {
+            return Ok(HashSet::new());
+        }
+        let needed = self.mark.certainly(&among)?;
+        let is_needed = |ids: &&Vec<BlockId>| ids.iter().any(|id| needed.contains(id));
+        let lost = gone.iter().filter(|(_, ids)| is_needed(ids));
+        Ok(lost.map(|(pack, _)| *pack).collect())
     }
 
     /// An index that lacks needed blocks must not decide what goes.

@@ -124,7 +124,10 @@ fn prune(
     // A prune that was cut off at its very end leaves some.
     Condemned::drop_older(repo.store(), u64::MAX)?;
     report.references = mark.references;
-    litter::quarantine(repo, &plan::list(repo)?, report)
+    // What is bad in a pack that is lost waits to be healed.
+    let mut packs = plan::list(repo)?;
+    packs.extend(plan.lost);
+    litter::quarantine(repo, &packs, report)
 }
 
 fn dry_run(
