@@ -86,7 +86,8 @@ impl Repository {
     /// Whether a pack is lost: not there, though the index names it and nobody is about to delete it.
     pub(super) fn is_missing(&self, pack: ObjectId) -> Result<bool> {
         match self.store().size(&pack::name(pack)) {
-            Ok(_) => return Ok(false),
+            // One that was cut is there, too.
+            Ok(_) | Err(Error::Corrupt { .. }) => return Ok(false),
             Err(error) if error.is_not_found() => {}
             // It is there; what is wrong with it is another matter.
             Err(error) if error.is_corrupt() => return Ok(false),
@@ -148,7 +149,12 @@ impl Verify<'_> {
                     Err(error) if error.is_not_found() => {}
                     Err(error) => {
                         let id = object.rsplit('/').next().and_then(|id| id.parse().ok());
-                        if let (Some(id), Ok(size)) = (id, store.size(object)) {
+                        // Of one that was cut so that its size cannot be told nothing can be read.
+                        let size = match store.size(object) {
+                            Err(Error::Corrupt { .. }) => Ok(0),
+                            other => other,
+                        };
+                        if let (Some(id), Ok(size)) = (id, size) {
                             lock(&packs).insert(id, PackFile { size, footer: None });
                         }
                         lock(&damaged).push(as_damage(error)?);
