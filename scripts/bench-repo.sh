@@ -27,15 +27,15 @@ while getopts s:d:o: option; do
 	esac
 done
 shift $((OPTIND - 1))
+if [ $# -eq 0 ]; then
+	set -- build lookups publish sweep rewrite gc_speed repo_growth repo_speed image_speed
+fi
 figures=() others=()
-for figure in "${@:-build lookups publish sweep rewrite gc_speed repo_growth repo_speed image_speed}"; do
-	# shellcheck disable=SC2086 # the default is many words
-	for figure in $figure; do
-		case $figure in
-		*_*) others+=("$figure") ;;
-		*) figures+=("$figure") ;;
-		esac
-	done
+for figure in "$@"; do
+	case $figure in
+	*_*) others+=("$figure") ;;
+	*) figures+=("$figure") ;;
+	esac
 done
 
 need_packages rust-check
