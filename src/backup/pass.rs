@@ -354,12 +354,11 @@ impl Runner {
             disk.proved = proved;
             proofs
         };
-        let unsound = match disk.unsound.take() {
-            Some(unsound) => unsound,
-            None => {
-                let lost = self.repo.lost_blocks()?;
-                self.session.unsound(tracked, &lost, block_size)?
-            }
+        let unsound = if let Some(unsound) = disk.unsound.take() {
+            unsound
+        } else {
+            let lost = self.repo.lost_blocks()?;
+            self.session.unsound(tracked, &lost, block_size)?
         };
         let mut open = BlockSet::new(blocks);
         if let Some(epoch) = tracked.whole {

@@ -20,7 +20,7 @@ const TRIES: usize = 3;
 /// The distinct blocks of layers, a part of the ids at a time, the parts in their order.
 pub(super) struct Parts<'a> {
     layers: &'a [Arc<Layer>],
-    parts: u64,
+    count: u64,
     next: u64,
 }
 
@@ -29,21 +29,21 @@ impl<'a> Parts<'a> {
         let total: u64 = layers.iter().map(|layer| layer.totals.data).sum();
         Self {
             layers,
-            parts: total / PART + 1,
+            count: total / PART + 1,
             next: 0,
         }
     }
 
     /// Which part an id is in.
     pub(super) fn of(&self, id: BlockId) -> u64 {
-        let part = (u128::from(id.leading()) * u128::from(self.parts)) >> 64;
+        let part = (u128::from(id.leading()) * u128::from(self.count)) >> 64;
         u64::try_from(part).unwrap_or(u64::MAX)
     }
 
     /// The number and the sorted ids of the next part.
     pub(super) fn next(&mut self) -> Result<Option<(u64, Vec<BlockId>)>> {
         let part = self.next;
-        if part >= self.parts {
+        if part >= self.count {
             return Ok(None);
         }
         self.next += 1;
@@ -109,8 +109,7 @@ impl Verify<'_> {
             lock(&found).append(&mut some);
             Ok(())
         })?;
-        self.lost
-            .extend(lost.into_inner().unwrap_or_default().into_iter());
+        self.lost.extend(lost.into_inner().unwrap_or_default());
         let mut found = found.into_inner().unwrap_or_default();
         found.sort_unstable_by_key(|(_, location)| (location.pack, location.offset));
         Ok(found)
