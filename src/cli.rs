@@ -38,25 +38,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Make a new repository.
-    Init {
-        /// Its directory: missing or empty.
-        repo: PathBuf,
-        /// The unit of storage and tracking, a power of two from 64KiB to 1MiB; for ever.
-        #[arg(long, default_value = "64KiB", value_parser = parse_size)]
-        block_size: u64,
-        /// What new blocks are compressed with: lz4, zstd, zstd:LEVEL (-7 to 19) or none.
-        #[arg(long, value_name = "CODEC", default_value_t)]
-        compression: Compression,
-        /// Encrypt everything, so that only a passphrase or a key file opens it.
-        #[arg(long)]
-        encrypt: bool,
-        #[command(flatten)]
-        #[allow(missing_docs)]
-        secret: SecretArgs,
-        /// A word for the key, shown by `key list`.
-        #[arg(long, default_value = "", requires = "encrypt")]
-        label: String,
-    },
+    Init(InitArgs),
     /// List and change the keys of an encrypted repository.
     Key {
         #[command(subcommand)]
@@ -201,6 +183,8 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Delete what no point, session or reader needs. Backups go on meanwhile.
+    Prune(PruneArgs),
     /// Forget points: by a policy, or by name. Their space comes back with `prune`.
     Forget {
         #[command(flatten)]
@@ -293,6 +277,28 @@ pub enum Command {
     },
 }
 
+/// A new repository.
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    /// Its directory: missing or empty.
+    pub repo: PathBuf,
+    /// The unit of storage and tracking, a power of two from 64KiB to 1MiB; for ever.
+    #[arg(long, default_value = "64KiB", value_parser = parse_size)]
+    pub block_size: u64,
+    /// What new blocks are compressed with: lz4, zstd, zstd:LEVEL (-7 to 19) or none.
+    #[arg(long, value_name = "CODEC", default_value_t)]
+    pub compression: Compression,
+    /// Encrypt everything, so that only a passphrase or a key file opens it.
+    #[arg(long)]
+    pub encrypt: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub secret: SecretArgs,
+    /// A word for the key, shown by `key list`.
+    #[arg(long, default_value = "", requires = "encrypt")]
+    pub label: String,
+}
+
 /// The commands on keys.
 #[derive(Debug, Subcommand)]
 pub enum KeyCommand {
@@ -383,10 +389,10 @@ pub struct ToArgs {
 /// What opens an encrypted repository. Without either, the environment is asked, then the terminal.
 #[derive(Debug, Args)]
 pub struct SecretArgs {
-    /// The key file of an encrypted repository (or FORERUN_KEY_FILE).
+    /// The key file of an encrypted repository (or `FORERUN_KEY_FILE`).
     #[arg(long, value_name = "FILE", conflicts_with = "passphrase_file")]
     pub key_file: Option<PathBuf>,
-    /// Its passphrase is the first line of this file (or FORERUN_PASSPHRASE_FILE).
+    /// Its passphrase is the first line of this file (or `FORERUN_PASSPHRASE_FILE`).
     #[arg(long, value_name = "FILE")]
     pub passphrase_file: Option<PathBuf>,
 }
@@ -442,6 +448,20 @@ pub struct KeepArgs {
     /// All that are no more than this older than the target's newest: 36h, 14d, 8w.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub keep_within: Option<Duration>,
+}
+
+/// What to prune.
+#[derive(Debug, Args)]
+pub struct PruneArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub repo: RepoArgs,
+    /// Only say what would go.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Copy at most this much out of packs that are mostly dead.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_repack: Option<u64>,
 }
 
 /// Which VM.
@@ -536,9 +556,10 @@ pub enum Format {
 }
 
 impl Command {
-    /// Whether a signal must not end it before the VM is released; the others are ended by one at once.
+    /// Whether a signal must not end it at once: a VM is released first, a prune ends where the next one goes on best. The
+    /// others are ended by one at once.
     #[must_use]
-    pub fn holds_a_vm(&self) -> bool {
+    pub fn ends_in_order(&self) -> bool {
         matches!(
             self,
             Self::Track(_)
@@ -546,6 +567,7 @@ impl Command {
                 | Self::Precopy { .. }
                 | Self::Backup { .. }
                 | Self::Run { .. }
+                | Self::Prune(_)
         )
     }
 
@@ -553,7 +575,7 @@ impl Command {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Init { .. } => "init",
+            Self::Init(_) => "init",
             Self::Key { .. } => "key",
             Self::Inspect(_) => "inspect",
             Self::Track(_) => "track",
@@ -569,6 +591,7 @@ impl Command {
             Self::Verify { .. } => "verify",
             Self::Check { .. } => "check",
             Self::Restore { .. } => "restore",
+            Self::Prune(_) => "prune",
             Self::Copy { .. } => "copy",
             Self::Forget { .. } => "forget",
             Self::Pin { .. } => "pin",

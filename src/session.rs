@@ -47,6 +47,8 @@ pub struct Session {
     published: Vec<image::SessionId>,
     /// A session whose point is published, to be removed.
     committed: Option<image::Session>,
+    /// Disks whose bases were made sure of.
+    grounded: BTreeSet<String>,
 }
 
 /// What the keys end with under which the names of bitmaps are kept that dropped sessions withdrew: no target has such a key.
@@ -84,6 +86,7 @@ impl Session {
             withdrawn: image::Session::find(repo, &withdrawn_key(key))?,
             published: Vec::new(),
             committed: None,
+            grounded: BTreeSet::new(),
         };
         session.find_bases()?;
         if session.committed() {
@@ -162,6 +165,54 @@ impl Session {
         }
     }
 
+    /// Looks again at the last proofs of a run that may have died before it did. The run lock must be held.
+    pub fn settle(&mut self) -> Result<()> {
+        if let Some(log) = &self.log
+            && let Some(gone) = log.settle()?
+        {
+            self.segments.retain(|segment| segment.seq != gone);
+        }
+        Ok(())
+    }
+
+    /// Makes sure of the bases of disks before anything builds on them: their maps become roots of the session, and only then it is
+    /// looked whether their points still exist. A base whose point is gone is none: that disk is read in full.
+    pub fn ground(&mut self, disks: &[String]) -> Result<()> {
+        let mut bases = Vec::new();
+        for key in disks {
+            let known = self.state.disks.contains_key(key) || self.grounded.contains(key);
+            let base = self.bases.get(key).and_then(|based| based.base.clone());
+            if let Some(base) = base.filter(|_| !known) {
+                bases.push((key.clone(), base));
+            }
+        }
+        if bases.is_empty() {
+            return Ok(());
+        }
+        let maps = bases.iter().map(|(_, base)| base_map(base));
+        let maps: Vec<MapRef> = maps.collect::<Result<_>>()?;
+        let mut points: Vec<String> = bases.iter().map(|(_, base)| base.point.clone()).collect();
+        points.sort_unstable();
+        points.dedup();
+        self.write(&Record::Bases { points }, &maps)?;
+        for (key, base) in bases {
+            let point = base.point.parse().map_err(anyhow::Error::msg)?;
+            if !self.repo.has_point(point)?
+                && let Some(based) = self.bases.get_mut(&key)
+            {
+                based.forsake();
+            }
+            self.grounded.insert(key);
+        }
+        Ok(())
+    }
+
+    /// Publishes the session's point: from then on it exists.
+    pub fn publish(&self, manifest: &Manifest) -> Result<()> {
+        let log = self.log.as_ref().context("a point without a session")?;
+        Ok(log.publish(manifest)?)
+    }
+
     /// Whether the session's point is published already: only its removal was cut off.
     fn committed(&self) -> bool {
         self.log
@@ -230,7 +281,17 @@ impl Session {
     }
 
     /// Makes proofs durable: the blocks themselves must be so already.
-    pub fn prove(&mut self, disk: &str, epoch: u64, proofs: &[Proof], read: Read) -> Result<()> {
+    ///
+    /// Blocks that were looked up since the repository's generation was `since` may be condemned by now: then it fails with
+    /// [`image::Error::Condemned`], nothing is proved, and they are to be read and stored anew.
+    pub fn prove(
+        &mut self,
+        disk: &str,
+        epoch: u64,
+        proofs: &[Proof],
+        read: Read,
+        since: u64,
+    ) -> Result<()> {
         if proofs.is_empty() {
             return Ok(());
         }
@@ -244,7 +305,7 @@ impl Session {
             read,
             again,
         };
-        let segment = log.append_runs(&header, proofs)?;
+        let segment = log.prove(&header, proofs, since)?;
         self.segments.push(segment);
         self.state.apply_proof(epoch);
         Ok(())
@@ -341,18 +402,24 @@ impl Session {
     }
 }
 
-impl Journal for Session {
-    fn append(&mut self, record: &Record) -> Result<()> {
+impl Session {
+    fn write(&mut self, record: &Record, roots: &[MapRef]) -> Result<()> {
         let value = serde_json::to_value(record).context("encode a record")?;
         if let Some(log) = &self.log {
-            log.append(&value)?;
+            log.append_with_roots(&value, roots)?;
         } else {
             let header = json!({ "begun": crate::clock::utc_now().to_string() });
             let log = image::Session::create(&self.repo, &self.key, &header)?;
-            log.append(&value)?;
+            log.append_with_roots(&value, roots)?;
             self.log = Some(log);
         }
         Ok(())
+    }
+}
+
+impl Journal for Session {
+    fn append(&mut self, record: &Record) -> Result<()> {
+        self.write(record, &[])
     }
 }
 

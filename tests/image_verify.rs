@@ -13,16 +13,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use forerun::image::{
-    BlockId, Encoded, Manifest, Repository, Session, VerifyOptions, VerifyReport,
-};
-use image_common::{BLOCK, Bench, restore};
+use forerun::image::{Encoded, Manifest, Repository, Session, VerifyOptions, VerifyReport};
+use image_common::{BLOCK, Bench, id_of, restore};
 use serde_json::{Value, json};
-
-/// The id of a block in a repository that is not encrypted.
-fn id_of(plain: &[u8]) -> BlockId {
-    BlockId::from_bytes(<sha2::Sha256 as sha2::Digest>::digest(plain).into())
-}
 
 /// A block that does not compress, of its own.
 fn noise(seed: u32) -> Vec<u8> {
@@ -112,7 +105,7 @@ fn shares_go_round_through_all_packs_the_oldest_first() {
         let report = verify(&bench.repo, &share(1.0));
         let packs = report.packs.unwrap();
         assert_eq!((packs.checked, packs.never, packs.all), (1, 6 - done, 6));
-        assert_eq!(report.complete, false);
+        assert!(!report.complete);
         let now = checked(&bench);
         assert_eq!(now.len() as u64, done, "one more, and none twice");
         known = now;

@@ -100,7 +100,7 @@ fn against_hashing_alone() {
     });
     let unpack = best(|| {
         in_parallel(blocks.len(), |block| {
-            let mut plain = [0; BLOCK];
+            let mut plain = vec![0; BLOCK];
             let length = lz4_flex::block::decompress_into(&packed[block], &mut plain);
             assert_eq!(length.unwrap(), BLOCK);
             std::hint::black_box(id_of(&plain));

@@ -4,6 +4,7 @@ mod backup;
 mod copy;
 mod forget;
 mod key;
+mod prune;
 mod repair;
 mod repository;
 mod restore;
@@ -51,6 +52,7 @@ pub fn main() -> ExitCode {
     report::finish(command, style, dispatch(cli.command, style))
 }
 
+#[allow(clippy::too_many_lines, reason = "one arm a command")]
 fn dispatch(command: Command, style: Style) -> Result<Outcome> {
     // A guard must outlive the signals that end its run.
     if let Command::Guard {
@@ -63,7 +65,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         return Ok(Outcome::default());
     }
     let interrupted = Arc::new(AtomicBool::new(false));
-    if command.holds_a_vm() {
+    if command.ends_in_order() {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         for signal in [SIGINT, SIGTERM, SIGHUP] {
             signal_hook::flag::register(signal, Arc::clone(&interrupted))
@@ -71,18 +73,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         }
     }
     match command {
-        Command::Init {
-            repo,
-            block_size,
-            compression,
-            encrypt,
-            secret,
-            label,
-        } => {
-            let secret = secret::for_new_repository(encrypt, &secret)?;
-            let encryption = secret.as_ref().map(|secret| (secret, &*label));
-            repository::init(&repo, block_size, compression, encryption)
-        }
+        Command::Init(args) => repository::init(&args),
         Command::Key { command } => key::run(command),
         Command::Inspect(target) => target::inspect(&target),
         Command::Track(args) => backup::track(&args, interrupted),
@@ -151,6 +142,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             restore::restore(&repo, &request, style)
         }
+        Command::Prune(args) => prune::prune(&args, style, &interrupted),
         Command::Copy {
             repo,
             points,

@@ -1,34 +1,28 @@
 //! `init`, `list`, `show` and `diff`.
 
-use std::path::Path;
-
 use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::secret;
-use crate::cli::RepoArgs;
+use crate::cli::{InitArgs, RepoArgs};
 use crate::exit::{Failure, Kind};
-use crate::image::{self, Compression, InitOptions, Manifest, Pins, PointId, Repository, Secret};
+use crate::image::{self, InitOptions, Manifest, Pins, PointId, Repository};
 use crate::report::Outcome;
 use crate::units::{BlockSize, Bytes};
 
 /// `init`.
-pub(super) fn init(
-    path: &Path,
-    block_size: u64,
-    compression: Compression,
-    encryption: Option<(&Secret, &str)>,
-) -> Result<Outcome> {
-    let block_size = u32::try_from(block_size)
-        .map_err(|_| format!("block size {block_size} is too large"))
+pub(super) fn init(args: &InitArgs) -> Result<Outcome> {
+    let path = &args.repo;
+    let block_size = u32::try_from(args.block_size)
+        .map_err(|_| format!("block size {} is too large", args.block_size))
         .and_then(BlockSize::try_from)
         .map_err(|message| Failure::plain(Kind::Usage, message))?;
     let options = InitOptions {
         block_size,
-        compression,
+        compression: args.compression,
     };
-    let repo = match encryption {
-        Some((secret, label)) => Repository::init_encrypted(path, options, secret, label)?,
+    let repo = match secret::for_new_repository(args.encrypt, &args.secret)? {
+        Some(secret) => Repository::init_encrypted(path, options, &secret, &args.label)?,
         None => Repository::init(path, options)?,
     };
     let mut outcome = Outcome::default();
@@ -47,7 +41,7 @@ pub(super) fn init(
         "repository".to_owned(),
         json!({
             "id": repo.id(), "path": path, "block_size": block_size.bytes(),
-            "compression": compression, "encrypted": repo.is_encrypted(),
+            "compression": args.compression, "encrypted": repo.is_encrypted(),
         }),
     );
     Ok(outcome)
@@ -180,6 +174,7 @@ pub(super) fn show(args: &RepoArgs, point: &str) -> Result<Outcome> {
 pub(super) fn diff(args: &RepoArgs, a: &str, b: &str) -> Result<Outcome> {
     let repo = secret::open(args)?;
     let (a, b) = (repo.resolve(a)?, repo.resolve(b)?);
+    let _lease = repo.lease(&[&a, &b], "forerun diff")?;
     let mut outcome = Outcome::default();
     let mut disks = Vec::new();
     for disk in &b.disks {

@@ -491,7 +491,9 @@ mod tests {
             let error = repo.read_block(id).unwrap_err();
             assert!(error.is_corrupt(), "{error}");
             // The second flip of the same bit heals.
-            copies.iter().for_each(|copy| damage(&store, copy.pack));
+            for copy in &copies {
+                damage(&store, copy.pack);
+            }
             assert_eq!(repo.read_block(id).unwrap(), plain);
         }
     }

@@ -89,6 +89,8 @@ impl Repository {
             // One that was cut is there, too.
             Ok(_) | Err(Error::Corrupt { .. }) => return Ok(false),
             Err(error) if error.is_not_found() => {}
+            // It is there; what is wrong with it is another matter.
+            Err(error) if error.is_corrupt() => return Ok(false),
             Err(error) => return Err(error),
         }
         let condemned = match Condemned::read(self.store()) {
