@@ -52,6 +52,7 @@ mod repo;
 mod retention;
 mod sealed;
 mod secret;
+mod segment;
 mod session;
 #[cfg(test)]
 mod speed;
