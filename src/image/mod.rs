@@ -67,7 +67,7 @@ pub use error::{Error, Result};
 pub use forget::{ForgetPlan, Selection, TargetPlan};
 pub use gc::{Packs, PruneOptions, PruneReport};
 pub use ids::{BlockId, Digest, KeyId, ObjectId, PointId, RepoId, SessionId};
-pub use index::Rebuilt;
+pub use index::{NOT_INDEXED, Rebuilt};
 pub use keys::{KeyInfo, KeyRing, Keys};
 pub use lease::Lease;
 pub use manifest::{DiskPoint, Manifest, Origin, Quiesce, RetiredBitmap, Target, Tracking};

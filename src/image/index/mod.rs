@@ -34,6 +34,8 @@ use run::{KnownPacks, PackTable, Run, RunWriter};
 use snapshot::Snapshot;
 use spill::Spill;
 
+/// What is said of a block that is referred to and not in the index.
+pub const NOT_INDEXED: &str = "no index run has it";
 /// So many groups of runs are looked at, beyond them some are merged.
 const GROUPS: usize = 8;
 /// What a writer merges on its way at most, some ten seconds of work; prune merges the rest.
@@ -205,7 +207,7 @@ impl Index {
         self.locate_all(id)?
             .first()
             .map(|(location, _)| *location)
-            .ok_or_else(|| Error::corrupt(format!("block {id}"), "no index run has it"))
+            .ok_or_else(|| Error::corrupt(format!("block {id}"), NOT_INDEXED))
     }
 
     /// Whether a block was found bad somewhere; quick, for every block of a backup.
