@@ -142,6 +142,12 @@ impl Index {
         known.unwrap_or_else(PoisonError::into_inner).published += 1;
     }
 
+    /// Whether there is not even a damaged run.
+    pub(super) fn is_empty(&self) -> Result<bool> {
+        let snapshot = self.snapshot()?;
+        Ok(snapshot.runs.is_empty() && snapshot.broken.is_empty())
+    }
+
     /// Takes a new snapshot, past any cache.
     pub(super) fn refresh(&self) -> Result<()> {
         self.fresh().map(|_| ())
