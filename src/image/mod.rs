@@ -15,7 +15,6 @@ mod block;
 mod bytes;
 mod closed;
 mod codec;
-#[allow(dead_code, reason = "prune and verify use it")]
 mod condemned;
 mod envelope;
 mod error;
@@ -24,7 +23,6 @@ mod gc;
 mod hasher;
 mod heal;
 mod ids;
-#[allow(dead_code, reason = "prune and verify use it")]
 mod index;
 mod keys;
 mod lease;
@@ -45,7 +43,6 @@ mod memory;
 mod pack;
 mod pins;
 mod points;
-#[allow(dead_code, reason = "prune and verify use it")]
 mod quarantine;
 mod read;
 mod repo;
