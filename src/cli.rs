@@ -213,6 +213,12 @@ pub enum Command {
         /// The run's process id.
         #[arg(long)]
         main: i32,
+        /// The hypervisor of the domain that it holds.
+        #[arg(long, requires = "domain")]
+        connect: Option<String>,
+        /// That domain.
+        #[arg(long)]
+        domain: Option<String>,
     },
 }
 
@@ -280,10 +286,14 @@ pub struct KeepArgs {
 /// Which VM.
 #[derive(Debug, Args)]
 pub struct TargetArgs {
-    /// qmp:SOCKET of a running QEMU, or disk:PATH of an image of a VM that is off. disk:DISK=PATH says which of the VM's
+    /// A libvirt domain by its name or UUID, qmp:SOCKET of a running QEMU without libvirt, or disk:PATH of an image of a VM that is off. disk:DISK=PATH says which of the VM's
     /// disks the image is (`disk:vda=/images/web.qcow2`); with the VM's UUID or name as `--as`, backups go on from those
     /// made while it ran. An image is held for at most 10 s at a time (`--deadline`), so that the VM can start.
     pub target: Target,
+    /// The hypervisor of domains; by default as virsh has it (`LIBVIRT_DEFAULT_URI`, then `qemu:///system` for root). It must
+    /// be on this host.
+    #[arg(long, value_name = "URI")]
+    pub connect: Option<String>,
     /// The name of a target without a UUID, the same wherever it runs; of an image, the UUID of its VM will do, too.
     #[arg(long = "as", value_name = "NAME")]
     pub name: Option<String>,
@@ -329,7 +339,10 @@ pub struct FreezeArgs {
     /// Freeze the guest's file systems around the instant.
     #[arg(long, value_enum, default_value_t = Quiesce::Auto)]
     pub quiesce: Quiesce,
-    /// The guest agent's socket.
+    /// How long the guest's file systems may take to freeze.
+    #[arg(long, default_value = "10s", value_parser = parse_duration)]
+    pub freeze_timeout: Duration,
+    /// The guest agent's socket; a domain's is known.
     #[arg(long, value_name = "SOCKET")]
     pub agent: Option<PathBuf>,
     /// Where scratches, overlays and the spool go; by default in the host state directory.

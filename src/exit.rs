@@ -132,6 +132,19 @@ fn of_qmp(error: &qmp::Error) -> Option<(Kind, Option<String>)> {
             Kind::Busy,
             "a QMP socket serves one client: give forerun a socket of its own (`-qmp unix:PATH,server=on,wait=off`)",
         ),
+        qmp::Error::DomainBusy { .. } => (
+            Kind::Busy,
+            "wait for the end of what libvirt does with the domain (`virsh domjobinfo`)",
+        ),
+        qmp::Error::NoDomain { .. } => (
+            Kind::Usage,
+            "`virsh list --all` has their names; a QEMU without libvirt is named `qmp:SOCKET`, an image of a VM that is off `disk:PATH`",
+        ),
+        qmp::Error::Foreign { .. } => (Kind::Usage, "name another with `--connect URI`"),
+        qmp::Error::Unconnected { .. } => (
+            Kind::Failed,
+            "is libvirt's daemon running, and may you use it? Name another with `--connect URI`; a QEMU without libvirt is named `qmp:SOCKET`",
+        ),
         qmp::Error::CannotReopen { .. } => (
             Kind::Attention,
             "an external snapshot would leave the disk unwritable: use `--freeze fleece`, or start QEMU with an absolute path that it may open at any time",

@@ -38,6 +38,7 @@ fn options(pace: Option<&PaceArgs>, freeze: Option<&FreezeArgs>, doing: &str) ->
             _ => Method::Fleece,
         },
         quiesce: freeze.map_or(Quiesce::Never, |freeze| freeze.quiesce),
+        freeze_timeout: freeze.map_or(std::time::Duration::ZERO, |freeze| freeze.freeze_timeout),
         agent: freeze.and_then(|freeze| freeze.agent.clone()),
         scratch: freeze.and_then(|freeze| freeze.scratch.clone()),
         scratch_reserve: freeze.and_then(|freeze| freeze.scratch_reserve),

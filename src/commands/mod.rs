@@ -15,6 +15,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 
 use crate::cli::{Cli, Command, TargetArgs};
+use crate::guard::Watched;
 use crate::report::{self, Outcome, Style};
 use crate::target::Choice;
 use crate::vm::Vm;
@@ -51,9 +52,16 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         journal,
         deadline_ms,
         main,
+        connect,
+        domain,
     } = command
     {
-        crate::guard::run(&journal, Duration::from_millis(deadline_ms), main)?;
+        crate::guard::run(&Watched {
+            journal: &journal,
+            deadline: Duration::from_millis(deadline_ms),
+            main,
+            domain: connect.as_deref().zip(domain.as_deref()),
+        })?;
         return Ok(Outcome::default());
     }
     let interrupted = Arc::new(AtomicBool::new(false));
@@ -140,5 +148,10 @@ fn find(args: &TargetArgs) -> Result<Vm> {
         exclude: args.exclude.clone(),
         allow_plaintext: args.allow_plaintext,
     };
-    Vm::find(&args.target, args.name.as_deref(), choice)
+    Vm::find(
+        &args.target,
+        args.connect.as_deref(),
+        args.name.as_deref(),
+        choice,
+    )
 }

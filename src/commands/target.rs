@@ -1,6 +1,6 @@
 //! `inspect`, `status`, `untrack` and `recover`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ use crate::cli::{RepoTargetArgs, TargetArgs};
 use crate::exit::{Failure, Kind};
 use crate::hoststate::{self, TargetState};
 use crate::image::Repository;
-use crate::qmp::agent::THAW_FOR;
+use crate::qmp::agent::{Address, THAW_FOR};
 use crate::qmp::command::{action_remove_bitmap, transaction};
 use crate::qmp::graph;
 use crate::qmp::names::{PREFIX, RunName};
@@ -219,7 +219,7 @@ pub(super) fn recover(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome>
         .map(|repo| repo.id().short());
     let mut outcome = Outcome::default();
     let mut removed = Vec::new();
-    let mut unthawed: Vec<PathBuf> = Vec::new();
+    let mut unthawed: Vec<Address> = Vec::new();
     match super::find(args) {
         Ok(vm) => {
             let mut hold = vm.hold(&looking(), "forerun recover")?;
@@ -246,8 +246,7 @@ pub(super) fn recover(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome>
     for agent in &unthawed {
         outcome.kind = Some(Kind::Attention);
         outcome.warnings.push(format!(
-            "the guest agent at {} does not say that the file systems are thawed: look at the guest, then run `recover` again",
-            agent.display()
+            "the guest agent {agent} does not say that the file systems are thawed: look at the guest, then run `recover` again"
         ));
     }
     if removed.is_empty() && unthawed.is_empty() {

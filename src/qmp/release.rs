@@ -10,8 +10,9 @@ use qapi::qmp;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::agent::{self, Address};
 use super::command::{call, flag, job_status, jobs, list, text};
-use super::{Error, Monitor, Result, agent, freeze};
+use super::{Error, Monitor, Result, freeze};
 use crate::clock::{self, Deadline};
 use crate::unix_path::ShortPath;
 
@@ -28,8 +29,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(2);
 pub enum Leftover {
     /// A guest whose file systems may be frozen.
     Frozen {
-        /// The guest agent's socket.
-        agent: PathBuf,
+        /// The guest agent.
+        agent: Address,
     },
     /// A block job: a fleecing job, or one that formats a scratch.
     Job {
@@ -56,6 +57,11 @@ pub enum Leftover {
     Node {
         /// Its name.
         name: String,
+    },
+    /// A file that QEMU opens by its path, until it has opened it.
+    File {
+        /// Its path.
+        path: PathBuf,
     },
     /// A set of passed descriptors.
     FdSet {
@@ -121,7 +127,7 @@ pub struct Released {
     /// The VM was stopped by a full scratch and goes on.
     pub resumed: bool,
     /// Agents that do not say that their guests' file systems are thawed.
-    pub unthawed: Vec<PathBuf>,
+    pub unthawed: Vec<Address>,
 }
 
 /// Frees the guest: ends the jobs that hold up its writes, lets it run on, thaws it. The first half of [`release`].
@@ -145,7 +151,7 @@ pub fn free_guest(
     let ended = end_jobs(monitor, &ids, done).and_then(|()| go_on(monitor, left, done));
     for item in left {
         if let Leftover::Frozen { agent } = item {
-            match agent::thaw_until_thawed(agent, patience) {
+            match agent::thaw_until_thawed(agent, monitor, patience) {
                 Ok(true) => done.removed.push("frozen guest file systems".to_owned()),
                 Ok(false) => {}
                 Err(_) => done.unthawed.push(agent.clone()),
@@ -207,6 +213,11 @@ pub fn release_rest(
         }
     }
     for item in left {
+        if let Leftover::File { path } = item
+            && std::fs::remove_file(path).is_ok()
+        {
+            done.removed.push(format!("file {}", path.display()));
+        }
         if let Leftover::FdSet { id } = item {
             match call::<qmp::remove_fd>(monitor, json!({ "fdset-id": id })) {
                 Ok(_) => done.removed.push(format!("descriptor set {id}")),
@@ -384,7 +395,10 @@ mod tests {
         assert!(overlay.base_version.is_some());
         let left = vec![
             Leftover::Frozen {
-                agent: "/agent".into(),
+                agent: Address::Socket("/agent".into()),
+            },
+            Leftover::Frozen {
+                agent: Address::Domain,
             },
             Leftover::Job { id: id.clone() },
             Leftover::Running,
@@ -395,6 +409,9 @@ mod tests {
                 listener: id.clone(),
             },
             Leftover::Node { name: id },
+            Leftover::File {
+                path: "/file".into(),
+            },
             Leftover::FdSet { id: i64::MAX },
         ];
         let bytes = serde_json::to_vec(&left).unwrap();

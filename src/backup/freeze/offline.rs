@@ -27,7 +27,7 @@ impl Runner {
         let begin = clock::now();
         let directory = self.scratch_directory();
         let mut spool = Spool::new(&directory)?;
-        let listening = Listening::place(self.vm.state.directory(), &self.run);
+        let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
         let mut left = vec![listening.leftover()];
         left.extend((0..self.disks.len()).map(|disk| Leftover::Export {
             id: export::export_id(&self.run, disk),
@@ -35,10 +35,16 @@ impl Runner {
         hold.journal.write(left)?;
         start_server(&listening, hold)?;
         let disks = self.freeze_disks(hold, &rotation)?;
-        let freeze = Freeze::new(Method::Snapshot, self.run.clone(), disks, directory);
+        let freeze = Freeze::new(
+            Method::Snapshot,
+            self.run.clone(),
+            disks,
+            directory,
+            &hold.monitor,
+        );
         let deadline = Deadline::after(self.options.deadline);
         self.spool_residual(hold, &freeze, &listening, deadline, &mut spool)?;
-        if !hold.unchanged(&self.vm.target) {
+        if !hold.unchanged() {
             return Err(GivenUp("the image was written to meanwhile".to_owned()).into());
         }
         hold.release()?;
