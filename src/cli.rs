@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::backup::Quiesce;
+use crate::exit::{Failure, Kind};
+use crate::image::Compression;
 use crate::target::Target;
 use crate::units::{parse_duration, parse_rate, parse_size};
 
@@ -43,8 +45,26 @@ pub enum Command {
         /// The unit of storage and tracking, a power of two from 64KiB to 1MiB; for ever.
         #[arg(long, default_value = "64KiB", value_parser = parse_size)]
         block_size: u64,
+        /// What new blocks are compressed with: lz4, zstd, zstd:LEVEL (-7 to 19) or none.
+        #[arg(long, value_name = "CODEC", default_value_t)]
+        compression: Compression,
+        /// Encrypt everything, so that only a passphrase or a key file opens it.
+        #[arg(long)]
+        encrypt: bool,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        secret: SecretArgs,
+        /// A word for the key, shown by `key list`.
+        #[arg(long, default_value = "", requires = "encrypt")]
+        label: String,
     },
-    /// Show a VM's disks, how each can be followed, and what stands in the way.
+    /// List and change the keys of an encrypted repository.
+    Key {
+        #[command(subcommand)]
+        #[allow(missing_docs)]
+        command: KeyCommand,
+    },
+    /// Show a VM's disks, how each can be followed, and what stands in the way; without a target, all domains of the host.
     Inspect(TargetArgs),
     /// Start following a VM's changes (`precopy` and `backup` do it too).
     Track(RepoTargetArgs),
@@ -123,6 +143,14 @@ pub enum Command {
         /// The other.
         b: String,
     },
+    /// Show what points cost: what they refer to, and what would be freed without them.
+    Stats {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Only this target, or this point.
+        of: Option<String>,
+    },
     /// Read and re-hash everything that points need.
     Verify {
         #[command(flatten)]
@@ -163,6 +191,27 @@ pub enum Command {
         #[allow(missing_docs)]
         forget: ForgetArgs,
     },
+    /// Copy points to a second repository; only what that one lacks is read.
+    Copy {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        #[arg(required_unless_present = "all", conflicts_with = "all")]
+        points: Vec<String>,
+        /// All points.
+        #[arg(long)]
+        all: bool,
+        /// Of these targets only. May be repeated.
+        #[arg(long, requires = "all")]
+        target: Vec<String>,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        to: ToArgs,
+        /// Read at most this much a second: 100MiB/s.
+        #[arg(long, value_parser = parse_rate)]
+        rate: Option<u64>,
+    },
     /// Keep a point whatever a policy says.
     Pin {
         #[command(flatten)]
@@ -182,6 +231,12 @@ pub enum Command {
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
         point: String,
     },
+    /// Put right what can be put right.
+    Repair {
+        #[command(subcommand)]
+        #[allow(missing_docs)]
+        what: Repair,
+    },
     /// Remove this repository's bitmaps from a VM.
     Untrack(RepoTargetArgs),
     /// Take back whatever a dead run left in a VM.
@@ -198,8 +253,11 @@ pub enum Command {
         #[command(flatten)]
         #[allow(missing_docs)]
         repo: RepoArgs,
-        /// The target's key or one of its spellings.
-        target: String,
+        /// The target's key or one of its spellings. As qmp:SOCKET, its bitmaps are removed from the VM at once.
+        target: Target,
+        /// The name of a target without a UUID.
+        #[arg(long = "as", value_name = "NAME")]
+        name: Option<String>,
     },
     /// The process that frees a guest for a dead run.
     #[command(hide = true)]
@@ -222,12 +280,102 @@ pub enum Command {
     },
 }
 
-/// Where the repository is.
+/// The commands on keys.
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// List the keys; it takes none.
+    List {
+        /// The repository.
+        #[arg(long, env = "FORERUN_REPO")]
+        repo: PathBuf,
+    },
+    /// Let another passphrase or key file open the repository, too.
+    Add(NewKeyArgs),
+    /// Replace the key that is given by another passphrase or key file.
+    Change(NewKeyArgs),
+    /// Take away what a passphrase or key file opens; never the last one.
+    Remove {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// The key's id, the beginning of it, or its label.
+        key: String,
+    },
+    /// Write a new key file, which only its owner can read.
+    Generate {
+        /// The file: it must not exist.
+        file: PathBuf,
+    },
+}
+
+/// The repository, and what shall open it, too.
 #[derive(Debug, Args)]
+pub struct NewKeyArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub repo: RepoArgs,
+    /// The new key file.
+    #[arg(long, value_name = "FILE", conflicts_with = "new_passphrase_file")]
+    pub new_key_file: Option<PathBuf>,
+    /// The new passphrase is the first line of this file; without either it is asked for on a terminal.
+    #[arg(long, value_name = "FILE")]
+    pub new_passphrase_file: Option<PathBuf>,
+    /// A word for the new key.
+    #[arg(long)]
+    pub label: Option<String>,
+}
+
+/// What can be put right.
+#[derive(Debug, Subcommand)]
+pub enum Repair {
+    /// Make the index of the blocks anew from the packs.
+    Index(RepoArgs),
+    /// Give a repository that was copied as files an id of its own: else its bitmaps and the original's have one owner. The
+    /// next backup into it reads disks in full.
+    NewId {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Give up the sessions that were copied with it.
+        #[arg(long)]
+        drop_sessions: bool,
+    },
+}
+
+/// Where the repository is.
+#[derive(Debug, Clone, Args)]
 pub struct RepoArgs {
     /// The repository.
     #[arg(long, env = "FORERUN_REPO")]
     pub repo: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub secret: SecretArgs,
+}
+
+/// The second repository.
+#[derive(Debug, Args)]
+pub struct ToArgs {
+    /// The second repository.
+    #[arg(long, value_name = "REPO2")]
+    pub to: PathBuf,
+    /// Its key file, when it is encrypted; without either option its passphrase is asked for on a terminal.
+    #[arg(long, value_name = "FILE", conflicts_with = "to_passphrase_file")]
+    pub to_key_file: Option<PathBuf>,
+    /// The first line of this file is its passphrase.
+    #[arg(long, value_name = "FILE")]
+    pub to_passphrase_file: Option<PathBuf>,
+}
+
+/// What opens an encrypted repository. Without either, the environment is asked, then the terminal.
+#[derive(Debug, Clone, Args)]
+pub struct SecretArgs {
+    /// The key file of an encrypted repository (or FORERUN_KEY_FILE).
+    #[arg(long, value_name = "FILE", conflicts_with = "passphrase_file")]
+    pub key_file: Option<PathBuf>,
+    /// Its passphrase is the first line of this file (or FORERUN_PASSPHRASE_FILE).
+    #[arg(long, value_name = "FILE")]
+    pub passphrase_file: Option<PathBuf>,
 }
 
 /// Which points to forget, or what to keep of them.
@@ -284,12 +432,15 @@ pub struct KeepArgs {
 }
 
 /// Which VM.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct TargetArgs {
-    /// A libvirt domain by its name or UUID, qmp:SOCKET of a running QEMU without libvirt, or disk:PATH of an image of a VM that is off. disk:DISK=PATH says which of the VM's
-    /// disks the image is (`disk:vda=/images/web.qcow2`); with the VM's UUID or name as `--as`, backups go on from those
+    /// A libvirt domain by its name or UUID (`'web-*'` for several), qmp:SOCKET of a running QEMU without libvirt, or disk:PATH
+    /// of an image of a VM that is off. disk:DISK=PATH says which of the VM's disks the image is (`disk:vda=/images/web.qcow2`); with the VM's UUID or name as `--as`, backups go on from those
     /// made while it ran. An image is held for at most 10 s at a time (`--deadline`), so that the VM can start.
-    pub target: Target,
+    pub target: Option<Target>,
+    /// All domains of the host, one after the other.
+    #[arg(long, conflicts_with = "target")]
+    pub all: bool,
     /// The hypervisor of domains; by default as virsh has it (`LIBVIRT_DEFAULT_URI`, then `qemu:///system` for root). It must
     /// be on this host.
     #[arg(long, value_name = "URI")]
@@ -303,13 +454,13 @@ pub struct TargetArgs {
     /// Not these disks.
     #[arg(long, value_name = "DISK")]
     pub exclude: Vec<String>,
-    /// Store a disk that QEMU decrypts as plain text.
+    /// Store a disk that QEMU decrypts as plain text; an encrypted repository takes it without.
     #[arg(long)]
     pub allow_plaintext: bool,
 }
 
 /// Which VM and which repository.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct RepoTargetArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -328,14 +479,18 @@ pub struct PaceArgs {
     /// Keep at most so many requests in flight.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub in_flight: u8,
+    /// What new blocks are compressed with, instead of what `init` said: lz4, zstd, zstd:LEVEL or none.
+    #[arg(long, value_name = "CODEC")]
+    pub compression: Option<Compression>,
 }
 
 /// How to freeze.
 #[derive(Debug, Args)]
 pub struct FreezeArgs {
-    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back.
-    #[arg(long = "freeze", value_enum, default_value_t = FreezeMethod::Fleece)]
-    pub method: FreezeMethod,
+    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back. Without it `fleece`, but not
+    /// where the guest would feel the errors of its disk or of a full scratch.
+    #[arg(long = "freeze", value_enum)]
+    pub method: Option<FreezeMethod>,
     /// Freeze the guest's file systems around the instant.
     #[arg(long, value_enum, default_value_t = Quiesce::Auto)]
     pub quiesce: Quiesce,
@@ -354,6 +509,9 @@ pub struct FreezeArgs {
     /// How long the snapshot may be held.
     #[arg(long, default_value = "10s", value_parser = parse_duration)]
     pub deadline: Duration,
+    /// How long the overlay of `--freeze snapshot` may take to be committed back.
+    #[arg(long, default_value = "10m", value_parser = parse_duration)]
+    pub commit_deadline: Duration,
 }
 
 /// The methods of freezing.
@@ -372,6 +530,15 @@ pub enum Format {
     Raw,
     /// qcow2 version 3.
     Qcow2,
+}
+
+impl TargetArgs {
+    /// The one target that was named.
+    pub fn named(&self) -> anyhow::Result<&Target> {
+        let hint = "name a domain, qmp:SOCKET or disk:PATH; `--all` is for precopy, backup, run, status and inspect";
+        let nothing = || Failure::hinted(Kind::Usage, "no target is named", hint);
+        self.target.as_ref().ok_or_else(nothing)
+    }
 }
 
 impl Command {
@@ -393,6 +560,7 @@ impl Command {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Init { .. } => "init",
+            Self::Key { .. } => "key",
             Self::Inspect(_) => "inspect",
             Self::Track(_) => "track",
             Self::Changed(_) => "changed",
@@ -403,11 +571,14 @@ impl Command {
             Self::List { .. } => "list",
             Self::Show { .. } => "show",
             Self::Diff { .. } => "diff",
+            Self::Stats { .. } => "stats",
             Self::Verify { .. } => "verify",
             Self::Restore { .. } => "restore",
+            Self::Copy { .. } => "copy",
             Self::Forget { .. } => "forget",
             Self::Pin { .. } => "pin",
             Self::Unpin { .. } => "unpin",
+            Self::Repair { .. } => "repair",
             Self::Untrack(_) => "untrack",
             Self::Recover { .. } => "recover",
             Self::DropSession { .. } => "drop-session",

@@ -6,26 +6,26 @@ use serde::Serialize;
 
 use crate::{hoststate, image, nbd, qmp};
 
-/// What kind of end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+/// What kind of end; the last is the worst, where there are several targets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// Done, with warnings.
     Warned,
-    /// Something failed.
-    Failed,
-    /// The command line is wrong.
-    Usage,
     /// A limit of the window or the residual was missed.
     Missed,
-    /// Stored data is not what it was.
-    Corrupt,
     /// Somebody else holds the target.
     Busy,
     /// The target needs an operator.
     Attention,
     /// No space, or out of quota.
     NoSpace,
+    /// The command line is wrong.
+    Usage,
+    /// Something failed.
+    Failed,
+    /// Stored data is not what it was.
+    Corrupt,
     /// A signal asked for the end.
     Interrupted,
 }
@@ -104,6 +104,12 @@ pub fn classify(error: &anyhow::Error) -> (Kind, Option<String>) {
             let hint = "wait for it, or end it: its work goes on in the next run";
             return (Kind::Busy, Some(hint.to_owned()));
         }
+        if let Some(hoststate::Error::Io { source, .. }) = cause.downcast_ref()
+            && no_space(source)
+        {
+            let hint = "free space in the host state directory, or name another one with FORERUN_STATE_DIR";
+            return (Kind::NoSpace, Some(hint.to_owned()));
+        }
         if let Some(hoststate::Error::Journal { .. }) = cause.downcast_ref() {
             let hint = "it lists what a dead run left in the VM: look there for names that begin with `forerun-`, then remove the file and run `forerun recover --repo REPO`";
             return (Kind::Attention, Some(hint.to_owned()));
@@ -149,6 +155,10 @@ fn of_qmp(error: &qmp::Error) -> Option<(Kind, Option<String>)> {
             Kind::Attention,
             "an external snapshot would leave the disk unwritable: use `--freeze fleece`, or start QEMU with an absolute path that it may open at any time",
         ),
+        qmp::Error::NotConverged { .. } => (
+            Kind::Attention,
+            "QEMU goes on committing it: run `forerun recover` when the guest writes less, and do not stop the VM before",
+        ),
         qmp::Error::Unreachable { .. } => (
             Kind::Failed,
             "is the VM running, and may you open its socket?",
@@ -168,6 +178,13 @@ fn of_image(error: &image::Error) -> Option<(Kind, Option<String>)> {
             "free space in the repository and run the command again: it goes on from where it was",
         ),
         image::Error::Busy { .. } => (Kind::Busy, "wait for it, or end it"),
+        image::Error::NoKey => (
+            Kind::Usage,
+            "give `--key-file FILE` or `--passphrase-file FILE` (or FORERUN_KEY_FILE, FORERUN_PASSPHRASE_FILE); on a terminal the passphrase is asked for",
+        ),
+        image::Error::WrongKey { keys, .. } => {
+            return Some((Kind::Failed, Some(format!("its keys: {}", keys.join(", ")))));
+        }
         _ => return None,
     };
     Some((found.0, Some(found.1.to_owned())))

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::{self, Deadline};
 use crate::qmp::Process;
+use crate::qmp::agent::Address;
 use crate::qmp::release::{Leftover, Released};
 use crate::qmp::{self, Monitor};
 
@@ -63,6 +64,9 @@ fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     move |source| Error::Io { what, path, source }
 }
 
+/// The lock of a batch or a freeze, and what it is of.
+const TARGET_LOCK: &str = "target.lock";
+const THE_TARGET: &str = "the target";
 /// How the file of a journal that is being written ends.
 const UNWRITTEN: &str = "journal-new";
 
@@ -82,6 +86,22 @@ pub fn root() -> PathBuf {
     state
         .unwrap_or_else(|| PathBuf::from("/var/tmp"))
         .join("forerun")
+}
+
+/// Who holds the target that is spelled so, of those who have noted it: what to say of a monitor that serves somebody else.
+#[must_use]
+pub fn holder_of(spelling: &str) -> Option<Error> {
+    let noted = format!("{spelling}` ");
+    std::fs::read_dir(root()).ok()?.flatten().find_map(|entry| {
+        let mut file = File::open(entry.path().join(TARGET_LOCK)).ok()?;
+        let free = rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_ok();
+        let mut holder = String::new();
+        file.read_to_string(&mut holder).ok()?;
+        (!free && holder.contains(&noted)).then_some(Error::Held {
+            what: THE_TARGET.to_owned(),
+            holder,
+        })
+    })
 }
 
 /// The host state of one target.
@@ -124,7 +144,7 @@ impl TargetState {
 
     /// Takes the target's lock for a batch or a freeze, waiting for at most `wait`.
     pub fn lock_target(&self, doing: &str, wait: Duration) -> Result<Lock> {
-        self.lock("target.lock", "the target", doing, wait)
+        self.lock(TARGET_LOCK, THE_TARGET, doing, wait)
     }
 
     /// Takes the lock of the one run of a repository on this target.
@@ -227,6 +247,18 @@ impl TargetState {
     }
 }
 
+fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(io("create", path))?;
+    file.write_all(bytes).map_err(io("write", path))?;
+    file.sync_all().map_err(io("sync", path))
+}
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Content {
     monitor: PathBuf,
@@ -296,15 +328,10 @@ impl Journal {
         let bytes = serde_json::to_vec(&self.content)
             .map_err(|error| io("encode", &self.path)(std::io::Error::other(error)))?;
         let fresh = self.path.with_extension(UNWRITTEN);
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&fresh)
-            .map_err(io("create", &fresh))?;
-        file.write_all(&bytes).map_err(io("write", &fresh))?;
-        file.sync_all().map_err(io("sync", &fresh))?;
+        if let Err(error) = write_new(&fresh, &bytes) {
+            std::fs::remove_file(&fresh).ok();
+            return Err(error);
+        }
         std::fs::rename(&fresh, &self.path).map_err(io("replace", &self.path))?;
         self.sync_directory()?;
         crate::fault::step("journal:write:after");
@@ -325,7 +352,8 @@ impl Journal {
     ) -> anyhow::Result<Released> {
         if monitor.process() != &self.content.process {
             // That QEMU is gone, and with it everything but files: nothing is committed, and a socket is not its server.
-            let frozen = |item: &&Leftover| matches!(item, Leftover::Frozen { .. });
+            // A domain's agent goes with it; at a socket another guest may answer, and a thaw harms none.
+            let frozen = |item: &&Leftover| matches!(item, Leftover::Frozen { agent } if *agent != Address::Domain);
             let left: Vec<_> = self.content.left.iter().filter(frozen).cloned().collect();
             return Ok(qmp::release::release(monitor, &left, patience)?);
         }

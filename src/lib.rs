@@ -14,7 +14,7 @@
 //! domains           libvirt: found, described, and their monitors
 //! the data plane    nbd: an NBD client
 //! the repository    image: packs, index, maps, points, sessions
-//! the way back      restore
+//! the way back      restore                              replicate: to a second repository
 //! the ground        units, clock, fault, unix_path
 //! ```
 //!
@@ -28,6 +28,10 @@
 //!
 //! Imports point one way: `image` and `nbd` know nothing of VMs, `qmp` nothing of repositories, `bitmap` nothing of either's
 //! data. `tests/tidy.rs` holds the arrows.
+
+// The store of the crash tests is written against the library from outside, and serves tests inside too.
+#[cfg(test)]
+extern crate self as forerun;
 
 pub mod backup;
 pub mod bitmap;
@@ -48,7 +52,9 @@ pub mod libvirt;
 pub mod nbd;
 mod offline;
 pub mod progress;
+mod prompt;
 pub mod qmp;
+pub mod replicate;
 pub mod report;
 pub mod restore;
 pub mod schedule;

@@ -26,7 +26,7 @@ use crate::qmp::Monitor;
 use crate::qmp::command::{action_add_bitmap, action_disable_bitmap, transaction};
 use crate::qmp::graph::{Bitmap, Disk, Graph};
 use crate::qmp::machine::Machine;
-use crate::qmp::release::FileVersion;
+use crate::qmp::overlay::FileVersion;
 use crate::qmp::socket::QmpSocket;
 use crate::target::Image;
 

@@ -103,18 +103,7 @@ fn check_device(task: &Task) -> Result<()> {
             format!("{shown} is a device: restore it as raw"),
         ));
     }
-    // Exclusive, so that a mounted or otherwise claimed device is refused.
-    let flags = i32::try_from(rustix::fs::OFlags::EXCL.bits()).unwrap_or(0);
-    let mut device = match OpenOptions::new()
-        .write(true)
-        .custom_flags(flags)
-        .open(&task.path)
-    {
-        Err(error) if error.kind() == ErrorKind::ResourceBusy => {
-            return Err(Failure::plain(Kind::Busy, format!("{shown} is in use")));
-        }
-        opened => opened.with_context(|| format!("open {shown}"))?,
-    };
+    let mut device = open_device(&task.path)?;
     let size = device
         .seek(SeekFrom::End(0))
         .with_context(|| format!("measure {shown}"))?;
@@ -128,6 +117,24 @@ fn check_device(task: &Task) -> Result<()> {
         return Err(Failure::plain(Kind::Failed, message));
     }
     Ok(())
+}
+
+/// Exclusive, so that a device that is mounted or otherwise claimed is refused, and nobody mounts it while it is held.
+fn open_device(path: &Path) -> Result<File> {
+    let shown = path.display();
+    let flags = i32::try_from(rustix::fs::OFlags::EXCL.bits()).unwrap_or(0);
+    let opened = OpenOptions::new()
+        .write(true)
+        .custom_flags(flags)
+        .open(path);
+    match opened {
+        Err(error) if error.kind() == ErrorKind::ResourceBusy => Err(Failure::hinted(
+            Kind::Busy,
+            format!("{shown} is in use"),
+            "unmount it, or restore to another place",
+        )),
+        opened => opened.with_context(|| format!("open {shown}")),
+    }
 }
 
 /// Whether a QEMU has the image open for writing (its advisory locks say so).
@@ -212,11 +219,15 @@ fn threads() -> usize {
 }
 
 fn apply_raw(repo: &Repository, task: &Task, path: &Path, progress: &Progress) -> Result<()> {
-    let file = OpenOptions::new()
-        .write(true)
-        .open(path)
-        .context("open it")?;
-    let regular = file.metadata()?.is_file();
+    let regular = std::fs::metadata(path).context("look at it")?.is_file();
+    let file = if regular {
+        OpenOptions::new()
+            .write(true)
+            .open(path)
+            .context("open it")?
+    } else {
+        open_device(path)?
+    };
     if regular {
         // Nothing of an old image stays, its bitmaps included.
         file.set_len(0)?;

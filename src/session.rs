@@ -3,7 +3,7 @@
 //! The log is the repository's ([`image::Session`]); what it means is [`bitmap::track`](crate::bitmap::track)'s. A target
 //! without a session begins one at its first rotation.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::Proofs;
 use crate::bitmap::rotate::Journal;
-use crate::bitmap::track::{Base, Named, Record, State, Tracked, withdraw};
+use crate::bitmap::track::{Base, Named, Record, State, Tracked, disown, withdraw};
 use crate::copy::Proof;
 use crate::image::{self, Item, Manifest, MapRef, Repository, SegmentHeader, SegmentRef};
 use crate::units::BlockSize;
@@ -38,15 +38,37 @@ pub struct Session {
     pub parent: Option<image::PointId>,
     segments: Vec<SegmentRef>,
     pass: u64,
+    /// What dropped sessions withdrew from the bases since the newest point.
+    withdrawn: Option<image::Session>,
     /// The sessions that the target's points came from.
     published: Vec<image::SessionId>,
     /// A session whose point is published, to be removed.
     committed: Option<image::Session>,
 }
 
+/// What the keys end with under which the names of bitmaps are kept that dropped sessions withdrew: no target has such a key.
+const WITHDRAWN: &str = "/withdrawn";
+
+fn withdrawn_key(key: &str) -> String {
+    format!("{key}{WITHDRAWN}")
+}
+
+/// Whether a session of this key holds no more than what dropped ones withdrew.
+#[must_use]
+pub fn is_withdrawn_key(key: &str) -> bool {
+    key.ends_with(WITHDRAWN)
+}
+
 impl Session {
     /// Opens the session of a target, or what it would begin from.
     pub fn open(repo: &Repository, key: &str) -> Result<Self> {
+        let mut session = Self::find(repo, key)?;
+        session.read_log()?;
+        Ok(session)
+    }
+
+    /// The session of a target, its log not read yet.
+    fn find(repo: &Repository, key: &str) -> Result<Self> {
         let mut session = Self {
             repo: repo.clone(),
             key: key.to_owned(),
@@ -56,6 +78,7 @@ impl Session {
             parent: None,
             segments: Vec::new(),
             pass: 0,
+            withdrawn: image::Session::find(repo, &withdrawn_key(key))?,
             published: Vec::new(),
             committed: None,
         };
@@ -63,23 +86,69 @@ impl Session {
         if session.committed() {
             session.committed = session.log.take();
         }
-        if let Some(log) = &session.log {
-            for item in log.items()? {
-                match item {
-                    Item::Record(value) => {
-                        let record: Record = serde_json::from_value(value)
-                            .context("a record of the session cannot be understood")?;
-                        session.state.apply(&record);
-                    }
-                    Item::Segment(segment) => {
-                        session.state.apply_proof(segment.header.epoch);
-                        session.pass = session.pass.max(segment.header.pass);
-                        session.segments.push(segment);
-                    }
+        Ok(session)
+    }
+
+    fn read_log(&mut self) -> Result<()> {
+        let Some(log) = &self.log else { return Ok(()) };
+        for item in log.items()? {
+            match item {
+                Item::Record(value) => {
+                    let record: Record = serde_json::from_value(value)
+                        .context("a record of the session cannot be understood")?;
+                    self.state.apply(&record);
+                }
+                Item::Segment(segment) => {
+                    self.state.apply_proof(segment.header.epoch);
+                    self.pass = self.pass.max(segment.header.pass);
+                    self.segments.push(segment);
                 }
             }
         }
-        Ok(session)
+        Ok(())
+    }
+
+    /// Gives a target's session up and names its bitmaps, which are of no use any more; `None` when there is none. The run
+    /// lock must be held.
+    ///
+    /// The session has rotated on since the newest point, so that point's bitmaps no longer hold all changes. With the
+    /// session that knowledge would go, and a bitmap that somebody enables by hand would be believed: so it is written
+    /// down first, and stands until the next point.
+    pub fn give_up(
+        repo: &Repository,
+        key: &str,
+    ) -> Result<Option<(image::SessionId, BTreeSet<String>)>> {
+        let mut session = Self::find(repo, key)?;
+        session.remove_committed()?;
+        let Some(id) = session.id() else {
+            return Ok(None);
+        };
+        let known: BTreeSet<_> = session.state.retired.iter().cloned().collect();
+        if let Err(error) = session.read_log() {
+            // What it rotated is not known: then it may have been any disk.
+            tracing::warn!("the session is damaged: {error:#}");
+            for (disk, base) in &session.bases {
+                let names = base.names().map(|named| (disk.clone(), named.name.clone()));
+                session.state.retired.extend(names);
+            }
+        }
+        let gone = session.state.outlived(&[], &known);
+        if !gone.is_empty() {
+            let key = withdrawn_key(key);
+            let log = match session.withdrawn.take() {
+                Some(log) => log,
+                None => image::Session::create(repo, &key, &json!({}))?,
+            };
+            // The next number is known to a log that was listed.
+            log.items()?;
+            log.append(&serde_json::to_value(&gone).context("encode names")?)?;
+        }
+        if let Some(log) = session.log.take() {
+            log.remove()?;
+        }
+        let known = known.into_iter().map(|(_, name)| name);
+        let names = gone.into_iter().map(|(_, name)| name);
+        Ok(Some((id, names.chain(known).collect())))
     }
 
     /// Removes a session whose point is published. The run lock must be held.
@@ -105,7 +174,6 @@ impl Session {
             .iter()
             .filter(|point| point.target.key == self.key)
         {
-            self.parent = Some(point.id);
             self.published.push(point.session);
             for retired in &point.retired_bitmaps {
                 self.state
@@ -114,10 +182,27 @@ impl Session {
             }
             for disk in &point.disks {
                 let based = base_of(point, disk)?;
-                self.bases.insert(disk.key.clone(), based);
+                // Rotations are counted; a clock may be set back.
+                let epoch = |base: &Tracked| base.new.as_ref().map(|new| new.epoch);
+                let known = self.bases.get(&disk.key).and_then(epoch);
+                if epoch(&based).is_none_or(|epoch| known.is_none_or(|known| known <= epoch)) {
+                    self.parent = Some(point.id);
+                    self.bases.insert(disk.key.clone(), based);
+                }
+            }
+        }
+        if let Some(log) = &self.withdrawn {
+            for item in log.items()? {
+                if let Item::Record(names) = item {
+                    let names: Vec<(String, String)> = serde_json::from_value(names)
+                        .context("what dropped sessions withdrew cannot be understood")?;
+                    self.state.retired.extend(names);
+                }
             }
         }
         withdraw(&mut self.bases, &self.state.retired);
+        let repository = self.repo.id().short();
+        disown(&mut self.bases, &mut self.state.retired, &repository);
         Ok(())
     }
 
@@ -125,6 +210,14 @@ impl Session {
     #[must_use]
     pub fn id(&self) -> Option<image::SessionId> {
         self.log.as_ref().map(image::Session::id)
+    }
+
+    /// Takes a step of the tracking, with this session as its journal.
+    pub fn track<T>(&mut self, step: impl FnOnce(&mut State, &mut Self) -> Result<T>) -> Result<T> {
+        let mut state = std::mem::take(&mut self.state);
+        let done = step(&mut state, self);
+        self.state = state;
+        done
     }
 
     /// The number of the pass that comes next.
@@ -208,9 +301,9 @@ impl Session {
         )?)
     }
 
-    /// The point is published: the session's work is done.
+    /// The point is published: the session's work is done. What dropped ones withdrew is the point's to know now.
     pub fn remove(&mut self) -> Result<()> {
-        if let Some(log) = self.log.take() {
+        for log in self.log.take().into_iter().chain(self.withdrawn.take()) {
             log.remove()?;
         }
         Ok(())
@@ -260,4 +353,93 @@ fn base_of(point: &Manifest, disk: &image::DiskPoint) -> Result<Tracked> {
         whole: None,
         doubt: None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{
+        DiskPoint, InitOptions, PointId, Quiesce, Repository, SessionId, Target, Tracking,
+    };
+
+    fn point(repository: &str, map: &MapRef, minute: i64, epoch: Option<u64>) -> Manifest {
+        let tracking = epoch.map(|epoch| Tracking {
+            epoch,
+            bitmap: crate::bitmap::name::new(repository, epoch),
+            persistent: true,
+            granularity: 65536,
+            identity: Value::Null,
+        });
+        Manifest {
+            id: PointId::random().unwrap(),
+            target: Target {
+                key: "vm".to_owned(),
+                spellings: Vec::new(),
+            },
+            instant: jiff::Timestamp::from_second(minute * 60).unwrap(),
+            utc_offset: 0,
+            forerun: String::new(),
+            parent: None,
+            session: SessionId::from_bytes([0; 16]),
+            freeze: "fleece".to_owned(),
+            quiesce: Quiesce::CrashConsistent,
+            disks: vec![DiskPoint {
+                key: "vda".to_owned(),
+                device: String::new(),
+                node: String::new(),
+                format: "qcow2".to_owned(),
+                size: map.size,
+                map: map.clone(),
+                tracking,
+                rescanned: None,
+            }],
+            machine: Value::Null,
+            statistics: Value::Null,
+            origin: None,
+            retired_bitmaps: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_newest_point_is_the_one_of_the_last_rotation_whatever_the_clock_says() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = InitOptions::default();
+        let repo = Repository::init(&directory.path().join("repo"), options).unwrap();
+        let log = image::Session::create(&repo, "map", &Value::Null).unwrap();
+        let header = SegmentHeader {
+            disk: "vda".to_owned(),
+            epoch: 1,
+            pass: 1,
+            read: 0,
+            again: 0,
+        };
+        let all = crate::units::BlockRun {
+            first: 0,
+            count: 16,
+        };
+        let zeros = log.append_runs(&header, &[(all, image::Content::Zero)]);
+        let map = image::build_map(&repo, None, &log, &[zeros.unwrap()], 1 << 20)
+            .unwrap()
+            .0;
+        let base = || {
+            let session = Session::open(&repo, "vm").unwrap();
+            let base = session.bases.get("vda").cloned().unwrap();
+            assert_eq!(
+                base.base.unwrap().point,
+                session.parent.unwrap().to_string()
+            );
+            base.new.map(|new| new.epoch)
+        };
+        for (minute, epoch, newest) in [
+            (10, Some(5), Some(5)),
+            // The clock was set back.
+            (5, Some(7), Some(7)),
+            // An image of a VM that was off, without bitmaps: no rotation tells.
+            (20, None, None),
+        ] {
+            let point = point(&repo.id().short(), &map, minute, epoch);
+            repo.publish(&point).unwrap();
+            assert_eq!(base(), newest);
+        }
+    }
 }

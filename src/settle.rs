@@ -10,7 +10,8 @@ use crate::exit::{Failure, Kind};
 use crate::hoststate::Journal;
 use crate::qmp::Monitor;
 use crate::qmp::agent::Address;
-use crate::qmp::release::{FileVersion, Leftover, Overlay};
+use crate::qmp::overlay::{FileVersion, Overlay};
+use crate::qmp::release::Leftover;
 
 /// What [`take_back`] says of a VM that a full scratch had stopped.
 pub const RESUMED: &str = "a VM that a full scratch had stopped goes on";

@@ -130,7 +130,7 @@ pub struct Choice {
     pub include: Vec<String>,
     /// Not these.
     pub exclude: Vec<String>,
-    /// Store what QEMU decrypts, as plain text.
+    /// Take what QEMU decrypts: plain text is allowed, or the repository is encrypted.
     pub allow_plaintext: bool,
 }
 
@@ -194,7 +194,7 @@ impl Choice {
                         "disk `{}` is encrypted, and QEMU hands it out decrypted",
                         disk.key
                     ),
-                    "store it as plain text with `--allow-plaintext`, or leave it out with `--exclude`",
+                    "back it up to an encrypted repository (`forerun init --encrypt`), store it as plain text with `--allow-plaintext`, or leave it out with `--exclude`",
                 ));
             } else {
                 disks.push(disk.clone());

@@ -12,7 +12,7 @@ use crate::bitmap::rotate::Port;
 use crate::bitmap::track::Seen;
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
-use crate::hoststate::{Journal, Lock, TargetState};
+use crate::hoststate::{self, Journal, Lock, TargetState};
 use crate::libvirt::Domain;
 use crate::offline::{self, Daemon, Memory};
 use crate::qmp::agent::{Address, THAW_FOR};
@@ -29,6 +29,8 @@ use crate::target::{Choice, Chosen, Image, Target, key_without_uuid};
 
 /// How long the agent of a dead run is asked for a thaw before the command goes on with its own work.
 const THAW_PATIENCE: Duration = Duration::from_secs(4);
+/// How long a chain of images that libvirt is changing is waited for.
+const CHAIN_WAIT: Duration = Duration::from_secs(3);
 /// How long we wait for another run's batch on the same target.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
 /// Run states in which the disks are not this QEMU's to read.
@@ -64,7 +66,13 @@ impl Vm {
         let mut domain = None;
         let key = match target {
             Target::Qmp(socket) => {
-                let mut monitor = QmpSocket::connect(socket)?;
+                let mut monitor = match QmpSocket::connect(socket) {
+                    Err(error @ crate::qmp::Error::Busy { .. }) => {
+                        return Err(hoststate::holder_of(&target.to_string())
+                            .map_or_else(|| error.into(), Into::into));
+                    }
+                    connected => connected?,
+                };
                 match machine::uuid(&mut monitor)? {
                     Some(uuid) => uuid,
                     None => key_without_uuid(socket, given)?,
@@ -103,7 +111,8 @@ impl Vm {
 
     /// Takes the target: lock, monitor, and what a dead run left is taken back.
     pub fn hold(&self, run: &RunName, doing: &str) -> Result<Hold> {
-        let lock = self.state.lock_target(doing, LOCK_WAIT)?;
+        let doing = format!("{doing} {}", self.target);
+        let lock = self.state.lock_target(&doing, LOCK_WAIT)?;
         let (mut monitor, off) = self.connect(run)?;
         self.state.remove_unwritten()?;
         let mut recovered = Vec::new();
@@ -258,7 +267,12 @@ impl Hold {
         };
         if let Some(domain) = &self.domain {
             if self.off.is_none() {
-                domain.describe(&mut machine)?;
+                // While libvirt changes a chain, its XML and QEMU differ for a moment.
+                let deadline = Deadline::after(CHAIN_WAIT);
+                while !domain.describe(&mut machine)? && !deadline.passed() {
+                    clock::sleep(Duration::from_millis(200));
+                    machine = machine::identify(&mut self.monitor)?;
+                }
             }
             machine.name = Some(domain.name().to_owned());
             machine.uuid = Some(domain.uuid().to_owned());

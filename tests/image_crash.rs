@@ -11,10 +11,9 @@ mod image_common;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use forerun::image::{Error, InitOptions, Manifest, Repository, Session, VerifyOptions};
-use forerun::units::BlockSize;
+use forerun::image::{Error, Manifest, Repository, Session, VerifyOptions};
 use image_common::memory::{Fate, Memory, Objects};
-use image_common::{BLOCK, KEY, backup, restore};
+use image_common::{BLOCK, KEY, backup, init_store, open_store, restore};
 
 /// A repository with two points, and a disk with changes since.
 struct Before {
@@ -24,10 +23,9 @@ struct Before {
     dirty: BTreeSet<u64>,
 }
 
-fn before(increments: u8) -> Before {
+fn before(increments: u8, encrypted: bool) -> Before {
     let store = Memory::new(Objects::new(), None, Fate::Lost);
-    let block_size = BlockSize::DEFAULT;
-    let repo = Repository::init_store(Arc::new(store.clone()), InitOptions { block_size }).unwrap();
+    let repo = init_store(Arc::new(store.clone()), encrypted);
     let mut disk = vec![0; 4 * BLOCK];
     let mut points: Vec<(Manifest, Vec<u8>)> = Vec::new();
     for round in 0..=increments {
@@ -65,20 +63,20 @@ fn check_points(repo: &Repository, points: &[(Manifest, Vec<u8>)], case: &str) {
 fn crash_everywhere(before: &Before, fate: Fate) {
     let last = before.points.last().map(|(point, _)| point);
     let whole = Memory::new(before.objects.clone(), None, fate);
-    let repo = Repository::open_store(Arc::new(whole.clone())).unwrap();
+    let repo = open_store(Arc::new(whole.clone())).unwrap();
     backup(&repo, &before.disk, &before.dirty, last).unwrap();
     let operations = whole.operations();
     assert!(operations >= 8, "{operations}");
     for at in 1..=operations {
         let case = format!("{fate:?} at operation {at} of {operations}");
         let store = Memory::new(before.objects.clone(), Some(at), fate);
-        let repo = Repository::open_store(Arc::new(store.clone())).unwrap();
+        let repo = open_store(Arc::new(store.clone())).unwrap();
         let error = backup(&repo, &before.disk, &before.dirty, last).unwrap_err();
         let is_full = matches!(error, Error::NoSpace { .. });
         assert_eq!(is_full, fate == Fate::Full, "{case}: {error}");
 
         let after = Memory::new(store.objects(), None, fate);
-        let repo = Repository::open_store(Arc::new(after.clone())).unwrap();
+        let repo = open_store(Arc::new(after.clone())).unwrap();
         check_points(&repo, &before.points, &case);
         let known: BTreeSet<_> = before.points.iter().map(|(point, _)| point.id).collect();
         let found = repo.points().unwrap();
@@ -108,34 +106,41 @@ fn crash_everywhere(before: &Before, fate: Fate) {
 
 #[test]
 fn a_crash_before_any_operation_loses_no_point_and_no_session() {
-    crash_everywhere(&before(1), Fate::Lost);
+    crash_everywhere(&before(1, false), Fate::Lost);
 }
 
 #[test]
 fn a_crash_after_any_operation_loses_no_point_and_no_session() {
-    crash_everywhere(&before(1), Fate::Done);
+    crash_everywhere(&before(1, false), Fate::Done);
 }
 
 #[test]
 fn a_full_disk_is_its_own_error_and_the_session_goes_on_when_there_is_room() {
-    crash_everywhere(&before(1), Fate::Full);
+    crash_everywhere(&before(1, false), Fate::Full);
 }
 
 #[test]
 fn a_crash_while_runs_and_layers_are_merged_loses_nothing() {
     // Sixteen layers and eight runs: the next backup merges both.
     for fate in [Fate::Lost, Fate::Done] {
-        crash_everywhere(&before(15), fate);
+        crash_everywhere(&before(15, false), fate);
     }
 }
 
 #[test]
 fn a_crash_in_the_first_backup_leaves_a_repository_to_begin_again_with() {
     for fate in [Fate::Lost, Fate::Done] {
-        let mut before = before(0);
+        let mut before = before(0, false);
         before.objects.retain(|name, _| name == "config");
         before.points.clear();
         before.dirty = (0..4).collect();
         crash_everywhere(&before, fate);
+    }
+}
+
+#[test]
+fn an_encrypted_repository_survives_the_same_crashes() {
+    for fate in [Fate::Lost, Fate::Done, Fate::Full] {
+        crash_everywhere(&before(1, true), fate);
     }
 }

@@ -48,8 +48,7 @@ fn version_1_is_read() {
 #[test]
 #[ignore = "makes the golden repository, once for each version of the format"]
 fn make() {
-    let block_size = BlockSize::DEFAULT;
-    let repo = Repository::init(&golden(), InitOptions { block_size }).unwrap();
+    let repo = Repository::init(&golden(), InitOptions::default()).unwrap();
     let [first, second] = disks();
     let point = backup(&repo, &first, &(0..4).collect(), None).unwrap();
     backup(&repo, &second, &[0, 1].into(), Some(&point)).unwrap();

@@ -14,7 +14,6 @@ use std::path::Path;
 use std::process::Command;
 
 use forerun::image::{InitOptions, Repository, Session, VerifyOptions};
-use forerun::units::BlockSize;
 use image_common::{BLOCK, KEY, backup, restore};
 
 const REPOSITORY: &str = "FORERUN_TEST_REPOSITORY";
@@ -49,10 +48,7 @@ fn run_child(path: &Path, fault: &str, log: &Path) -> std::process::ExitStatus {
 }
 
 fn prepared(directory: &Path) {
-    let options = InitOptions {
-        block_size: BlockSize::DEFAULT,
-    };
-    let repo = Repository::init(directory, options).unwrap();
+    let repo = Repository::init(directory, InitOptions::default()).unwrap();
     backup(&repo, &disk(1), &(0..3).collect(), None).unwrap();
 }
 

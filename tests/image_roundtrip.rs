@@ -167,7 +167,7 @@ fn more_segments_than_are_merged_at_once_give_the_same_map() {
     let mut model = vec![None; 40];
     for number in 0..300_u32 {
         let block = u64::from(number.wrapping_mul(2_654_435_761) % 40);
-        let id = forerun::image::BlockId::of(&number.to_le_bytes());
+        let id = forerun::image::BlockId::from_bytes([number as u8; 32]);
         let content = if number % 5 == 0 {
             Content::Zero
         } else {

@@ -16,6 +16,7 @@ use forerun::image::store::{DirStore, Store};
 use forerun::image::{Error, InitOptions, Repository};
 use forerun::units::BlockSize;
 use image_common::memory::{Fate, Memory, Objects};
+use image_common::{init_store, sha256};
 
 /// What every store does.
 fn contract(store: &dyn Store) {
@@ -57,6 +58,10 @@ fn contract(store: &dyn Store) {
         ["packs/00/11", "packs/ab/cd"]
     );
     assert!(store.list("maps/").unwrap().is_empty());
+    for prefix in ["packs/", "maps/", "sessions/none/"] {
+        let listed = store.list(prefix).unwrap();
+        assert_eq!(store.list_fresh(prefix).unwrap(), listed);
+    }
     let mut late = store.create("points/aa").unwrap();
     late.write(b"y").unwrap();
     assert!(matches!(late.finish(), Err(Error::Exists { .. })));
@@ -92,6 +97,12 @@ fn a_directory_keeps_the_contract() {
 #[test]
 fn the_store_of_the_crash_tests_keeps_the_contract() {
     contract(&Memory::new(Objects::new(), None, Fate::Lost));
+}
+
+#[test]
+fn an_encrypted_store_keeps_the_contract() {
+    let beneath = Memory::new(Objects::new(), None, Fate::Lost);
+    contract(init_store(Arc::new(beneath), true).store());
 }
 
 #[test]
@@ -153,9 +164,7 @@ fn only_temporary_files_of_dead_writers_are_removed() {
 #[test]
 fn init_refuses_what_is_not_its_own() {
     let directory = tempfile::tempdir().unwrap();
-    let options = InitOptions {
-        block_size: BlockSize::DEFAULT,
-    };
+    let options = InitOptions::default();
     let root = directory.path().join("repo");
     let repo = Repository::init(&root, options).unwrap();
     let error = Repository::init(&root, options).unwrap_err();
@@ -197,7 +206,7 @@ fn a_later_format_or_an_unknown_feature_is_refused_in_clear_words() {
         };
         let id = "ab".repeat(16);
         let body = format!(r#"{config}{features}"id":"{id}","block_size":65536}}"#);
-        let digest = sha256(body.as_bytes());
+        let digest = sha256(&body);
         let object = format!("forerun config 1 {} {digest}\n{body}", body.len());
         let objects = [("config".to_owned(), object.into_bytes())].into();
         let store = Memory::new(objects, None, Fate::Lost);
@@ -205,11 +214,6 @@ fn a_later_format_or_an_unknown_feature_is_refused_in_clear_words() {
         assert!(matches!(error, Error::Unsupported(_)), "{error}");
         assert!(error.to_string().starts_with(words), "{error}");
     }
-}
-
-/// A block's id is the plain SHA-256 of its content.
-fn sha256(bytes: &[u8]) -> String {
-    forerun::image::BlockId::of(bytes).to_string()
 }
 
 /// A large object is written out in parts before it is finished; nothing of it may be lost or come twice.
@@ -230,4 +234,36 @@ fn a_large_object_is_whole() {
     }
     writer.finish().unwrap();
     assert!(store.get("packs/ab/large").unwrap() == bytes);
+}
+
+#[test]
+fn a_fresh_listing_leaves_nothing_and_takes_away_what_a_dead_one_left() {
+    let (directory, store) = directory();
+    store.put("packs/ab/cd", b"x").unwrap();
+    let packs = directory.path().join("repo/packs/ab");
+    for name in [".probe-new", ".probe-old"] {
+        std::fs::File::create_new(packs.join(name)).unwrap();
+    }
+    let old = std::fs::File::options()
+        .write(true)
+        .open(packs.join(".probe-old"));
+    let long_ago = std::time::SystemTime::UNIX_EPOCH;
+    old.unwrap().set_modified(long_ago).unwrap();
+    assert_eq!(store.list_fresh("packs/").unwrap(), ["packs/ab/cd"]);
+    let mut left: Vec<_> = std::fs::read_dir(&packs)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    left.sort();
+    assert_eq!(left, [".probe-new", "cd"]);
+}
+
+#[test]
+fn a_directory_that_an_older_store_lacks_is_made() {
+    let (directory, store) = directory();
+    let condemned = directory.path().join("repo/condemned");
+    std::fs::remove_dir(&condemned).unwrap();
+    assert!(store.list_fresh("condemned/").unwrap().is_empty());
+    store.put("condemned/0000000000000001", b"x").unwrap();
+    assert_eq!(mode(&condemned), 0o700);
 }

@@ -31,7 +31,7 @@ impl Runner {
     /// Rotates, so that the changes so far can be read, and reads them.
     pub fn changed(&mut self) -> Result<Vec<Changed>> {
         let mut hold = self.hold()?;
-        self.rotate(&mut hold)?;
+        self.rotate(&mut hold, false)?;
         let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
         let mut left = vec![listening.leftover()];
         left.extend((0..self.disks.len()).map(|disk| Leftover::Export {

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::freeze::{GivenUp, Residual};
 use super::pass::read_of;
-use super::{Bytes, Rescan, Runner};
+use super::{Bytes, Rescan, Runner, SMALL};
 use crate::bitmap::rotate;
 use crate::clock::{self, Deadline};
 use crate::copy;
@@ -20,8 +20,6 @@ use crate::image::{self, DiskPoint, Manifest, PointId, RetiredBitmap, Tracking};
 use crate::qmp;
 use crate::qmp::freeze::Method;
 
-/// So much residual is not worth a live pass before the freeze.
-pub(super) const SMALL: u64 = 64 << 20;
 /// So little is left alone while there is time.
 const LITTLE: u64 = 16 << 20;
 /// Between two looks at what is left.
@@ -352,6 +350,7 @@ impl Runner {
                 "begun": self.begun,
             }),
             retired_bitmaps: retired,
+            origin: None,
         })
     }
 
@@ -374,12 +373,8 @@ impl Runner {
     fn sweep(&mut self) {
         let keys: Vec<String> = self.disks.iter().map(|disk| disk.key.clone()).collect();
         self.session.state.publish(&keys);
-        let swept = self.hold().and_then(|mut hold| {
-            let mut state = std::mem::take(&mut self.session.state);
-            let swept = rotate::sweep(&mut state, &mut hold);
-            self.session.state = state;
-            swept
-        });
+        let held = self.hold();
+        let swept = held.and_then(|mut hold| rotate::sweep(&mut self.session.state, &mut hold));
         if let Err(error) = swept {
             self.warnings.push(format!(
                 "old bitmaps stay in the VM until the next run: {error:#}"

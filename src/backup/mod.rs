@@ -29,7 +29,7 @@ pub use commit::Point;
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::Proofs;
 use crate::bitmap::rotate::{self, Settings};
-use crate::bitmap::track::Named;
+use crate::bitmap::track::{Named, Rotation};
 use crate::clock::{self, Deadline};
 use crate::copy::CopyDisk;
 use crate::exit::{Failure, Kind};
@@ -45,6 +45,9 @@ use crate::vm::{Hold, Vm};
 
 /// How long a monitor that somebody else uses is waited for.
 const BUSY_WAIT: Duration = Duration::from_secs(60);
+
+/// So much residual is not worth a live pass before the freeze.
+const SMALL: u64 = 64 << 20;
 
 fn is_busy(error: &anyhow::Error) -> bool {
     matches!(
@@ -80,6 +83,8 @@ pub struct Options {
     pub pace: Pace,
     /// How the block snapshot is taken.
     pub method: Method,
+    /// It was asked for by name.
+    pub method_named: bool,
     /// Whether the guest is quiesced.
     pub quiesce: Quiesce,
     /// How long the guest's file systems may take to freeze.
@@ -92,6 +97,8 @@ pub struct Options {
     pub scratch_reserve: Option<u64>,
     /// How long the guest may be held at the freeze.
     pub deadline: Duration,
+    /// How long an overlay may take to be committed back.
+    pub commit_deadline: Duration,
     /// What the run is called in messages of those who wait for it.
     pub doing: String,
 }
@@ -230,8 +237,8 @@ impl Runner {
         }
     }
 
-    /// Rotates the bitmaps and takes in what that says of the disks.
-    fn rotate(&mut self, hold: &mut Hold) -> Result<()> {
+    /// Rotates the bitmaps, or for a freeze writes down the intent to, and takes in what that says of the disks.
+    fn rotate(&mut self, hold: &mut Hold, freeze: bool) -> Result<Rotation> {
         let process = hold.process();
         let repository = self.repo.id().short();
         let bases = self.session.bases.clone();
@@ -241,12 +248,16 @@ impl Runner {
             repository: &repository,
             process: &process,
         };
-        let mut state = std::mem::take(&mut self.session.state);
-        let rotated = rotate::rotate(&mut state, hold, &mut self.session, &settings);
-        self.session.state = state;
-        rotated?;
+        let rotation = self.session.track(|state, journal| {
+            if freeze {
+                rotate::intend(state, hold, journal, &settings, true)
+            } else {
+                rotate::rotate(state, hold, journal, &settings)
+            }
+        })?;
         hold.look()?;
-        self.take_in_disks(hold)
+        self.take_in_disks(hold)?;
+        Ok(rotation)
     }
 
     /// Makes the run's disks those of the newest rotation that were chosen.
@@ -349,7 +360,7 @@ impl Runner {
             })
         });
         if !followed {
-            self.rotate(&mut hold)?;
+            self.rotate(&mut hold, false)?;
         }
         for disk in hold.disks() {
             if let Some(why) = &disk.transient {

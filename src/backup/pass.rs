@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 use super::{RunDisk, Runner, is_lost};
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::idle;
-use crate::bitmap::rotate;
-use crate::bitmap::track::{self, Tracked};
+use crate::bitmap::rotate::{self, Journal as _};
+use crate::bitmap::track::{self, Record, Tracked};
 use crate::clock::{self, Deadline};
 use crate::copy::{self, Copied, CopyDisk, Piece, Proof};
 use crate::exit::{Failure, Kind};
@@ -49,6 +49,11 @@ const MANY_PENDING: usize = 16;
 #[derive(Debug, thiserror::Error)]
 #[error("the VM changed within a batch: {0}")]
 struct Astray(String);
+
+/// A disk whose blocks could not be read.
+#[derive(Debug, thiserror::Error)]
+#[error("read disk `{0}`")]
+pub(super) struct Unread(pub(super) String);
 
 /// Why a pass ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,7 +98,7 @@ impl Runner {
                 rotated = false;
             }
             if !rotated {
-                self.rotate(&mut hold)?;
+                self.rotate(&mut hold, false)?;
                 for disk in &mut self.disks {
                     disk.open = None;
                 }
@@ -105,7 +110,7 @@ impl Runner {
                     rotated = false;
                     continue;
                 }
-                done => done?,
+                done => self.note_unreadable(done)?,
             }
             self.strike_idle()?;
             if self
@@ -195,6 +200,25 @@ impl Runner {
         kept
     }
 
+    /// Remembers a disk that has blocks that cannot be read: a fleecing job would have to read them before the guest may
+    /// overwrite them.
+    pub(super) fn note_unreadable<T>(&mut self, done: Result<T>) -> Result<T> {
+        let Err(error) = &done else { return done };
+        let failed = |cause: &(dyn std::error::Error + 'static)| {
+            let answer = cause.downcast_ref::<crate::nbd::Error>();
+            answer.and_then(crate::nbd::Error::server_errno).is_some()
+        };
+        if let Some(Unread(disk)) = error.downcast_ref()
+            && error.chain().any(failed)
+            && !self.session.state.unreadable.contains(disk)
+        {
+            let record = Record::Unreadable { disk: disk.clone() };
+            self.session.append(&record)?;
+            self.session.state.apply(&record);
+        }
+        done
+    }
+
     /// Journals proofs and takes the proved blocks out of what is open.
     fn keep(&mut self, disks: &mut [RunDisk], copied: Copied, epoch: u64) -> Result<()> {
         let block_size = self.repo.block_size();
@@ -272,7 +296,7 @@ impl Runner {
             let Some(open) = &disk.open else { continue };
             let ended = reading
                 .read_open(client, index, copy_disks[index].size, open, give)
-                .with_context(|| format!("read disk `{}`", disk.key))?;
+                .with_context(|| Unread(disk.key.clone()))?;
             if ended.is_break() {
                 break;
             }
@@ -390,10 +414,8 @@ impl Runner {
             return Ok(());
         }
         let mut hold = self.hold()?;
-        let mut state = std::mem::take(&mut self.session.state);
-        let struck = rotate::strike_idle(&mut state, &mut hold, &mut self.session, idle);
-        self.session.state = state;
-        struck
+        self.session
+            .track(|state, journal| rotate::strike_idle(state, &mut hold, journal, idle))
     }
 
     /// Everything older than the newest rotation is safe: strikes it and removes it from the VM.
@@ -412,10 +434,8 @@ impl Runner {
             return Ok(());
         }
         let mut hold = self.hold()?;
-        let mut state = std::mem::take(&mut self.session.state);
-        let struck = rotate::strike(&mut state, &mut hold, &mut self.session, &disks, epoch - 1);
-        self.session.state = state;
-        struck
+        self.session
+            .track(|state, journal| rotate::strike(state, &mut hold, journal, &disks, epoch - 1))
     }
 }
 

@@ -129,30 +129,27 @@ pub fn strike_idle(
 /// Removes what is no longer needed and still there.
 pub fn sweep(state: &mut State, port: &mut dyn Port) -> Result<()> {
     let seen = port.seen()?;
-    // A name may have been retired twice, by a point and by a session, and is removed once.
-    let there: BTreeSet<(String, String)> = state
+    let needed = state.disks.values().flat_map(Tracked::names);
+    let needed: BTreeSet<&str> = needed.map(|named| named.name.as_str()).collect();
+    let retired: BTreeSet<&str> = state
         .retired
         .iter()
-        .filter(|(_, name)| {
-            let needed = state.disks.values().flat_map(super::track::Tracked::names);
-            !needed.into_iter().any(|named| &named.name == name)
-        })
-        .filter(|(key, name)| {
-            seen.iter().any(|disk| {
-                &disk.key == key
-                    && disk
-                        .bitmaps
-                        .iter()
-                        .any(|has| &has.name == name && !has.busy)
-            })
-        })
-        .cloned()
+        .map(|(_, name)| name.as_str())
+        .filter(|name| !needed.contains(name))
         .collect();
+    // By the name alone, which no two bitmaps share: the disk may go by another key now.
+    let mut there = Vec::new();
+    for disk in &seen {
+        let bitmaps = disk.bitmaps.iter().filter(|bitmap| !bitmap.busy);
+        let gone = bitmaps.filter(|bitmap| retired.contains(bitmap.name.as_str()));
+        there.extend(gone.map(|bitmap| (disk.key.clone(), bitmap.name.clone())));
+    }
     if !there.is_empty() {
-        port.remove(&there.iter().cloned().collect::<Vec<_>>())?;
+        port.remove(&there)?;
     }
     // What is busy now, or of a disk that is away, is looked for again next time.
-    state.retired.retain(|item| !there.contains(item));
+    let gone: BTreeSet<String> = there.into_iter().map(|(_, name)| name).collect();
+    state.retired.retain(|(_, name)| !gone.contains(name));
     Ok(())
 }
 

@@ -97,6 +97,11 @@ pub enum Record {
         /// The disks.
         disks: Vec<String>,
     },
+    /// A disk that could not be read.
+    Unreadable {
+        /// Its key.
+        disk: String,
+    },
 }
 
 /// The state that the records add up to.
@@ -112,6 +117,8 @@ pub struct State {
     pub confirmed: bool,
     /// Bitmaps that were needed once and may still be in the VM, by disk.
     pub retired: Vec<(String, String)>,
+    /// Disks that could not be read, and have not been read in full since.
+    pub unreadable: BTreeSet<String>,
 }
 
 impl State {
@@ -173,7 +180,12 @@ impl State {
                     self.retired
                         .extend(gone.into_iter().map(|named| (key.clone(), named.name)));
                     disk.whole = disk.whole.filter(|epoch| *epoch > *up_to);
+                    // What could not be read was unsafe until now.
+                    self.unreadable.remove(key);
                 }
+            }
+            Record::Unreadable { disk } => {
+                self.unreadable.insert(disk.clone());
             }
         }
     }
@@ -254,6 +266,21 @@ pub fn withdraw(bases: &mut BTreeMap<String, Tracked>, retired: &[(String, Strin
                 .any(|(disk, name)| disk == key && *name == new.name)
         });
     }
+}
+
+/// Takes from bases, and from what is to be removed, the bitmaps of other repositories. A repository that was copied as files and
+/// was then given an id of its own has points that name them: they still follow the other's points, and are the other's to
+/// rotate and to remove.
+pub fn disown(
+    bases: &mut BTreeMap<String, Tracked>,
+    retired: &mut Vec<(String, String)>,
+    repository: &str,
+) {
+    for base in bases.values_mut() {
+        let new = base.new.take();
+        base.new = new.filter(|new| name::belongs_to(&new.name, repository));
+    }
+    retired.retain(|(_, name)| name::belongs_to(name, repository));
 }
 
 /// A disk as it was just found.

@@ -2,20 +2,21 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use anyhow::Result;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
+use super::secret;
 use crate::backup::{Options, Point, Quiesce, Runner};
-use crate::cli::{FreezeArgs, FreezeMethod, PaceArgs, RepoTargetArgs};
+use crate::cli::{FreezeArgs, FreezeMethod, PaceArgs, RepoTargetArgs, TargetArgs};
 use crate::clock;
-use crate::exit::Kind;
-use crate::image::Repository;
+use crate::exit::{Kind, classify};
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::report::{Bar, Outcome, Style};
-use crate::schedule;
+use crate::schedule::{self, Due};
 use crate::throttle::Pace;
 use crate::units::Bytes;
 
@@ -28,21 +29,24 @@ pub(super) struct Limits {
 
 fn options(pace: Option<&PaceArgs>, freeze: Option<&FreezeArgs>, doing: &str) -> Options {
     let default = Pace::default();
+    let named = freeze.and_then(|freeze| freeze.method);
     Options {
         pace: Pace {
             rate: pace.and_then(|pace| pace.rate),
             in_flight: pace.map_or(default.in_flight, |pace| usize::from(pace.in_flight)),
         },
-        method: match freeze.map(|freeze| freeze.method) {
+        method: match named {
             Some(FreezeMethod::Snapshot) => Method::Snapshot,
             _ => Method::Fleece,
         },
+        method_named: named.is_some(),
         quiesce: freeze.map_or(Quiesce::Never, |freeze| freeze.quiesce),
-        freeze_timeout: freeze.map_or(std::time::Duration::ZERO, |freeze| freeze.freeze_timeout),
+        freeze_timeout: freeze.map_or(Duration::ZERO, |freeze| freeze.freeze_timeout),
         agent: freeze.and_then(|freeze| freeze.agent.clone()),
         scratch: freeze.and_then(|freeze| freeze.scratch.clone()),
         scratch_reserve: freeze.and_then(|freeze| freeze.scratch_reserve),
-        deadline: freeze.map_or(std::time::Duration::from_secs(10), |freeze| freeze.deadline),
+        deadline: freeze.map_or(Duration::from_secs(10), |freeze| freeze.deadline),
+        commit_deadline: freeze.map_or(Duration::ZERO, |freeze| freeze.commit_deadline),
         doing: format!("forerun {doing}"),
     }
 }
@@ -54,11 +58,21 @@ struct Begun {
     progress: Arc<Progress>,
 }
 
-fn begin(args: &RepoTargetArgs, options: Options, interrupted: Arc<AtomicBool>) -> Result<Begun> {
-    let repo = Repository::open(&args.repo.repo)?;
-    let vm = super::find(&args.target)?;
+fn begin(
+    args: &RepoTargetArgs,
+    pace: Option<&PaceArgs>,
+    freeze: Option<&FreezeArgs>,
+    doing: &str,
+    interrupted: Arc<AtomicBool>,
+) -> Result<Begun> {
+    let mut repo = secret::open(&args.repo)?;
+    if let Some(compression) = pace.and_then(|pace| pace.compression) {
+        repo = repo.with_compression(compression);
+    }
+    let vm = super::find(&args.target, repo.is_encrypted())?;
     let progress = Arc::new(Progress::default());
     let (target, key) = (vm.target.to_string(), vm.key.clone());
+    let options = options(pace, freeze, doing);
     let runner = Runner::begin(vm, repo, options, Arc::clone(&progress), interrupted)?;
     Ok(Begun {
         runner,
@@ -70,7 +84,7 @@ fn begin(args: &RepoTargetArgs, options: Options, interrupted: Arc<AtomicBool>) 
 
 /// `track`.
 pub(super) fn track(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Result<Outcome> {
-    let mut begun = begin(args, options(None, None, "track"), interrupted)?;
+    let mut begun = begin(args, None, None, "track", interrupted)?;
     let started = begun.runner.track()?;
     let mut outcome = Outcome::default();
     let state = if started {
@@ -90,7 +104,7 @@ pub(super) fn track(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Resu
 
 /// `changed`.
 pub(super) fn changed(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Result<Outcome> {
-    let mut begun = begin(args, options(None, None, "changed"), interrupted)?;
+    let mut begun = begin(args, None, None, "changed", interrupted)?;
     let changed = begun.runner.changed()?;
     let mut outcome = Outcome::default();
     for disk in &changed {
@@ -123,7 +137,7 @@ pub(super) fn precopy(
     interrupted: Arc<AtomicBool>,
 ) -> Result<Outcome> {
     let until = limits.until.as_deref().map(schedule::parse).transpose()?;
-    let mut begun = begin(args, options(Some(pace), None, "precopy"), interrupted)?;
+    let mut begun = begin(args, Some(pace), None, "precopy", interrupted)?;
     let bar = Bar::show(Arc::clone(&begun.progress), style);
     begun.progress.begin("copy ahead", 0);
     let until = until.map(super::super::schedule::Due::deadline);
@@ -169,11 +183,7 @@ pub(super) fn backup(
     interrupted: Arc<AtomicBool>,
 ) -> Result<Outcome> {
     let due = clock::utc_now();
-    let mut begun = begin(
-        args,
-        options(Some(pace), Some(freeze), "backup"),
-        interrupted,
-    )?;
+    let mut begun = begin(args, Some(pace), Some(freeze), "backup", interrupted)?;
     let bar = Bar::show(Arc::clone(&begun.progress), style);
     let point = begun.runner.backup(due);
     drop(bar);
@@ -183,17 +193,61 @@ pub(super) fn backup(
     })
 }
 
+/// The time of one of several targets, before the next one gets its turn.
+const TURN: Duration = Duration::from_secs(60);
+
+/// The first half of `run` on several targets: each in turn copies ahead, until the backup is due. What fails now is told by
+/// the backup that follows.
+pub(super) fn copy_ahead_in_turns(
+    args: &RepoTargetArgs,
+    targets: &[TargetArgs],
+    pace: &PaceArgs,
+    freeze: &FreezeArgs,
+    at: Due,
+    interrupted: &Arc<AtomicBool>,
+) -> Result<()> {
+    let deadline = at.deadline();
+    while !deadline.passed() {
+        for target in targets {
+            let shown = target.named()?;
+            let single = RepoTargetArgs {
+                target: target.clone(),
+                repo: args.repo.clone(),
+            };
+            let turn = begin(
+                &single,
+                Some(pace),
+                Some(freeze),
+                "run",
+                Arc::clone(interrupted),
+            )
+            .and_then(|mut begun| {
+                let until = deadline.at_most(TURN);
+                begun.runner.precopy(false, Some(until), None).map(drop)
+            });
+            match turn {
+                Err(error) if classify(&error).0 == Kind::Interrupted => return Err(error),
+                Err(error) => {
+                    tracing::warn!("{shown}: {error:#}");
+                    clock::sleep(Duration::from_secs(1).min(deadline.left()));
+                }
+                Ok(()) => {}
+            }
+        }
+    }
+    Ok(())
+}
+
 /// `run`.
 pub(super) fn run(
     args: &RepoTargetArgs,
     pace: &PaceArgs,
     freeze: &FreezeArgs,
-    at: &str,
+    at: Due,
     style: Style,
     interrupted: Arc<AtomicBool>,
 ) -> Result<Outcome> {
-    let at = schedule::parse(at)?;
-    let mut begun = begin(args, options(Some(pace), Some(freeze), "run"), interrupted)?;
+    let mut begun = begin(args, Some(pace), Some(freeze), "run", interrupted)?;
     let bar = Bar::show(Arc::clone(&begun.progress), style);
     let deadline = at.deadline();
     if !deadline.passed() {
@@ -215,7 +269,7 @@ pub(super) fn run(
 fn failed(mut begun: Begun, error: anyhow::Error) -> Outcome {
     Outcome {
         warnings: std::mem::take(&mut begun.runner.warnings),
-        error: Some(error),
+        errors: vec![error],
         ..Outcome::default()
     }
 }

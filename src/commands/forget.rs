@@ -1,22 +1,22 @@
 //! `forget`, `pin` and `unpin`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 
 use anyhow::Result;
 use jiff::tz::TimeZone;
 use serde_json::{Value, json};
 
 use super::repository::name_of;
-use crate::cli::{ForgetArgs, KeepArgs};
+use super::secret;
+use crate::cli::{ForgetArgs, KeepArgs, RepoArgs};
 use crate::clock;
 use crate::exit::{Failure, Kind};
 use crate::image::{Error, ForgetPlan, Manifest, PointId, Policy, Repository, Selection};
 use crate::report::Outcome;
 
 /// `forget`.
-pub(super) fn forget(path: &Path, args: &ForgetArgs) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn forget(repo: &RepoArgs, args: &ForgetArgs) -> Result<Outcome> {
+    let repo = secret::open(repo)?;
     let selection = if args.point.is_empty() {
         by_policy(&repo, args)?
     } else {
@@ -179,8 +179,8 @@ fn report(plan: ForgetPlan, dry_run: bool) -> Outcome {
 }
 
 /// `pin`.
-pub(super) fn pin(path: &Path, point: &str, reason: Option<String>) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn pin(repo: &RepoArgs, point: &str, reason: Option<String>) -> Result<Outcome> {
+    let repo = secret::open(repo)?;
     let point = repo.resolve(point)?;
     let pin = match repo.pin(point.id, reason) {
         Err(Error::Exists { .. }) => {
@@ -210,8 +210,8 @@ pub(super) fn pin(path: &Path, point: &str, reason: Option<String>) -> Result<Ou
 }
 
 /// `unpin`.
-pub(super) fn unpin(path: &Path, point: &str) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn unpin(repo: &RepoArgs, point: &str) -> Result<Outcome> {
+    let repo = secret::open(repo)?;
     let id = point_id(&repo, point)?;
     let mut outcome = Outcome::default();
     if repo.unpin(id)? {

@@ -1,9 +1,15 @@
 //! The commands: each turns its arguments into calls of the library and the results into an [`Outcome`].
 
 mod backup;
+mod copy;
 mod forget;
+mod key;
+mod repair;
 mod repository;
 mod restore;
+mod secret;
+mod several;
+mod stats;
 mod target;
 
 use std::process::ExitCode;
@@ -17,6 +23,7 @@ use clap::Parser;
 use crate::cli::{Cli, Command, TargetArgs};
 use crate::guard::Watched;
 use crate::report::{self, Outcome, Style};
+use crate::schedule;
 use crate::target::Choice;
 use crate::vm::Vm;
 
@@ -73,8 +80,24 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         }
     }
     match command {
-        Command::Init { repo, block_size } => repository::init(&repo, block_size),
-        Command::Inspect(target) => target::inspect(&target),
+        Command::Init {
+            repo,
+            block_size,
+            compression,
+            encrypt,
+            secret,
+            label,
+        } => {
+            let secret = secret::for_new_repository(encrypt, &secret)?;
+            let encryption = secret.as_ref().map(|secret| (secret, &*label));
+            repository::init(&repo, block_size, compression, encryption)
+        }
+        Command::Key { command } => key::run(command),
+        Command::Inspect(args) if args.target.is_none() => {
+            let all = TargetArgs { all: true, ..args };
+            several::each(&all, &interrupted, target::overview)
+        }
+        Command::Inspect(args) => several::each(&args, &interrupted, target::inspect),
         Command::Track(args) => backup::track(&args, interrupted),
         Command::Changed(args) => backup::changed(&args, interrupted),
         Command::Precopy {
@@ -89,28 +112,41 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 until,
                 converge,
             };
-            backup::precopy(&target, &pace, &limits, style, interrupted)
+            several::each_of(&target, &interrupted, |target| {
+                backup::precopy(target, &pace, &limits, style, Arc::clone(&interrupted))
+            })
         }
         Command::Backup {
             target,
             pace,
             freeze,
-        } => backup::backup(&target, &pace, &freeze, style, interrupted),
+        } => several::each_of(&target, &interrupted, |target| {
+            backup::backup(target, &pace, &freeze, style, Arc::clone(&interrupted))
+        }),
         Command::Run {
             target,
             pace,
             freeze,
             at,
-        } => backup::run(&target, &pace, &freeze, &at, style, interrupted),
-        Command::Status(args) => target::status(&args),
-        Command::List { repo, target } => repository::list(&repo.repo, target.as_deref()),
-        Command::Show { repo, point } => repository::show(&repo.repo, &point),
-        Command::Diff { repo, a, b } => repository::diff(&repo.repo, &a, &b),
+        } => {
+            let at = schedule::parse(&at)?;
+            if let Some(targets) = several::chosen(&target.target)? {
+                backup::copy_ahead_in_turns(&target, &targets, &pace, &freeze, at, &interrupted)?;
+            }
+            several::each_of(&target, &interrupted, |target| {
+                backup::run(target, &pace, &freeze, at, style, Arc::clone(&interrupted))
+            })
+        }
+        Command::Status(args) => several::each_of(&args, &interrupted, target::status),
+        Command::List { repo, target } => repository::list(&repo, target.as_deref()),
+        Command::Show { repo, point } => repository::show(&repo, &point),
+        Command::Diff { repo, a, b } => repository::diff(&repo, &a, &b),
+        Command::Stats { repo, of } => stats::stats(&repo, of.as_deref()),
         Command::Verify {
             repo,
             points,
             max_duration,
-        } => repository::verify(&repo.repo, &points, max_duration),
+        } => repository::verify(&repo, &points, max_duration),
         Command::Restore {
             repo,
             point,
@@ -126,30 +162,42 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 format,
                 force,
             };
-            restore::restore(&repo.repo, &request, style)
+            restore::restore(&repo, &request, style)
         }
-        Command::Forget { repo, forget } => forget::forget(&repo.repo, &forget),
+        Command::Copy {
+            repo,
+            points,
+            all: _,
+            target,
+            to,
+            rate,
+        } => copy::copy(&repo, &to, &points, &target, rate, style),
+        Command::Forget { repo, forget } => forget::forget(&repo, &forget),
         Command::Pin {
             repo,
             point,
             reason,
-        } => forget::pin(&repo.repo, &point, reason),
-        Command::Unpin { repo, point } => forget::unpin(&repo.repo, &point),
+        } => forget::pin(&repo, &point, reason),
+        Command::Unpin { repo, point } => forget::unpin(&repo, &point),
+        Command::Repair { what } => repair::repair(&what),
         Command::Untrack(args) => target::untrack(&args),
         Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
-        Command::DropSession { repo, target } => repository::drop_session(&repo.repo, &target),
+        Command::DropSession { repo, target, name } => {
+            target::drop_session(&repo, &target, name.as_deref())
+        }
         Command::Guard { .. } => Ok(Outcome::default()),
     }
 }
 
-fn find(args: &TargetArgs) -> Result<Vm> {
+/// Finds a VM. What goes to an encrypted repository is never stored as plain text.
+fn find(args: &TargetArgs, encrypted: bool) -> Result<Vm> {
     let choice = Choice {
         include: args.include.clone(),
         exclude: args.exclude.clone(),
-        allow_plaintext: args.allow_plaintext,
+        allow_plaintext: args.allow_plaintext || encrypted,
     };
     Vm::find(
-        &args.target,
+        args.named()?,
         args.connect.as_deref(),
         args.name.as_deref(),
         choice,

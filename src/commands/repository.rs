@@ -1,4 +1,4 @@
-//! `init`, `list`, `show`, `diff`, `verify` and `drop-session`.
+//! `init`, `list`, `show`, `diff` and `verify`.
 
 use std::path::Path;
 use std::time::Duration;
@@ -6,38 +6,59 @@ use std::time::Duration;
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::secret;
+use crate::cli::RepoArgs;
 use crate::exit::{Failure, Kind};
 use crate::image::{
-    self, InitOptions, Manifest, Pins, PointId, Repository, Session, VerifyOptions,
+    self, Compression, InitOptions, Manifest, Pins, PointId, Repository, Secret, VerifyOptions,
 };
 use crate::report::Outcome;
 use crate::units::{BlockSize, Bytes};
 
 /// `init`.
-pub(super) fn init(path: &Path, block_size: u64) -> Result<Outcome> {
+pub(super) fn init(
+    path: &Path,
+    block_size: u64,
+    compression: Compression,
+    encryption: Option<(&Secret, &str)>,
+) -> Result<Outcome> {
     let block_size = u32::try_from(block_size)
         .map_err(|_| format!("block size {block_size} is too large"))
         .and_then(BlockSize::try_from)
         .map_err(|message| Failure::plain(Kind::Usage, message))?;
-    let repo = Repository::init(path, InitOptions { block_size })?;
+    let options = InitOptions {
+        block_size,
+        compression,
+    };
+    let repo = match encryption {
+        Some((secret, label)) => Repository::init_encrypted(path, options, secret, label)?,
+        None => Repository::init(path, options)?,
+    };
     let mut outcome = Outcome::default();
     outcome.line(format!(
         "repository {} with blocks of {block_size} in {}",
         repo.id(),
         path.display()
     ));
+    if repo.is_encrypted() {
+        outcome.line(
+            "  encrypted: without its keys nothing of it can be read, so keep a copy of the key file or passphrase and of `keys/` elsewhere"
+                .to_owned(),
+        );
+    }
     outcome.more.insert(
         "repository".to_owned(),
         json!({
             "id": repo.id(), "path": path, "block_size": block_size.bytes(),
+            "compression": compression, "encrypted": repo.is_encrypted(),
         }),
     );
     Ok(outcome)
 }
 
 /// `list`.
-pub(super) fn list(path: &Path, target: Option<&str>) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn list(args: &RepoArgs, target: Option<&str>) -> Result<Outcome> {
+    let repo = secret::open(args)?;
     let points = repo.points()?;
     let pins = repo.pins()?;
     let mut outcome = Outcome::default();
@@ -116,13 +137,13 @@ fn summary(point: &Manifest, pins: &Pins) -> Value {
         "disks": point.disks.iter().map(|disk| json!({
             "key": disk.key, "size": disk.size, "format": disk.format, "rescanned": disk.rescanned,
         })).collect::<Vec<_>>(),
-        "statistics": point.statistics, "pinned": pinned,
+        "statistics": point.statistics, "pinned": pinned, "origin": point.origin,
     })
 }
 
 /// `show`.
-pub(super) fn show(path: &Path, point: &str) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn show(args: &RepoArgs, point: &str) -> Result<Outcome> {
+    let repo = secret::open(args)?;
     let point = repo.resolve(point)?;
     let mut outcome = Outcome::default();
     outcome.line(format!("point {}", point.id));
@@ -144,6 +165,9 @@ pub(super) fn show(path: &Path, point: &str) -> Result<Outcome> {
             outcome.line(format!("    read in full: {why}"));
         }
     }
+    if let Some(origin) = point.origin {
+        outcome.line(format!("  copied from repository {}", origin.repository));
+    }
     let pins = repo.pins()?;
     if pins.has(point.id) {
         outcome.line(pinned_words(&pins, point.id));
@@ -156,8 +180,8 @@ pub(super) fn show(path: &Path, point: &str) -> Result<Outcome> {
 }
 
 /// `diff`.
-pub(super) fn diff(path: &Path, a: &str, b: &str) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+pub(super) fn diff(args: &RepoArgs, a: &str, b: &str) -> Result<Outcome> {
+    let repo = secret::open(args)?;
     let (a, b) = (repo.resolve(a)?, repo.resolve(b)?);
     let mut outcome = Outcome::default();
     let mut disks = Vec::new();
@@ -199,11 +223,11 @@ pub(super) fn diff(path: &Path, a: &str, b: &str) -> Result<Outcome> {
 
 /// `verify`.
 pub(super) fn verify(
-    path: &Path,
+    args: &RepoArgs,
     points: &[String],
     max_duration: Option<Duration>,
 ) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
+    let repo = secret::open(args)?;
     let chosen: Vec<PointId> = points
         .iter()
         .map(|point| Ok(repo.resolve(point)?.id))
@@ -252,41 +276,5 @@ pub(super) fn verify(
     if !report.damage.is_empty() {
         outcome.kind = Some(Kind::Corrupt);
     }
-    Ok(outcome)
-}
-
-/// `drop-session`.
-pub(super) fn drop_session(path: &Path, target: &str) -> Result<Outcome> {
-    let repo = Repository::open(path)?;
-    let known = repo.points()?.points;
-    let key = known
-        .iter()
-        .find(|point| point.target.is_called(target))
-        .map_or(target, |point| point.target.key.as_str());
-    let Some(session) = Session::find(&repo, key)? else {
-        let sessions = Session::list(&repo)?;
-        let keys: Vec<&str> = sessions.sessions.iter().map(Session::key).collect();
-        let hint = if keys.is_empty() {
-            "there are no sessions".to_owned()
-        } else {
-            format!("sessions: {}", keys.join(", "))
-        };
-        return Err(Failure::hinted(
-            Kind::Failed,
-            format!("no session of `{target}`"),
-            hint,
-        ));
-    };
-    let state = crate::hoststate::TargetState::open(key)?;
-    let _run = state.lock_run(&repo.id().short(), "forerun drop-session")?;
-    let id = session.id();
-    session.remove()?;
-    let mut outcome = Outcome::default();
-    outcome.line(format!(
-        "dropped session {id} of {key}; the next backup reads its disks in full"
-    ));
-    outcome
-        .targets
-        .push(json!({ "target": target, "key": key, "session": id }));
     Ok(outcome)
 }

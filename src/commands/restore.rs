@@ -1,14 +1,14 @@
 //! `restore`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Result;
 use serde_json::json;
 
-use crate::cli::Format;
+use super::secret;
+use crate::cli::{Format, RepoArgs};
 use crate::exit::{Failure, Kind};
-use crate::image::Repository;
 use crate::progress::Progress;
 use crate::report::{Bar, Outcome, Style};
 use crate::restore::{self, Task};
@@ -24,8 +24,8 @@ pub(super) struct Request {
 }
 
 /// Plans first: nothing is written before every target is known to be good.
-pub(super) fn restore(repo: &Path, request: &Request, style: Style) -> Result<Outcome> {
-    let repo = Repository::open(repo)?;
+pub(super) fn restore(args: &RepoArgs, request: &Request, style: Style) -> Result<Outcome> {
+    let repo = secret::open(args)?;
     let point = repo.resolve(&request.point)?;
     let qcow2 = request.format == Format::Qcow2;
     let mut tasks = Vec::new();

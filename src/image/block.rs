@@ -4,7 +4,7 @@
 //! entry    magic 4 | version 1 | codec 1 | zero 2 | id 32 | plain length 4 | stored length 4 | crc32 4 | stored bytes
 //! ```
 //!
-//! The id is the SHA-256 of the plain bytes, the crc32 covers everything else of the entry. A block is checked twice when it is
+//! The id is the hash of the plain bytes (`hasher.rs`), the crc32 covers everything else of the entry. A block is checked twice when it is
 //! read: the crc tells damage before anything is decompressed, the id that these are the bytes that were backed up.
 #![cfg_attr(
     not(test),
@@ -15,12 +15,10 @@
     )
 )]
 
-use std::cell::RefCell;
-
-use lz4_flex::block::{compress_into, decompress_into, get_maximum_output_size};
-
 use super::bytes::Cursor;
+use super::codec::{Codec, Compression};
 use super::error::{Error, Result};
+use super::hasher::Hasher;
 use super::ids::{BlockId, ObjectId};
 use crate::units::BlockSize;
 
@@ -28,32 +26,6 @@ const MAGIC: [u8; 4] = *b"fBlk";
 const VERSION: u8 = 1;
 /// Bytes of an entry before the stored bytes.
 pub(super) const ENTRY_HEADER: usize = 52;
-
-/// How the bytes of a block are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Codec {
-    /// As they are.
-    Raw,
-    /// LZ4 block format.
-    Lz4,
-}
-
-impl Codec {
-    pub(super) fn to_byte(self) -> u8 {
-        match self {
-            Self::Raw => 0,
-            Self::Lz4 => 1,
-        }
-    }
-
-    pub(super) fn from_byte(byte: u8) -> Option<Self> {
-        match byte {
-            0 => Some(Self::Raw),
-            1 => Some(Self::Lz4),
-            _ => None,
-        }
-    }
-}
 
 /// Where a block is stored, and how long it is there and in plain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,18 +52,13 @@ impl Location {
         plain_is_good
             && match self.codec {
                 Codec::Raw => self.stored == self.plain,
-                Codec::Lz4 => self.stored > 0 && self.stored < self.plain,
+                Codec::Lz4 | Codec::Zstd => self.stored > 0 && self.stored < self.plain,
             }
     }
 }
 
 /// [`ENTRY_HEADER`] in the type of offsets.
 pub(super) const ENTRY_BYTES: u64 = 52;
-
-thread_local! {
-    /// Where a thread compresses: a new buffer of the largest possible length for every block costs more than the copy.
-    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
 
 /// A block that the repository does not hold yet, ready to be appended to a pack.
 #[derive(Debug)]
@@ -111,22 +78,13 @@ impl NewBlock {
     }
 
     /// Compresses and frames a block, or stores it as it is when that is not longer.
-    pub(super) fn encode(id: BlockId, plain: &[u8]) -> Result<Self> {
+    pub(super) fn encode(id: BlockId, plain: &[u8], compression: Compression) -> Result<Self> {
         let too_long = || Error::Invalid(format!("a block of {} bytes", plain.len()));
         let plain_length = u32::try_from(plain.len())
             .ok()
             .filter(|length| (1..=BlockSize::MAX).contains(length))
             .ok_or_else(too_long)?;
-        SCRATCH.with_borrow_mut(|scratch| {
-            scratch.resize(get_maximum_output_size(plain.len()), 0);
-            let packed = compress_into(plain, scratch)
-                .ok()
-                .and_then(|packed| scratch.get(..packed))
-                .filter(|packed| packed.len() < plain.len());
-            let (codec, body) = match packed {
-                Some(packed) => (Codec::Lz4, packed),
-                None => (Codec::Raw, plain),
-            };
+        compression.compress(plain, |codec, body| {
             let stored = u32::try_from(body.len()).map_err(|_| too_long())?;
             let mut entry = Vec::with_capacity(ENTRY_HEADER.saturating_add(body.len()));
             entry.extend_from_slice(&entry_header(id, codec, plain_length, stored, body));
@@ -211,6 +169,7 @@ pub(super) struct Damage(pub(super) &'static str);
 /// Puts the plain bytes of the entry that begins `bytes` into `plain`, which has exactly their length, and proves that they
 /// hash to `id`.
 pub(super) fn decode_entry(
+    hasher: &Hasher,
     bytes: &[u8],
     id: BlockId,
     plain: &mut [u8],
@@ -222,18 +181,11 @@ pub(super) fn decode_entry(
     if usize::try_from(entry.plain).ok() != Some(plain.len()) {
         return Err(Damage("its entry has another length"));
     }
-    match entry.codec {
-        Codec::Raw if entry.stored.len() == plain.len() => plain.copy_from_slice(entry.stored),
-        Codec::Raw => return Err(Damage("its stored length is wrong")),
-        Codec::Lz4 => {
-            let length = decompress_into(entry.stored, plain)
-                .map_err(|_| Damage("it does not decompress"))?;
-            if length != plain.len() {
-                return Err(Damage("it decompresses to another length"));
-            }
-        }
-    }
-    if BlockId::of(plain) == id {
+    entry
+        .codec
+        .decompress(entry.stored, plain)
+        .map_err(Damage)?;
+    if hasher.block(plain) == id {
         Ok(())
     } else {
         Err(Damage("its content does not match its id"))
@@ -245,6 +197,14 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn encode(plain: &[u8]) -> Result<NewBlock> {
+        NewBlock::encode(BlockId::of(plain), plain, Compression::Lz4)
+    }
+
+    fn decode(bytes: &[u8], id: BlockId, plain: &mut [u8]) -> std::result::Result<(), Damage> {
+        decode_entry(&Hasher::plain(), bytes, id, plain)
+    }
+
     fn sample(length: usize) -> Vec<u8> {
         (0..length).map(|i| u8::try_from(i % 7).unwrap()).collect()
     }
@@ -253,26 +213,26 @@ mod tests {
     fn a_block_comes_back_and_no_flipped_bit_goes_unseen() {
         let plain = sample(200);
         let id = BlockId::of(&plain);
-        let block = NewBlock::encode(id, &plain).unwrap();
+        let block = encode(&plain).unwrap();
         assert_eq!(block.codec, Codec::Lz4);
         let mut out = vec![0; plain.len()];
-        decode_entry(&block.entry, id, &mut out).unwrap();
+        decode(&block.entry, id, &mut out).unwrap();
         assert_eq!(out, plain);
         for position in 0..block.entry.len() {
             let mut bad = block.entry.clone();
             bad[position] ^= 4;
-            assert!(decode_entry(&bad, id, &mut out).is_err(), "{position}");
-            assert!(decode_entry(&block.entry[..position], id, &mut out).is_err());
+            assert!(decode(&bad, id, &mut out).is_err(), "{position}");
+            assert!(decode(&block.entry[..position], id, &mut out).is_err());
         }
     }
 
     #[test]
     fn what_does_not_get_smaller_is_stored_as_it_is() {
         let plain = super::super::ids::random::<200>().unwrap();
-        let block = NewBlock::encode(BlockId::of(&plain), &plain).unwrap();
+        let block = encode(&plain).unwrap();
         assert_eq!(block.codec, Codec::Raw);
         assert_eq!(&block.entry[ENTRY_HEADER..], &plain);
-        assert!(NewBlock::encode(BlockId::of(b""), b"").is_err());
+        assert!(encode(b"").is_err());
     }
 
     proptest! {
@@ -284,7 +244,7 @@ mod tests {
         /// A right checksum over hostile fields gets past the first gate; the others hold.
         #[test]
         fn hostile_fields_never_panic(
-            codec in 0_u8..2, plain in any::<u32>(), body in proptest::collection::vec(any::<u8>(), 0..100)
+            codec in 0_u8..3, plain in any::<u32>(), body in proptest::collection::vec(any::<u8>(), 0..100)
         ) {
             let id = BlockId::of(&sample(64));
             let codec = Codec::from_byte(codec).unwrap();
@@ -292,7 +252,7 @@ mod tests {
             let mut entry = entry_header(id, codec, plain, length, &body).to_vec();
             entry.extend_from_slice(&body);
             let mut out = vec![0; 64];
-            prop_assert!(decode_entry(&entry, id, &mut out).is_err());
+            prop_assert!(decode(&entry, id, &mut out).is_err());
         }
     }
 }

@@ -44,6 +44,17 @@ pub enum Error {
         /// How it is damaged.
         what: String,
     },
+    /// The repository is encrypted and no key was given.
+    #[error("the repository is encrypted, and no key was given")]
+    NoKey,
+    /// None of the keys is this one.
+    #[error("no key of the repository opens with this {with}")]
+    WrongKey {
+        /// What was given: a passphrase or a key file.
+        with: &'static str,
+        /// The keys there are, for people.
+        keys: Vec<String>,
+    },
     /// A format version or feature that this build does not know.
     #[error("{0}")]
     Unsupported(String),

@@ -114,7 +114,7 @@ macro_rules! hex_id {
 }
 
 hex_id!(
-    /// The SHA-256 of a plain block.
+    /// The name of a block by its content: the SHA-256 of the plain block, or in an encrypted repository a keyed one.
     BlockId,
     32
 );
@@ -126,6 +126,11 @@ hex_id!(
 hex_id!(
     /// The random name of a recovery point.
     PointId,
+    8
+);
+hex_id!(
+    /// The random name of a key of an encrypted repository.
+    KeyId,
     8
 );
 hex_id!(
@@ -146,9 +151,9 @@ hex_id!(
 );
 
 impl BlockId {
-    /// The name of a block with this content.
-    #[must_use]
-    pub fn of(plain: &[u8]) -> Self {
+    /// The name of a block in a repository that is not encrypted.
+    #[cfg(test)]
+    pub(super) fn of(plain: &[u8]) -> Self {
         Self(sha256(plain))
     }
 
@@ -175,6 +180,12 @@ impl RepoId {
 impl PointId {
     /// A new name; a caller may note it before it publishes the point.
     pub fn random() -> Result<Self> {
+        random().map(Self)
+    }
+}
+
+impl KeyId {
+    pub(super) fn random() -> Result<Self> {
         random().map(Self)
     }
 }

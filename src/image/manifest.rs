@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::ids::{PointId, SessionId};
+use super::ids::{Digest, PointId, RepoId, SessionId};
 use super::map::MapRef;
 
 /// A finished backup of all chosen disks of a target at one instant.
@@ -37,6 +37,18 @@ pub struct Manifest {
     pub statistics: Value,
     /// Bitmaps that are of no use once the point is published.
     pub retired_bitmaps: Vec<RetiredBitmap>,
+    /// Where it was made, when it is a copy from another repository.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
+}
+
+/// The point that another one is a copy of, or a copy of a copy: two points of one digest have one content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The repository that it was made in.
+    pub repository: RepoId,
+    /// SHA-256 of its object there.
+    pub digest: Digest,
 }
 
 /// A VM.

@@ -13,16 +13,30 @@
 
 mod block;
 mod bytes;
+mod closed;
+mod codec;
 #[allow(dead_code, reason = "prune and verify use it")]
 mod condemned;
 mod envelope;
 mod error;
 mod forget;
+mod hasher;
 mod ids;
 #[allow(dead_code, reason = "prune and verify use it")]
 mod index;
+mod keys;
 mod manifest;
 mod map;
+#[cfg(test)]
+#[path = "../../tests/image_common/memory.rs"]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a store for tests, written for those outside"
+)]
+mod memory;
 mod pack;
 mod pins;
 mod points;
@@ -32,18 +46,26 @@ mod read;
 mod repo;
 mod retention;
 mod sealed;
+mod secret;
 mod session;
+#[cfg(test)]
+mod speed;
+mod stats;
 pub mod store;
 mod verify;
 
 pub use block::NewBlock;
+pub use closed::Closed;
+pub use codec::{Compression, ZstdLevel};
 pub use error::{Error, Result};
 pub use forget::{ForgetPlan, Selection, TargetPlan};
-pub use ids::{BlockId, Digest, ObjectId, PointId, RepoId, SessionId};
-pub use manifest::{DiskPoint, Manifest, Quiesce, RetiredBitmap, Target, Tracking};
+pub use ids::{BlockId, Digest, KeyId, ObjectId, PointId, RepoId, SessionId};
+pub use index::Rebuilt;
+pub use keys::{KeyInfo, KeyRing, Keys};
+pub use manifest::{DiskPoint, Manifest, Origin, Quiesce, RetiredBitmap, Target, Tracking};
 pub use map::{
-    BlockIds, Diff, Entry, LAYERS, LayerRef, MapReader, MapRef, MapRuns, MapStats, Run, RunContent,
-    build_map, diff,
+    BlockIds, Changes, Diff, Entry, LAYERS, LayerRef, MapReader, MapRef, MapRuns, MapStats, Run,
+    RunContent, build_map, changes, diff,
 };
 pub use pack::{PackStats, PackWriter};
 pub use pins::{Pin, Pins};
@@ -51,5 +73,7 @@ pub use points::Points;
 pub use read::BlockSink;
 pub use repo::{Encoded, InitOptions, Repository};
 pub use retention::{Policy, Reason};
+pub use secret::Secret;
 pub use session::{Content, Item, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions};
+pub use stats::{Amount, Objects, PointStats, Sizes, Stats};
 pub use verify::{Damage, VerifyOptions, VerifyReport};

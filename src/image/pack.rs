@@ -19,8 +19,9 @@
 
 use std::collections::HashSet;
 
-use super::block::{Codec, ENTRY_BYTES, Location, NewBlock};
+use super::block::{ENTRY_BYTES, Location, NewBlock};
 use super::bytes::{Cursor, narrow, wide};
+use super::codec::Codec;
 use super::error::{Error, Result};
 use super::ids::{BlockId, ObjectId};
 use super::repo::{Encoded, Repository};

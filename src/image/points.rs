@@ -5,8 +5,8 @@ use jiff::civil::DateTime;
 
 use super::envelope;
 use super::error::{Error, Result};
-use super::ids::PointId;
-use super::manifest::Manifest;
+use super::ids::{Digest, PointId, sha256};
+use super::manifest::{Manifest, Origin};
 use super::repo::Repository;
 use crate::clock;
 
@@ -54,6 +54,17 @@ impl Repository {
                 object,
                 format!("it is the point {}", manifest.id),
             ))
+        }
+    }
+
+    /// What tells a point from another one of its id in another repository.
+    pub fn origin(&self, point: &Manifest) -> Result<Origin> {
+        match point.origin {
+            Some(origin) => Ok(origin),
+            None => Ok(Origin {
+                repository: self.id(),
+                digest: Digest::from_bytes(sha256(&self.store().get(&name(point.id))?)),
+            }),
         }
     }
 

@@ -82,9 +82,22 @@ impl Repository {
         self.store()
             .get_range(&object, u64::from(location.offset), &mut entry)?;
         let mut plain = vec![0; narrow(u64::from(location.plain))];
-        decode_entry(&entry, id, &mut plain)
+        decode_entry(self.hasher(), &entry, id, &mut plain)
             .map_err(|damage| Error::corrupt(object, format!("block {id}: {}", damage.0)))?;
         Ok(plain)
+    }
+
+    /// Stored blocks that lie next to each other on a disk, `length` bytes together, each proved by its id. All but the last
+    /// are whole blocks.
+    pub fn read_blocks(&self, ids: Vec<BlockId>, length: usize) -> Result<Vec<u8>> {
+        let mut batch = Batch {
+            offset: 0,
+            plain: vec![0; length],
+            ids,
+            block_size: self.block_size(),
+        };
+        batch.fetch(self, &mut Vec::new())?;
+        Ok(batch.plain)
     }
 
     /// Reads a whole disk of a point with `threads` workers.
@@ -368,7 +381,7 @@ fn read_group(repo: &Repository, group: Vec<Wanted<'_>>, buffer: &mut Vec<u8>) -
     for block in group {
         let skip = narrow(u64::from(block.location.offset).saturating_sub(start));
         let entry = bytes.get(skip..).unwrap_or_default();
-        if decode_entry(entry, block.id, block.plain).is_err() {
+        if decode_entry(repo.hasher(), entry, block.id, block.plain).is_err() {
             let sound = repo.read_block(block.id)?;
             if sound.len() != block.plain.len() {
                 return Err(block.wrong_length(sound.len()));
@@ -377,4 +390,109 @@ fn read_group(repo: &Repository, group: Vec<Wanted<'_>>, buffer: &mut Vec<u8>) -
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::block::NewBlock;
+    use super::super::codec::Compression;
+    use super::super::ids::ObjectId;
+    use super::super::memory::{Fate, Memory, Objects};
+    use super::super::quarantine::{Bad, Quarantine};
+    use super::super::repo::{Encoded, InitOptions};
+    use super::super::store::Store;
+    use super::*;
+
+    fn repository() -> (Memory, Repository) {
+        let store = Memory::new(Objects::new(), None, Fate::Lost);
+        let options = InitOptions::default();
+        let repo = Repository::init_store(Arc::new(store.clone()), options).unwrap();
+        (store, repo)
+    }
+
+    /// Stores a block whatever the index says; gives where.
+    fn store_again(repo: &Repository, plain: &[u8]) -> Location {
+        let id = BlockId::of(plain);
+        let before = repo.index().locate_all(id).unwrap();
+        let block = NewBlock::encode(id, plain, Compression::default()).unwrap();
+        let mut writer = repo.pack_writer("a test");
+        writer.put(Encoded::New(block)).unwrap();
+        writer.seal().unwrap();
+        let after = repo.index().locate_all(id).unwrap();
+        assert_eq!(after.len(), before.len() + 1);
+        let new = after.into_iter().find(|found| !before.contains(found));
+        new.unwrap().0
+    }
+
+    fn damage(store: &Memory, pack: ObjectId) {
+        let name = pack::name(pack);
+        let mut bytes = store.get(&name).unwrap();
+        bytes[70] ^= 1;
+        store.delete(std::slice::from_ref(&name)).unwrap();
+        store.put(&name, &bytes).unwrap();
+    }
+
+    #[test]
+    fn a_block_is_read_from_whichever_copy_is_sound() {
+        let (store, repo) = repository();
+        let plain = vec![5; 1000];
+        let id = BlockId::of(&plain);
+        let copies = [store_again(&repo, &plain), store_again(&repo, &plain)];
+        for (bad, other) in [(0, 1), (1, 0)] {
+            damage(&store, copies[bad].pack);
+            assert_eq!(repo.read_block(id).unwrap(), plain);
+            damage(&store, copies[other].pack);
+            let error = repo.read_block(id).unwrap_err();
+            assert!(error.is_corrupt(), "{error}");
+            // The second flip of the same bit heals.
+            copies.iter().for_each(|copy| damage(&store, copy.pack));
+            assert_eq!(repo.read_block(id).unwrap(), plain);
+        }
+    }
+
+    #[test]
+    fn a_block_is_found_where_its_pack_was_repacked_to() {
+        let (store, repo) = repository();
+        let plain = vec![5; 1000];
+        let id = BlockId::of(&plain);
+        let old = store_again(&repo, &plain);
+        let reader = Repository::open_store(Arc::new(store.clone())).unwrap();
+        assert_eq!(reader.index().locate_stored(id).unwrap(), old);
+        let new = store_again(&repo, &plain);
+        store.delete(&[pack::name(old.pack)]).unwrap();
+        // Before and after the index was rewritten.
+        assert_eq!(reader.read_block(id).unwrap(), plain);
+        repo.index().rewrite_without(&[old.pack].into()).unwrap();
+        assert_eq!(reader.read_block(id).unwrap(), plain);
+        assert_eq!(repo.index().locate_all(id).unwrap(), [(new, false)]);
+        store.delete(&[pack::name(new.pack)]).unwrap();
+        let error = reader.read_block(id).unwrap_err();
+        assert!(error.to_string().ends_with("it is missing"), "{error}");
+    }
+
+    #[test]
+    fn a_block_that_was_found_bad_is_stored_anew_although_it_is_expected() {
+        let (store, repo) = repository();
+        let plain = vec![5; 1000];
+        let id = BlockId::of(&plain);
+        let bad = store_again(&repo, &plain);
+        let known = |repo: &Repository| {
+            let encoded = repo.encode_expecting(&plain, Some(id)).unwrap();
+            matches!(encoded, Encoded::Known(_))
+        };
+        assert!(known(&repo));
+        let found = Bad {
+            id,
+            pack: bad.pack,
+            what: "a test".into(),
+        };
+        Quarantine::add(&store, &[found]).unwrap();
+        repo.index().refresh().unwrap();
+        assert!(!known(&repo));
+        let sound = store_again(&repo, &plain);
+        assert!(known(&repo));
+        assert_eq!(repo.index().locate_stored(id).unwrap(), sound);
+    }
 }

@@ -7,44 +7,83 @@ use serde::{Deserialize, Serialize};
 
 use super::block::NewBlock;
 use super::bytes::all_zero;
+use super::closed::{self, Closed};
+use super::codec::Compression;
 use super::envelope;
 use super::error::{Error, Result};
+use super::hasher::Hasher;
 use super::ids::{BlockId, RepoId};
-use super::index::Index;
+use super::index::{Index, Rebuilt};
+use super::keys::KeyRing;
 use super::pack::PackWriter;
+use super::secret::Secret;
 use super::store::{DirStore, Store};
 use crate::units::BlockSize;
 
-const CONFIG: &str = "config";
-/// Features that this build can work with; a repository that has others is refused.
-const FEATURES: [&str; 0] = [];
+pub(super) const CONFIG: &str = "config";
+/// The feature of a repository that takes a key.
+pub(super) const ENCRYPTED: &str = "encrypted";
 
 /// How a new repository is made.
 #[derive(Debug, Clone, Copy)]
 pub struct InitOptions {
     /// The unit of storage, for ever.
     pub block_size: BlockSize,
+    /// What new blocks are compressed with when nothing else is said.
+    pub compression: Compression,
+}
+
+impl Default for InitOptions {
+    fn default() -> Self {
+        Self {
+            block_size: BlockSize::DEFAULT,
+            compression: Compression::default(),
+        }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Config {
+pub(super) struct Config {
     /// The version of the whole repository.
-    version: u32,
-    id: RepoId,
+    pub(super) version: u32,
+    pub(super) id: RepoId,
     block_size: BlockSize,
-    features: Vec<String>,
+    pub(super) features: Vec<String>,
+    #[serde(default)]
+    compression: Compression,
+}
+
+impl Config {
+    fn new(options: InitOptions, features: &[&str]) -> Result<Self> {
+        Ok(Self {
+            version: 1,
+            id: RepoId::random()?,
+            block_size: options.block_size,
+            features: features
+                .iter()
+                .map(|feature| (*feature).to_owned())
+                .collect(),
+            compression: options.compression,
+        })
+    }
+
+    pub(super) fn is_encrypted(&self) -> bool {
+        self.features.iter().any(|feature| feature == ENCRYPTED)
+    }
 }
 
 /// An opened repository; clones are the same one.
 #[derive(Clone)]
 pub struct Repository {
     inner: Arc<Inner>,
+    compression: Compression,
 }
 
 struct Inner {
     store: Arc<dyn Store>,
     config: Config,
     index: Index,
+    hasher: Hasher,
 }
 
 /// A block on its way into the repository.
@@ -67,56 +106,94 @@ impl Repository {
 
     /// Makes a repository in an empty store.
     pub fn init_store(store: Arc<dyn Store>, options: InitOptions) -> Result<Self> {
-        let config = Config {
-            version: 1,
-            id: RepoId::random()?,
-            block_size: options.block_size,
-            features: Vec::new(),
-        };
+        let config = Config::new(options, &[])?;
         store.put(CONFIG, &envelope::seal("config", &config)?)?;
-        Ok(Self::with(store, config))
+        Ok(Self::with(store, config, Hasher::plain()))
     }
 
-    /// Opens a repository in a directory.
+    /// Makes an encrypted repository in a directory that is missing or empty; the secret opens it, its key has the label.
+    pub fn init_encrypted(
+        path: &Path,
+        options: InitOptions,
+        secret: &Secret,
+        label: &str,
+    ) -> Result<Self> {
+        let store = DirStore::init(path)?;
+        Self::init_encrypted_store(Arc::new(store), options, secret, label)
+    }
+
+    /// Makes an encrypted repository in an empty store.
+    pub fn init_encrypted_store(
+        store: Arc<dyn Store>,
+        options: InitOptions,
+        secret: &Secret,
+        label: &str,
+    ) -> Result<Self> {
+        let config = Config::new(options, &[ENCRYPTED])?;
+        let ring = KeyRing::create(&store, config.id, secret, label)?;
+        store.put(CONFIG, &envelope::seal("config", &config)?)?;
+        closed::encrypted(store, config, &ring)
+    }
+
+    /// Opens a repository in a directory that needs no key; [`Closed`] opens the others.
     pub fn open(path: &Path) -> Result<Self> {
-        if !path.join(CONFIG).exists() {
-            return Err(Error::NotFound {
-                object: format!("a repository at {}", path.display()),
-            });
-        }
-        Self::open_store(Arc::new(DirStore::open(path)?))
+        Closed::at(path)?.open(None)
     }
 
-    /// Opens the repository in a store.
+    /// Opens the repository in a store, which needs no key.
     pub fn open_store(store: Arc<dyn Store>) -> Result<Self> {
-        let config: Config = envelope::open("config", CONFIG, &store.get(CONFIG)?)?;
-        if config.version != 1 {
-            return Err(Error::Unsupported(format!(
-                "the repository has format version {}, this build reads 1",
-                config.version
-            )));
-        }
-        let unknown = config
-            .features
-            .iter()
-            .find(|feature| !FEATURES.contains(&feature.as_str()));
-        if let Some(feature) = unknown {
-            return Err(Error::Unsupported(format!(
-                "the repository has the feature `{feature}`, which this build does not know"
-            )));
-        }
-        Ok(Self::with(store, config))
+        Closed::in_store(store)?.open(None)
     }
 
-    fn with(store: Arc<dyn Store>, config: Config) -> Self {
+    pub(super) fn with(store: Arc<dyn Store>, config: Config, hasher: Hasher) -> Self {
         let index = Index::new(Arc::clone(&store));
         Self {
+            compression: config.compression,
             inner: Arc::new(Inner {
                 store,
                 config,
                 index,
+                hasher,
             }),
         }
+    }
+
+    /// The same repository; what it stores from now on is compressed so.
+    #[must_use]
+    pub fn with_compression(mut self, compression: Compression) -> Self {
+        self.compression = compression;
+        self
+    }
+
+    /// What new blocks are compressed with.
+    pub fn compression(&self) -> Compression {
+        self.compression
+    }
+
+    /// Whether all that it holds is encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.inner.config.is_encrypted()
+    }
+
+    /// Gives the repository in the store another name, whose short form is another, too. What is opened keeps the old name until
+    /// it is opened again. Everything else of the configuration stays, also what this build does not know.
+    pub fn renew_id(&self) -> Result<RepoId> {
+        let _lock = self.store().lock("new-id", "giving the repository an id")?;
+        if let Some(feature) = self.inner.config.features.first() {
+            return Err(Error::Unsupported(format!(
+                "a repository with the feature `{feature}` keeps its id: make another one and copy the points to it"
+            )));
+        }
+        let mut config: serde_json::Value =
+            envelope::open("config", CONFIG, &self.store().get(CONFIG)?)?;
+        let mut id = RepoId::random()?;
+        while id.short() == self.id().short() {
+            id = RepoId::random()?;
+        }
+        config["id"] = id.to_string().into();
+        self.store()
+            .replace(CONFIG, &envelope::seal("config", &config)?)?;
+        Ok(id)
     }
 
     /// Its name.
@@ -136,6 +213,10 @@ impl Repository {
 
     pub(super) fn store_arc(&self) -> &Arc<dyn Store> {
         &self.inner.store
+    }
+
+    pub(super) fn hasher(&self) -> &Hasher {
+        &self.inner.hasher
     }
 
     pub(super) fn index(&self) -> &Index {
@@ -160,7 +241,7 @@ impl Repository {
         if all_zero(plain) {
             return Ok(Encoded::Zero);
         }
-        let id = BlockId::of(plain);
+        let id = self.hasher().block(plain);
         // One that was found bad is worth storing anew, and this is the moment when its bytes are at hand.
         if expected == Some(id) && !self.index().is_quarantined(id)? {
             return Ok(Encoded::Known(id));
@@ -174,7 +255,22 @@ impl Repository {
             }
             Err(error) => return Err(error),
         }
-        NewBlock::encode(id, plain).map(Encoded::New)
+        NewBlock::encode(id, plain, self.compression).map(Encoded::New)
+    }
+
+    /// Whether a block of this id need not be stored: it is here, as far as [`Repository::encode`] would say.
+    pub fn has_block(&self, id: BlockId) -> Result<bool> {
+        match self.index().locate(id) {
+            Ok(found) => Ok(found.is_some()),
+            Err(Error::Corrupt { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether equal blocks have equal ids here and there.
+    #[must_use]
+    pub fn shares_ids_with(&self, other: &Repository) -> bool {
+        self.block_size() == other.block_size() && self.hasher().agrees_with(other.hasher())
     }
 
     /// A writer for the new blocks of one disk and one pass, which the label names.
@@ -182,8 +278,8 @@ impl Repository {
         PackWriter::new(self, label)
     }
 
-    /// Makes the index anew from the packs; gives the number of blocks.
-    pub fn rebuild_index(&self) -> Result<u64> {
+    /// Makes the index anew from the packs.
+    pub fn rebuild_index(&self) -> Result<Rebuilt> {
         self.index().rebuild()
     }
 }

@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use super::envelope;
 use super::error::{Error, Result};
-use super::ids::{BlockId, SessionId, hex, random, sha256};
+use super::ids::{BlockId, SessionId, hex, random};
 use super::map::{BlockIds, Layer, LayerWriter, Run, RunContent, RunSource, SEGMENT};
 use super::repo::Repository;
 use crate::units::BlockRun;
@@ -117,20 +117,11 @@ fn removed_object(id: SessionId) -> String {
     format!("{}removed", prefix(id))
 }
 
-/// What the ids of all sessions of a key begin with.
-fn key_hash(key: &str) -> [u8; 8] {
-    let mut hash = [0; 8];
-    for (place, byte) in hash.iter_mut().zip(sha256(key.as_bytes())) {
-        *place = byte;
-    }
-    hash
-}
-
 impl Session {
     /// Begins the session of a key; [`Error::Exists`] when it has one.
     pub fn create(repo: &Repository, key: &str, header: &Value) -> Result<Self> {
         // Other keys' sessions may begin at the same time.
-        let lock = format!("session-{}", hex(&key_hash(key)));
+        let lock = format!("session-{}", hex(&repo.hasher().session(key)));
         let _lock = repo.store().lock(&lock, "beginning a session")?;
         if let Some(session) = Self::find(repo, key)? {
             return Err(Error::Exists {
@@ -139,7 +130,7 @@ impl Session {
         }
         let mut bytes = [0; 16];
         let (hash, rest) = bytes.split_at_mut(8);
-        hash.copy_from_slice(&key_hash(key));
+        hash.copy_from_slice(&repo.hasher().session(key));
         rest.copy_from_slice(&random::<8>()?);
         let id = SessionId::from_bytes(bytes);
         let header = Header {
@@ -158,7 +149,7 @@ impl Session {
 
     /// The session of a key. One whose removal was cut short is removed now.
     pub fn find(repo: &Repository, key: &str) -> Result<Option<Self>> {
-        let hash = key_hash(key);
+        let hash = repo.hasher().session(key);
         let mut found: Option<Self> = None;
         for (id, state) in states(repo)? {
             if !id.as_bytes().starts_with(&hash) {
@@ -204,7 +195,10 @@ impl Session {
     fn open(repo: &Repository, id: SessionId) -> Result<Self> {
         let object = header_object(id);
         let header: Header = envelope::open("session", &object, &repo.store().get(&object)?)?;
-        if !id.as_bytes().starts_with(&key_hash(&header.key)) {
+        if !id
+            .as_bytes()
+            .starts_with(&repo.hasher().session(&header.key))
+        {
             return Err(Error::corrupt(object, "its key is another session's"));
         }
         Ok(Self {

@@ -250,7 +250,7 @@ impl Verify<'_> {
         let offset = u64::from(location.offset);
         self.repo.store().get_range(&object, offset, &mut entry)?;
         let mut plain = vec![0; narrow(u64::from(location.plain))];
-        decode_entry(&entry, id, &mut plain)
+        decode_entry(self.repo.hasher(), &entry, id, &mut plain)
             .map_err(|damage| Error::corrupt(object, format!("block {id}: {}", damage.0)))
     }
 
@@ -337,11 +337,11 @@ impl Verify<'_> {
                 }
             }
         }
-        for error in self
-            .repo
-            .index()
-            .verify(&|pack| sizes.get(&pack).copied())?
-        {
+        // A pack that is not listed may be newer than the list.
+        let store = self.repo.store();
+        let now = |pack| store.size(&pack::name(pack)).ok();
+        let size = |pack| sizes.get(&pack).copied().or_else(|| now(pack));
+        for error in self.repo.index().verify(&size)? {
             let (object, what) = as_damage(error)?;
             self.damage(object, what, Hurts::new());
         }

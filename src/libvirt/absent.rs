@@ -50,7 +50,7 @@ impl Domain {
         match *self {}
     }
 
-    pub fn describe(&self, _machine: &mut Machine) -> Result<()> {
+    pub fn describe(&self, _machine: &mut Machine) -> Result<bool> {
         match *self {}
     }
 

@@ -4,8 +4,9 @@ use super::xml::{Description, Disk};
 use crate::qmp::machine::{LeftOut, Machine};
 use crate::target::Image;
 
-/// Gives the disks of a running domain their target devs as keys.
-pub(super) fn name(machine: &mut Machine, xml: &Description) {
+/// Gives the disks of a running domain their target devs as keys. Says whether their nodes are those that the XML tells.
+pub(super) fn name(machine: &mut Machine, xml: &Description) -> bool {
+    let mut agreed = true;
     for left in &mut machine.left_out {
         let known = xml.disks.iter().find(|disk| {
             let alias = disk.alias.as_deref();
@@ -24,7 +25,9 @@ pub(super) fn name(machine: &mut Machine, xml: &Description) {
             None => Some("libvirt does not know of it".to_owned()),
             Some(described) => {
                 disk.key.clone_from(&described.target);
-                why_refused(described).or_else(|| unknown_node(described, &disk.node))
+                let unknown = unknown_node(described, &disk.node);
+                agreed &= unknown.is_none();
+                why_refused(described).or(unknown)
             }
         };
         match refused {
@@ -37,6 +40,7 @@ pub(super) fn name(machine: &mut Machine, xml: &Description) {
         }
     }
     machine.disks.sort_by(|a, b| a.key.cmp(&b.key));
+    agreed
 }
 
 /// A node that is not of the number in the XML was put there behind libvirt's back: it would be forgotten at the next

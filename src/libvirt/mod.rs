@@ -122,10 +122,9 @@ impl Domain {
     }
 
     /// Gives the disks that a monitor found the names that they have in the domain's XML, and refuses what cannot be
-    /// attributed for certain.
-    pub fn describe(&self, machine: &mut Machine) -> Result<()> {
-        disks::name(machine, &self.description(0)?);
-        Ok(())
+    /// attributed for certain. Says whether libvirt and QEMU agree on the disks' nodes.
+    pub fn describe(&self, machine: &mut Machine) -> Result<bool> {
+        Ok(disks::name(machine, &self.description(0)?))
     }
 
     /// The images of a domain that is off, and the disks that have none that can be opened.

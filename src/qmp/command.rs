@@ -50,18 +50,7 @@ pub(crate) fn request(command: &str, arguments: Value) -> Value {
 pub(crate) fn result(command: &str, mut answer: Value) -> Result<Value> {
     if let Some(error) = answer.get("error") {
         tracing::debug!(command, %error, "refused");
-        let text = |key| {
-            error
-                .get(key)
-                .and_then(Value::as_str)
-                .unwrap_or("")
-                .to_owned()
-        };
-        return Err(Error::Command {
-            command: command.to_owned(),
-            class: text("class"),
-            description: text("desc"),
-        });
+        return Err(Error::answered(command, error));
     }
     match answer.get_mut("return") {
         Some(value) => Ok(value.take()),

@@ -25,17 +25,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::command::{
-    action_add_bitmap, action_disable_bitmap, call, call_within, job_status, jobs, text,
-    transaction,
+    action_add_bitmap, action_disable_bitmap, call, call_within, jobs, text, transaction,
 };
 use super::graph::Graph;
 use super::names::{Part, RunName};
-use super::release::{FileVersion, Leftover, Overlay, Released};
+use super::overlay::{FileVersion, Overlay};
+use super::release::Leftover;
 use super::{Error, Monitor, REPLY_TIMEOUT, Result, export};
 use crate::clock::{self, Deadline};
-
-/// Between two looks at a commit.
-const COMMIT_POLL: Duration = Duration::from_millis(5);
 
 /// How the block snapshot is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,16 +85,19 @@ pub struct Freeze {
     directory: PathBuf,
     /// QEMU opens scratches by their paths; they are unlinked as soon as it has.
     by_path: bool,
+    commit_deadline: Duration,
 }
 
 impl Freeze {
-    /// A freeze of these disks with scratch or overlay files in `directory`; nothing is made yet.
+    /// A freeze of these disks with scratch or overlay files in `directory`; nothing is made yet. `commit_deadline` is how
+    /// long an overlay may take to be committed back.
     #[must_use]
     pub fn new(
         method: Method,
         run: RunName,
         disks: Vec<FreezeDisk>,
         directory: PathBuf,
+        commit_deadline: Duration,
         monitor: &dyn Monitor,
     ) -> Self {
         Self {
@@ -107,6 +107,7 @@ impl Freeze {
             disks,
             scratches: Vec::new(),
             directory,
+            commit_deadline,
         }
     }
 
@@ -163,6 +164,7 @@ impl Freeze {
             base_file: disk.image.0.clone(),
             base_version: None,
             committing: false,
+            deadline_ms: u64::try_from(self.commit_deadline.as_millis()).unwrap_or(u64::MAX),
         }
     }
 
@@ -474,64 +476,5 @@ impl Freeze {
                 overlay
             })
             .collect()
-    }
-}
-
-/// Commits an overlay back into its base and takes it away, wherever an earlier try was cut off. Only for the QEMU process
-/// that it was made for.
-pub fn commit_overlay(
-    monitor: &mut dyn Monitor,
-    overlay: &Overlay,
-    done: &mut Released,
-) -> Result<()> {
-    let graph = Graph::read(monitor)?;
-    if graph.node(&overlay.node).is_some() && graph.has_parents(&overlay.node) {
-        if job_status(monitor, &overlay.job)?.is_none() {
-            call::<qmp::block_commit>(
-                monitor,
-                json!({ "job-id": overlay.job, "device": overlay.node, "base-node": overlay.base }),
-            )?;
-        }
-        finish_commit(monitor, overlay)?;
-        if Graph::read(monitor)?.has_parents(&overlay.node) {
-            return Err(Error::Protocol(format!(
-                "the commit of {} into {} ended, but the overlay is still in place",
-                overlay.node, overlay.base
-            )));
-        }
-        done.removed
-            .push(format!("overlay of disk {}", overlay.disk));
-    }
-    // In the QEMU process that it was made for, an overlay that no device is on was never put in place, or its commit has
-    // ended: the file holds nothing that is not in the base.
-    match call::<qmp::blockdev_del>(monitor, json!({ "node-name": overlay.node })) {
-        Err(error) if !error.refused() => return Err(error),
-        _ => {}
-    }
-    match std::fs::remove_file(&overlay.file) {
-        Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(Error::Io {
-            what: format!("remove {}", overlay.file.display()),
-            source,
-        }),
-        _ => Ok(()),
-    }
-}
-
-fn finish_commit(monitor: &mut dyn Monitor, overlay: &Overlay) -> Result<()> {
-    loop {
-        match job_status(monitor, &overlay.job)?.as_deref() {
-            None => return Ok(()),
-            Some("ready") => {
-                match call::<qmp::job_complete>(monitor, json!({ "id": overlay.job })) {
-                    Err(error) if !error.refused() => return Err(error),
-                    _ => {}
-                }
-            }
-            Some("concluded") => {
-                call::<qmp::job_dismiss>(monitor, json!({ "id": overlay.job }))?;
-            }
-            Some(_) => {}
-        }
-        clock::sleep(COMMIT_POLL);
     }
 }

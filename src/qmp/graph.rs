@@ -235,7 +235,15 @@ impl Graph {
         let empty = Value::Null;
         let value = self.nodes.get(node).unwrap_or(&empty);
         let image = value.get("image").unwrap_or(&empty);
-        let protocol = self.child(node, "file").unwrap_or(node);
+        // A filter may stand between the format and its file, too.
+        let under = |node: &str| self.child(node, "file").map(str::to_owned);
+        let mut protocol = under(node).unwrap_or_else(|| node.to_owned());
+        while FILTERS.contains(&self.driver(&protocol))
+            && let Some(next) = under(&protocol)
+        {
+            protocol = next;
+        }
+        let protocol = protocol.as_str();
         let filename = self
             .nodes
             .get(protocol)

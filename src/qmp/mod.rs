@@ -2,7 +2,7 @@
 //!
 //! [`Monitor`] is the seam: a UNIX socket ([`socket::QmpSocket`]), or libvirt's passthrough (`libvirt::monitor`). Above it are the
 //! typed commands ([`command`]), what a VM is and has ([`machine`], [`graph`]), the exports of a batch ([`export`]), the freeze
-//! ([`freeze`]) and the guest agent ([`agent`]). Nothing here knows of repositories or sessions.
+//! ([`freeze`], [`overlay`]) and the guest agent ([`agent`]). Nothing here knows of repositories or sessions.
 
 pub mod agent;
 pub mod command;
@@ -12,6 +12,7 @@ pub mod graph;
 pub mod machine;
 pub mod names;
 pub mod orphans;
+pub mod overlay;
 pub mod release;
 pub mod socket;
 
@@ -119,6 +120,21 @@ pub enum Error {
         /// QEMU's own words.
         why: String,
     },
+    /// The guest writes faster than its overlay is committed.
+    #[error(
+        "the guest writes to disk `{disk}` faster than its overlay {} is committed: after {seconds} s {} are left",
+        file.display(), crate::units::Bytes(*left)
+    )]
+    NotConverged {
+        /// The disk's key.
+        disk: String,
+        /// The overlay's file, which stays in use.
+        file: std::path::PathBuf,
+        /// How long it was waited for.
+        seconds: u64,
+        /// Bytes that were not committed then.
+        left: u64,
+    },
     /// The operating system failed us.
     #[error("{what}")]
     Io {
@@ -131,6 +147,15 @@ pub enum Error {
 }
 
 impl Error {
+    /// The `error` of an answer.
+    fn answered(command: &str, error: &Value) -> Self {
+        Self::Command {
+            command: command.to_owned(),
+            class: command::text(error, "class").to_owned(),
+            description: command::text(error, "desc").to_owned(),
+        }
+    }
+
     /// Whether QEMU itself said no (and so is alive and changed nothing).
     #[must_use]
     pub fn refused(&self) -> bool {

@@ -12,7 +12,8 @@ use serde_json::json;
 
 use super::agent::{self, Address};
 use super::command::{call, flag, job_status, jobs, list, text};
-use super::{Error, Monitor, Result, freeze};
+use super::overlay::{self, Overlay};
+use super::{Error, Monitor, Result};
 use crate::clock::{self, Deadline};
 use crate::unix_path::ShortPath;
 
@@ -70,55 +71,6 @@ pub enum Leftover {
     },
 }
 
-/// An overlay of `--freeze snapshot`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Overlay {
-    /// The disk's key.
-    pub disk: String,
-    /// The node that the overlay is put on.
-    pub base: String,
-    /// The overlay's node.
-    pub node: String,
-    /// The job that commits it.
-    pub job: String,
-    /// The overlay's file.
-    pub file: PathBuf,
-    /// The base's file or device, as QEMU named it.
-    pub base_file: String,
-    /// How the base's file looked once the overlay was in place; `None` before.
-    pub base_version: Option<FileVersion>,
-    /// The commit has begun: the base holds a mix until it ends.
-    pub committing: bool,
-}
-
-/// A state of a file that a later write cannot leave unchanged.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileVersion {
-    /// Device and inode.
-    pub inode: (u64, u64),
-    /// Bytes.
-    pub size: u64,
-    /// Modification time: seconds since the epoch and nanoseconds.
-    pub modified: (i64, i64),
-    /// Status change time: seconds since the epoch and nanoseconds.
-    pub changed: (i64, i64),
-}
-
-impl FileVersion {
-    /// Looks at a file; `None` when it is no regular file or cannot be seen.
-    #[must_use]
-    pub fn of(path: &Path) -> Option<Self> {
-        use std::os::unix::fs::MetadataExt;
-        let meta = std::fs::metadata(path).ok()?;
-        meta.is_file().then(|| Self {
-            inode: (meta.dev(), meta.ino()),
-            size: meta.size(),
-            modified: (meta.mtime(), meta.mtime_nsec()),
-            changed: (meta.ctime(), meta.ctime_nsec()),
-        })
-    }
-}
-
 /// What a release did, for reports.
 #[derive(Debug, Default, Clone, Serialize)]
 pub struct Released {
@@ -128,6 +80,8 @@ pub struct Released {
     pub resumed: bool,
     /// Agents that do not say that their guests' file systems are thawed.
     pub unthawed: Vec<Address>,
+    /// Overlays that were long in use, in words.
+    pub slow: Vec<String>,
 }
 
 /// Frees the guest: ends the jobs that hold up its writes, lets it run on, thaws it. The first half of [`release`].
@@ -202,10 +156,23 @@ pub fn release_rest(
             stop_server(monitor, socket, listener, done)?;
         }
     }
+    // One that cannot be committed keeps no other from it.
+    let mut failed = None;
     for item in left {
         if let Leftover::Overlay(overlay) = item {
-            freeze::commit_overlay(monitor, overlay, done)?;
+            match overlay::commit(monitor, overlay) {
+                Ok(committed) => {
+                    done.removed.extend(committed.what);
+                    done.slow.extend(committed.slow);
+                }
+                Err(error) => {
+                    failed.get_or_insert(error);
+                }
+            }
         }
+    }
+    if let Some(error) = failed {
+        return Err(error);
     }
     for item in left {
         if let Leftover::Node { name } = item {
@@ -376,6 +343,7 @@ fn delete_node(monitor: &mut dyn Monitor, name: &str, done: &mut Released) -> Re
 
 #[cfg(test)]
 mod tests {
+    use super::super::overlay::FileVersion;
     use super::*;
 
     #[test]
@@ -391,6 +359,7 @@ mod tests {
             base_file: file.path().display().to_string(),
             base_version: FileVersion::of(file.path()),
             committing: false,
+            deadline_ms: 1,
         };
         assert!(overlay.base_version.is_some());
         let left = vec![

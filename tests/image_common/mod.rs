@@ -12,10 +12,9 @@ use std::sync::Arc;
 
 use forerun::image::store::Store;
 use forerun::image::{
-    BlockSink, Content, DiskPoint, Error, InitOptions, Item, Manifest, MapRef, PointId, Quiesce,
-    Repository, SegmentHeader, Session, Target, build_map,
+    BlockSink, Closed, Content, DiskPoint, Error, InitOptions, Item, Manifest, MapRef, PointId,
+    Quiesce, Repository, Secret, SegmentHeader, Session, Target, build_map,
 };
-use forerun::units::BlockSize;
 use serde_json::{Value, json};
 
 /// Bytes of a block.
@@ -42,19 +41,24 @@ impl Bench {
     /// A new repository and a disk of zeros, all of it dirty.
     pub fn new(size: usize) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let options = InitOptions {
-            block_size: BlockSize::DEFAULT,
-        };
+        let options = InitOptions::default();
         let repo = Repository::init(&directory.path().join("repo"), options).unwrap();
+        Self::with(Some(directory), repo, size)
+    }
+
+    /// The same, encrypted: [`secret`] opens it.
+    pub fn encrypted(size: usize) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("repo");
+        let repo =
+            Repository::init_encrypted(&path, InitOptions::default(), &secret(), "test").unwrap();
         Self::with(Some(directory), repo, size)
     }
 
     /// The same without a disk behind it, for tests of many backups.
     pub fn in_memory(size: usize) -> Self {
         let store = memory::Memory::new(memory::Objects::new(), None, memory::Fate::Lost);
-        let options = InitOptions {
-            block_size: BlockSize::DEFAULT,
-        };
+        let options = InitOptions::default();
         let repo = Repository::init_store(Arc::new(store), options).unwrap();
         Self::with(None, repo, size)
     }
@@ -202,6 +206,7 @@ pub fn manifest(
         machine: json!({"xml": "<domain/>"}),
         statistics: json!({"residual": 0}),
         retired_bitmaps: vec![],
+        origin: None,
     })
 }
 
@@ -246,7 +251,31 @@ pub fn restore(repo: &Repository, disk: &DiskPoint) -> Result<Vec<u8>, Error> {
     Ok(memory.bytes)
 }
 
-/// Opens the repository in a store.
+/// SHA-256 in hex.
+pub fn sha256(bytes: impl AsRef<[u8]>) -> String {
+    let digest = <sha2::Sha256 as sha2::Digest>::digest(bytes);
+    forerun::image::Digest::from_bytes(digest.into()).to_string()
+}
+
+/// What opens the encrypted repositories here.
+pub fn secret() -> Secret {
+    let bytes: Vec<u8> = (0..32).map(|byte: u8| byte.wrapping_mul(37)).collect();
+    Secret::key_file(bytes.into()).unwrap()
+}
+
+/// A repository of no objects in a store.
+pub fn init_store(store: Arc<dyn Store>, encrypted: bool) -> Repository {
+    let options = InitOptions::default();
+    if encrypted {
+        Repository::init_encrypted_store(store, options, &secret(), "test").unwrap()
+    } else {
+        Repository::init_store(store, options).unwrap()
+    }
+}
+
+/// Opens the repository in a store, encrypted or not.
 pub fn open_store(store: Arc<dyn Store>) -> Result<Repository, Error> {
-    Repository::open_store(store)
+    let closed = Closed::in_store(store)?;
+    let secret = closed.is_encrypted().then(secret);
+    closed.open(secret.as_ref())
 }

@@ -263,9 +263,14 @@ fn two_disks_of_one_size_that_change_places_are_found_out() {
     vm.quit();
     // The command line changes, the files stay.
     let words = [drive("vda", &b, "qcow2"), drive("vdb", &a, "qcow2")];
-    let vm = Still::start(lab.path(), &words);
+    let mut vm = Still::start(lab.path(), &words);
     let ran = backup(&vm).rescanned(&[("vda", why), ("vdb", why)]);
     lab.same(&ran.point(), &[("vda", &one.0), ("vdb", &two.0)]);
+    // The old bitmaps went, although the disks that they are on have other names now.
+    for node in ["vda-node", "vdb-node"] {
+        let left = bitmaps(&mut vm.monitor, node);
+        assert_eq!(left.len(), 1, "{node}: {left:?}");
+    }
 }
 
 /// The names of `vda`'s bitmaps that begin with our prefix, and whether they record.

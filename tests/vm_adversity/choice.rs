@@ -3,8 +3,9 @@
 use std::time::Instant;
 
 use forerun_rig::qmp::Qmp;
+use serde_json::json;
 
-use crate::lab::{Lab, MIB, Still, WAIT, drive, image};
+use crate::lab::{Lab, MIB, Still, WAIT, drive, image, noise};
 
 fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|&word| word.to_owned()).collect()
@@ -110,4 +111,61 @@ fn a_target_that_cannot_be_reached_is_told_soon() {
     }
     lab.forerun(&["backup", "disk:/nowhere/x.qcow2", "--as", "vm"])
         .failed(1, "/nowhere/x.qcow2", "");
+}
+
+#[test]
+fn a_disk_with_read_errors_is_not_fleeced_unless_that_is_asked_for() {
+    let lab = Lab::new();
+    let a = lab.path().join("a.raw");
+    let bytes = noise(24 * MIB);
+    std::fs::write(&a, &bytes).unwrap();
+    let bad =
+        json!({ "event": "none", "iotype": "read", "errno": 5, "sector": (8 * MIB + 65536) / 512 });
+    let node = json!({ "driver": "raw", "node-name": "vda-node", "file": {
+        "driver": "blkdebug", "inject-error": [bad],
+        "image": { "driver": "file", "filename": a },
+    }});
+    let device = ["-device", "virtio-blk-pci,id=vda,drive=vda-node"];
+    let drives = [words(&["-blockdev", &node.to_string()]), words(&device)];
+    let mut vm = Still::start(lab.path(), &drives);
+    let target = vm.target();
+    let backup = ["backup", &target, "--as", "vm"];
+    lab.forerun(&["precopy", &target, "--as", "vm"])
+        .failed(1, "read disk `vda`", "");
+    // It is remembered from run to run.
+    for _ in 0..2 {
+        lab.forerun(&backup)
+            .failed(7, "disk `vda` could not be read", "--freeze fleece");
+    }
+    lab.forerun(&[&backup[..], &["--freeze", "fleece"]].concat())
+        .failed(1, "read disk `vda`", "");
+    vm.is_clean();
+    vm.quit();
+    // Repaired; only a read of all of it shows that.
+    let vm = Still::start(lab.path(), &[drive("vda", &a, "raw")]);
+    lab.forerun(&backup)
+        .failed(7, "could not be read", "precopy");
+    lab.forerun(&["precopy", &target, "--as", "vm"]).ended(0);
+    let ran = lab.forerun(&backup).ended(0);
+    lab.same(&ran.point(), &[("vda", &bytes)]);
+    drop(vm);
+}
+
+#[test]
+fn a_disk_that_reports_write_errors_is_not_fleeced_unless_that_is_asked_for() {
+    let lab = Lab::new();
+    let a = image(lab.path(), "a", "qcow2", 4 * MIB);
+    let mut words = drive("vda", &a, "qcow2");
+    words.last_mut().unwrap().push_str(",werror=report");
+    let mut vm = Still::start(lab.path(), &[words]);
+    vm.io("vda", "write -P 5 0 1M");
+    let target = vm.target();
+    let backup = ["backup", &target, "--as", "vm"];
+    lab.forerun(&backup)
+        .failed(7, "werror=report", "--freeze fleece");
+    for method in ["snapshot", "fleece"] {
+        lab.forerun(&[&backup[..], &["--freeze", method]].concat())
+            .ended(0);
+        vm.is_clean();
+    }
 }

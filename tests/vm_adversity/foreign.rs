@@ -266,6 +266,23 @@ fn two_commands_on_one_target_work_one_at_a_time() {
     goes_on(&mut guest);
 }
 
+#[test]
+fn who_holds_the_monitor_is_told_when_it_is_a_command_of_ours() {
+    let lab = Lab::new();
+    let (a, bytes) = random_image(lab.path(), "a.qcow2", "qcow2", 24 * MIB);
+    let mut vm = Still::start(lab.path(), &[slow_drive("vda", &a, 2 * MIB)]);
+    let target = vm.target();
+    let words = ["backup", &target, "--as", "vm", "--deadline", "60s"];
+    let run = lab.begin(&words);
+    until("a fleecing job", || !our_jobs(&mut vm.monitor).is_empty());
+    let pid = run.pid().as_raw_nonzero().to_string();
+    lab.forerun(&["status", &target, "--as", "vm"])
+        .failed(6, "is held by `forerun backup qmp:", "wait for it")
+        .failed(6, &format!("(pid {pid})"), "");
+    let ran = run.end().ended(0);
+    lab.same(&ran.point(), &[("vda", &bytes)]);
+}
+
 /// The restored pair is of one instant.
 pub(crate) fn exact(directory: &std::path::Path) {
     let open = |name: &str| RawFile::open(&directory.join(name)).unwrap();

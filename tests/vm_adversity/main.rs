@@ -9,8 +9,10 @@
 mod agent;
 mod changes;
 mod choice;
+mod dropped;
 mod foreign;
 mod lab;
 mod offline;
+mod overlay;
 mod restore;
 mod space;

@@ -49,6 +49,8 @@ fn a_scratch_without_room_is_not_begun_and_one_that_fills_is_given_up_at_half() 
     let place = ["--scratch", small.path().to_str().unwrap()];
     lab.forerun(&[&backup[..], &place].concat())
         .failed(8, "free", "--scratch");
+    lab.forerun(&[&backup[..], &place, &["--freeze", "snapshot"]].concat())
+        .failed(8, "for overlays", "--scratch");
     is_clean(guest.monitor());
     // An empty scratch takes 256 KiB: the guest's first block makes it more than half, and the residual takes seconds.
     let reserve = ["--scratch-reserve", "640KiB"];
@@ -157,4 +159,36 @@ fn a_full_repository_is_told_and_the_session_goes_on_when_there_is_room() {
         used < 200 * MIB,
         "what the failed runs wrote is used: {used}"
     );
+}
+
+#[test]
+fn a_full_state_directory_is_told_before_anything_is_in_the_vm() {
+    let lab = Lab::new();
+    let (a, bytes) = random_image(lab.path(), "a.qcow2", "qcow2", 8 * MIB);
+    let state = Tmpfs::mount(&lab.path().join("state"), MIB);
+    let mut vm = Still::start(lab.path(), &[drive("vda", &a, "qcow2")]);
+    let target = vm.target();
+    let scratch = lab.path().to_str().unwrap();
+    let backup = ["backup", &target, "--as", "vm", "--scratch", scratch];
+    lab.forerun(&["track", &target, "--as", "vm"]).done();
+    state.fill();
+    let shown = state.path().to_str().unwrap();
+    let files = || std::fs::read_dir(state.path().join("vm")).unwrap().count();
+    let before = files();
+    for words in [
+        &backup[..],
+        &[&backup[..], &["--freeze", "snapshot"]].concat(),
+        &["precopy", &target, "--as", "vm"],
+    ] {
+        lab.forerun(words).failed(8, shown, "host state directory");
+        vm.is_clean();
+        assert_eq!(files(), before);
+    }
+    // What makes nothing needs no room.
+    for command in ["inspect", "status", "recover"] {
+        lab.forerun(&[command, &target, "--as", "vm"]).ended(0);
+    }
+    state.empty();
+    let ran = lab.forerun(&backup).ended(0).rescanned(&[]);
+    lab.same(&ran.point(), &[("vda", &bytes)]);
 }

@@ -18,17 +18,16 @@ use self::quiesce::THAW;
 use super::pass::start_server;
 use super::spool::Spool;
 use super::{Quiesce, Runner, is_lost};
-use crate::bitmap::rotate::{self, Settings};
 use crate::bitmap::track::Rotation;
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
 use crate::guard::Guard;
-use crate::qmp::Monitor as _;
 use crate::qmp::agent::Address;
 use crate::qmp::export::Listening;
 use crate::qmp::freeze::{Freeze, FreezeDisk, Method};
 use crate::qmp::machine::Machine;
 use crate::qmp::release::{Leftover, Released};
+use crate::qmp::{self, Monitor as _};
 use crate::settle;
 use crate::vm::Hold;
 
@@ -96,14 +95,19 @@ impl Runner {
         let mut hold = self.hold_without_jobs()?;
         let mut guard = None;
         let result = self.freeze_held(&mut hold, &mut guard);
-        if result.is_err() {
-            // Whatever was put into the VM comes out; the error that is reported is the first one.
-            self.release_failed(&mut hold, guard);
+        if let Err(error) = &result {
+            // Whatever was put into the VM comes out; the error that is reported is the first one. An overlay that is not
+            // committed in its time stays in the journal: another wait of the same length would be no better.
+            if matches!(error.downcast_ref(), Some(qmp::Error::NotConverged { .. })) {
+                self.dismiss(guard);
+            } else {
+                self.release_failed(&mut hold, guard);
+            }
             for disk in &mut self.disks {
                 disk.open = None;
             }
         }
-        result
+        self.note_unreadable(result)
     }
 
     /// Dismisses the guard after the release; one that died before is no harm any more.
@@ -118,12 +122,14 @@ impl Runner {
     /// Releases the VM after a freeze that failed. The guard watches until that is done: let go before, it would talk on
     /// the same connection.
     fn release_failed(&mut self, hold: &mut Hold, mut guard: Option<Guard>) {
-        let quiesced = hold
-            .journal
-            .left()
-            .iter()
-            .any(|item| matches!(item, Leftover::Frozen { .. }));
-        if quiesced && let Some(watching) = guard.take() {
+        let has = |wanted: fn(&Leftover) -> bool| hold.journal.left().iter().any(wanted);
+        let quiesced = has(|item| matches!(item, Leftover::Frozen { .. }));
+        if has(|item| matches!(item, Leftover::Overlay(_))) {
+            // Its commit takes as long as it takes.
+            if let Some(Err(error)) = guard.as_mut().map(Guard::lift_deadline) {
+                tracing::warn!("{error:#}");
+            }
+        } else if quiesced && let Some(watching) = guard.take() {
             // A guest whose agent hangs takes longer to thaw than the guard would allow us for the rest.
             let (monitor, journal) = (&hold.monitor, hold.journal.path());
             let patient = Guard::start(monitor, journal, &hold.lock, THAW_GUARD);
@@ -197,6 +203,7 @@ impl Runner {
             self.run.clone(),
             disks,
             scratches,
+            self.options.commit_deadline,
             &hold.monitor,
         );
         let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
@@ -249,6 +256,7 @@ impl Runner {
             Method::Snapshot => clock::now(),
         };
         instant.released_ms = instant.freeze_ms + millis(freed - begin);
+        self.warnings.append(&mut released.slow);
         self.note_resumed(released.resumed);
         self.dismiss(guard.take());
         hold.journal.close()?;
@@ -261,15 +269,6 @@ impl Runner {
     }
 
     fn intend_freeze(&mut self, hold: &mut Hold) -> Result<Rotation> {
-        let process = hold.process();
-        let repository = self.repo.id().short();
-        let bases = self.session.bases.clone();
-        let settings = Settings {
-            bases: &bases,
-            granularity: u32::from(self.repo.block_size()),
-            repository: &repository,
-            process: &process,
-        };
         let known: Vec<(String, Option<u64>)> = self
             .session
             .state
@@ -277,12 +276,7 @@ impl Runner {
             .values()
             .map(|disk| (disk.key.clone(), disk.whole))
             .collect();
-        let mut state = std::mem::take(&mut self.session.state);
-        let intended = rotate::intend(&mut state, hold, &mut self.session, &settings, true);
-        self.session.state = state;
-        let rotation = intended?;
-        hold.look()?;
-        self.take_in_disks(hold)?;
+        let rotation = self.rotate(hold, true)?;
         if hold.disks().len() != self.disks.len() {
             return Err(GivenUp("a disk came or went".to_owned()).into());
         }
@@ -301,7 +295,7 @@ impl Runner {
                 .and_then(|(_, whole)| *whole);
             if now != before {
                 disk.open = None;
-                if disk.size > super::commit::SMALL {
+                if disk.size > super::SMALL {
                     let why = format!("disk `{}` must be read in full first", disk.key);
                     return Err(GivenUp(why).into());
                 }

@@ -1,5 +1,7 @@
 //! The residual of an image of a VM that is off.
 
+use std::time::Duration;
+
 use anyhow::Result;
 
 use super::{Cut, GivenUp, Residual, machine_record, millis};
@@ -35,13 +37,10 @@ impl Runner {
         hold.journal.write(left)?;
         start_server(&listening, hold)?;
         let disks = self.freeze_disks(hold, &rotation)?;
-        let freeze = Freeze::new(
-            Method::Snapshot,
-            self.run.clone(),
-            disks,
-            directory,
-            &hold.monitor,
-        );
+        let no_overlay = Duration::ZERO;
+        let run = self.run.clone();
+        let method = Method::Snapshot;
+        let freeze = Freeze::new(method, run, disks, directory, no_overlay, &hold.monitor);
         let deadline = Deadline::after(self.options.deadline);
         self.spool_residual(hold, &freeze, &listening, deadline, &mut spool)?;
         if !hold.unchanged() {

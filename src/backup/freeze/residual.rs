@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::GivenUp;
-use crate::backup::pass::{Reading, pending_names};
+use crate::backup::pass::{Reading, Unread, pending_names};
 use crate::backup::spool::Spool;
 use crate::backup::{RunDisk, Runner};
 use crate::bitmap::blocks::BlockSet;
@@ -90,8 +90,7 @@ impl Runner {
                         break;
                     }
                     Err(error) => {
-                        result = Err(error)
-                            .with_context(|| format!("read the residual of disk `{}`", disk.key));
+                        result = Err(error).with_context(|| Unread(disk.key.clone()));
                         break;
                     }
                 }

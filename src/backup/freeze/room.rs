@@ -61,8 +61,8 @@ impl Runner {
         }
     }
 
-    /// A freeze is not begun where the scratches and the spool have no room, or would leave their file system less than a
-    /// tenth free: the guest's own images may grow there.
+    /// A freeze is not begun where the scratches or overlays and the spool have no room, or would leave their file system less
+    /// than a tenth free: the guest's own images may grow there. On any other file system a freeze puts nothing.
     pub(super) fn check_space(
         &self,
         hold: &Hold,
@@ -74,18 +74,19 @@ impl Runner {
         let free = stat.f_bavail * stat.f_frsize;
         let tenth = stat.f_blocks * stat.f_frsize / 10;
         let spool = self.estimate(hold);
-        let scratch: u64 = match self.options.method {
-            Method::Fleece => disks.iter().map(|disk| disk.scratch_limit).sum(),
-            Method::Snapshot => 0,
-        };
+        let scratch: u64 = disks.iter().map(|disk| disk.scratch_limit).sum();
         if free < scratch + spool + tenth {
             return Err(Failure::hinted(
                 Kind::NoSpace,
                 format!(
-                    "{} has {} free; the freeze needs {} for scratches and {} for the residual, and leaves a tenth ({}) free",
+                    "{} has {} free; the freeze needs {} for {} and {} for the residual, and leaves a tenth ({}) free",
                     directory.display(),
                     Bytes(free),
                     Bytes(scratch),
+                    match self.options.method {
+                        Method::Fleece => "scratches",
+                        Method::Snapshot => "overlays",
+                    },
                     Bytes(spool),
                     Bytes(tenth)
                 ),
@@ -95,22 +96,34 @@ impl Runner {
         Ok(())
     }
 
-    /// A scratch that fails would be felt by a guest whose device reports write errors.
+    /// Where a fleecing job would make the guest feel errors, it is used only when it was asked for by name.
     pub(super) fn refuse_risky(&self, hold: &Hold) -> Result<()> {
-        if self.options.method != Method::Fleece || self.options.scratch_reserve.is_some() {
+        if self.options.method != Method::Fleece || self.options.method_named {
             return Ok(());
         }
-        match hold.disks().iter().find(|disk| disk.werror == "report") {
-            None => Ok(()),
-            Some(disk) => Err(Failure::hinted(
+        let unreadable = &self.session.state.unreadable;
+        for disk in hold.disks() {
+            let (why, repair) = if unreadable.contains(&disk.key) {
+                let why = "could not be read, and a guest's write to what cannot be read would fail during a fleecing freeze";
+                (
+                    why,
+                    "repair the disk and run `precopy`, which reads it again; or ",
+                )
+            } else if disk.werror == "report" {
+                let why = "reports write errors to the guest (werror=report), so a full scratch would be its error";
+                (why, "")
+            } else {
+                continue;
+            };
+            return Err(Failure::hinted(
                 Kind::Attention,
+                format!("disk `{}` {why}", disk.key),
                 format!(
-                    "disk `{}` reports write errors to the guest (werror=report), so a full scratch would be its error",
-                    disk.key
+                    "{repair}use `--freeze snapshot`, or accept the risk with `--freeze fleece`"
                 ),
-                "use `--freeze snapshot`, or accept the risk with a limit of your own, `--scratch-reserve SIZE`",
-            )),
+            ));
         }
+        Ok(())
     }
 
     /// An overlay that libvirt does not know of would be forgotten at the domain's next start, with all that the guest has

@@ -1,45 +1,65 @@
-//! The index: which pack holds a block. A set of immutable sorted runs; a lookup asks each, so their number is kept small by
-//! merging. A block may have several locations; none is ever dropped but by [`Index::rewrite_without`].
+//! The index: which pack holds a block. A set of immutable sorted runs; a lookup asks the filter of each whose range holds the
+//! block, and few runs themselves. Merging keeps their number small: what it writes is a group of runs, its parts. A block may have
+//! several locations; none is ever dropped but by [`Index::rewrite_without`].
 //!
 //! A merged run is published before its inputs are deleted, so a crash in between leaves entries twice, which the next merge
 //! drops. A reader that holds an older list of runs finds an input gone and reads the list anew. Nothing here is the truth: the
 //! packs are, and [`Index::rebuild`] makes the runs from them.
 
+mod filter;
 mod merge;
 mod page;
 mod run;
 mod snapshot;
+mod spill;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use super::block::Location;
+use super::bytes::wide;
 use super::error::{Error, Result};
 use super::ids::{BlockId, ObjectId};
 use super::pack;
 use super::store::{Store, StoreLock};
 use crate::clock::{self, Deadline};
-use merge::Merged;
-use run::{Run, RunWriter};
+use merge::{GroupWriter, Merged, PART, merge};
+use run::{KnownPacks, PackTable, Run, RunWriter};
 use snapshot::Snapshot;
+use spill::Spill;
 
-/// So many runs are looked at, beyond them some are merged.
-const RUNS: usize = 8;
-/// Runs of fewer entries count as equally small.
+/// So many groups of runs are looked at, beyond them some are merged.
+const GROUPS: usize = 8;
+/// What a writer merges on its way at most, some ten seconds of work; prune merges the rest.
+const QUICK_MERGE: u64 = 1 << 26;
+/// Groups of fewer entries count as equally small.
 const SMALL_RUN: u64 = 4096;
 /// How often a question is asked again when runs vanish meanwhile.
 const TRIES: usize = 10;
-/// Entries that a rebuild sorts in memory.
-const REBUILD_ENTRIES: usize = 1 << 20;
 /// How long a merge of another process is waited for.
 const LOCK_WAIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 600 });
 /// How often the lock is tried meanwhile.
 const LOCK_PAUSE: Duration = Duration::from_millis(50);
 
+/// What a rebuild of the index did.
+#[derive(Debug, Default)]
+pub struct Rebuilt {
+    /// Places of blocks that the index has now.
+    pub blocks: u64,
+    /// Packs that were read.
+    pub packs: u64,
+    /// Packs that were left out, and why.
+    pub damaged: Vec<Error>,
+}
+
 /// The index of a repository.
 pub(super) struct Index {
     store: Arc<dyn Store>,
+    /// Entries of a part of a merge.
+    part: u64,
     snapshot: RwLock<Known>,
     /// One thread at a time takes a snapshot.
     loading: Mutex<()>,
@@ -59,8 +79,13 @@ struct Known {
 
 impl Index {
     pub(super) fn new(store: Arc<dyn Store>) -> Self {
+        Self::with_parts(store, PART)
+    }
+
+    fn with_parts(store: Arc<dyn Store>, part: u64) -> Self {
         Self {
             store,
+            part,
             snapshot: RwLock::default(),
             loading: Mutex::default(),
             gone: Mutex::default(),
@@ -227,41 +252,56 @@ impl Index {
     pub(super) fn rewrite_without(&self, packs: &HashSet<ObjectId>) -> Result<()> {
         let _lock = self.lock("taking deleted packs out of the index")?;
         let snapshot = self.fresh()?;
+        // Parts of a group have the same packs.
+        let mut table: Option<([u8; 32], PackTable)> = None;
         for run in &snapshot.runs {
-            if run.packs.iter().any(|pack| packs.contains(pack)) {
-                self.rewrite_run(run, packs)?;
+            if !run.packs.iter().any(|pack| packs.contains(pack)) {
+                continue;
             }
+            let (_, table) = match &mut table {
+                Some(known) if known.0 == run.packs_digest => known,
+                other => {
+                    let kept = run.packs.iter().filter(|pack| !packs.contains(pack));
+                    let kept = PackTable::new(kept.copied().collect())?;
+                    other.insert((run.packs_digest, kept))
+                }
+            };
+            self.rewrite_run(run, table, packs)?;
         }
+        self.compact_held(u64::MAX)?;
         self.refresh()
     }
 
-    fn rewrite_run(&self, run: &Arc<Run>, packs: &HashSet<ObjectId>) -> Result<()> {
+    fn rewrite_run(
+        &self,
+        run: &Arc<Run>,
+        table: &PackTable,
+        packs: &HashSet<ObjectId>,
+    ) -> Result<()> {
         let mut stream = run.stream();
-        let mut writer = None;
+        let mut writer = GroupWriter::new(&*self.store, run.group, table, u64::MAX, run.entries);
         while let Some((id, location)) = stream.next(&*self.store)? {
-            if packs.contains(&location.pack) {
-                continue;
+            if !packs.contains(&location.pack) {
+                writer.add(id, &location)?;
             }
-            let writer = match &mut writer {
-                Some(writer) => writer,
-                none => none.insert(RunWriter::create(&*self.store)?),
-            };
-            writer.add(id, &location)?;
         }
-        if let Some(writer) = writer {
-            writer.finish()?;
-        }
+        writer.finish()?;
         self.store.delete(std::slice::from_ref(&run.object))
     }
 
     /// Publishes a run of new blocks, whose packs are durable. Their order does not matter; of a block that comes twice one
     /// entry stays.
     pub(super) fn publish(&self, mut entries: Vec<(BlockId, Location)>) -> Result<()> {
-        self.write_run(&mut entries)?;
+        write_run(&*self.store, &mut entries)?;
         self.mark_stale();
         match self.compact() {
             // The blocks are found without the merge.
-            Err(error @ (Error::Corrupt { .. } | Error::NotFound { .. } | Error::Busy { .. })) => {
+            Err(
+                error @ (Error::Corrupt { .. }
+                | Error::NotFound { .. }
+                | Error::Busy { .. }
+                | Error::NoSpace { .. }),
+            ) => {
                 tracing::warn!(%error, "the index runs are not merged");
                 Ok(())
             }
@@ -269,70 +309,109 @@ impl Index {
         }
     }
 
-    fn write_run(&self, entries: &mut Vec<(BlockId, Location)>) -> Result<String> {
-        entries.sort_unstable_by_key(page::key);
-        entries.dedup_by_key(|entry| page::key(entry));
-        let mut writer = RunWriter::create(&*self.store)?;
-        for (id, location) in entries.iter() {
-            writer.add(*id, location)?;
-        }
-        writer.finish()
-    }
-
-    /// Merges runs until at most [`RUNS`] are left. Only one process at a time merges; another one lets it.
+    /// Merges groups until at most [`GROUPS`] are left, as far as that is little work. Only one process at a time merges; another
+    /// one lets it.
     fn compact(&self) -> Result<()> {
-        if self.snapshot()?.runs.len() <= RUNS {
+        if self.snapshot()?.groups().len() <= GROUPS {
             return Ok(());
         }
         let _lock = self.store.lock("index", "merging index runs")?;
-        let snapshot = self.fresh()?;
-        let inputs = choose(&snapshot.runs);
-        if inputs.is_empty() {
-            return Ok(());
+        self.compact_held(QUICK_MERGE)
+    }
+
+    /// The merge itself, of at most `limit` entries, by whoever holds the lock.
+    fn compact_held(&self, limit: u64) -> Result<()> {
+        let groups = self.fresh()?.groups();
+        let sizes: Vec<u64> = groups.iter().map(|group| group.entries).collect();
+        let count = choose_count(&sizes, limit);
+        if count > 0 {
+            let chosen = groups.iter().rev().take(count);
+            let inputs: Vec<Arc<Run>> = chosen.flat_map(|group| group.runs.clone()).collect();
+            merge(&*self.store, self.part, &inputs)?;
+            self.mark_stale();
         }
-        self.merge(inputs)?;
-        self.mark_stale();
         Ok(())
     }
 
-    fn merge(&self, inputs: &[Arc<Run>]) -> Result<()> {
-        let mut merged = Merged::new(&*self.store, inputs)?;
-        let mut writer = RunWriter::create(&*self.store)?;
-        while let Some((id, location)) = merged.next()? {
-            writer.add(id, &location)?;
-        }
-        writer.finish()?;
-        let names: Vec<_> = inputs.iter().map(|run| run.object.clone()).collect();
-        self.store.delete(&names)
-    }
-
-    /// Makes the index anew from the footers of all packs; the runs there were, damaged ones too, go at the end.
-    pub(super) fn rebuild(&self) -> Result<u64> {
-        let _lock = self.store.lock("index", "rebuilding the index")?;
+    /// Makes the index anew from the footers of all packs; the runs there were, damaged ones too, go at the end. What they know
+    /// of packs whose footers are damaged is kept.
+    pub(super) fn rebuild(&self) -> Result<Rebuilt> {
+        let _lock = self.lock("rebuilding the index")?;
         let before = self.store.list_fresh(run::PREFIX)?;
-        let mut entries = Vec::new();
-        let mut blocks = 0;
+        let mut rebuilt = Rebuilt::default();
+        let mut spill = Spill::new(&*self.store, self.part);
+        let mut left_out = HashSet::new();
         for object in self.store.list_fresh("packs/")? {
             match pack::open(&*self.store, &object) {
-                Ok(mut pack) => entries.append(&mut pack.entries),
+                Ok(pack) => {
+                    rebuilt.packs += 1;
+                    spill.add(pack.entries)?;
+                }
+                // Pruned meanwhile.
+                Err(error) if error.is_not_found() => {}
                 Err(error @ Error::Corrupt { .. }) => {
                     tracing::warn!(%error, "a pack is left out of the index");
+                    left_out.extend(
+                        object
+                            .rsplit('/')
+                            .next()
+                            .and_then(|id| id.parse::<ObjectId>().ok()),
+                    );
+                    rebuilt.damaged.push(error);
                 }
                 Err(error) => return Err(error),
             }
-            if entries.len() >= REBUILD_ENTRIES {
-                blocks += entries.len() as u64;
-                self.write_run(&mut entries)?;
-                entries.clear();
-            }
         }
-        if !entries.is_empty() {
-            blocks += entries.len() as u64;
-            self.write_run(&mut entries)?;
+        if !left_out.is_empty() {
+            self.keep_known(&before, &left_out, &mut spill)?;
         }
+        rebuilt.blocks = spill.finish()?;
         self.store.delete(&before)?;
         self.mark_stale();
-        Ok(blocks)
+        Ok(rebuilt)
+    }
+
+    /// Makes an index of entries that belong to no packs; gives how many there are.
+    #[cfg(test)]
+    pub(super) fn fill(
+        &self,
+        packs: impl Iterator<Item = Vec<(BlockId, Location)>>,
+    ) -> Result<u64> {
+        let mut spill = Spill::new(&*self.store, self.part);
+        for entries in packs {
+            spill.add(entries)?;
+        }
+        let entries = spill.finish()?;
+        self.mark_stale();
+        Ok(entries)
+    }
+
+    /// Takes over what runs know of packs that do not tell themselves.
+    fn keep_known(
+        &self,
+        runs: &[String],
+        packs: &HashSet<ObjectId>,
+        spill: &mut Spill<'_>,
+    ) -> Result<()> {
+        let mut known = KnownPacks::new();
+        for object in runs {
+            let run = match Run::open(&*self.store, object, &mut known) {
+                Ok(run) => Arc::new(run),
+                Err(Error::Corrupt { .. } | Error::NotFound { .. }) => continue,
+                Err(error) => return Err(error),
+            };
+            let mut stream = run.stream();
+            loop {
+                match stream.next(&*self.store) {
+                    Ok(Some(entry)) if packs.contains(&entry.1.pack) => spill.add(vec![entry])?,
+                    Ok(Some(_)) => {}
+                    // What comes after damage in a run cannot be told from it.
+                    Ok(None) | Err(Error::Corrupt { .. }) => break,
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Checks every page of every run, and that every entry lies within its pack. Gives one error for each damaged object.
@@ -343,7 +422,9 @@ impl Index {
         let snapshot = self.fresh()?;
         let mut errors: Vec<Error> = snapshot.broken.iter().map(Error::repeat_damage).collect();
         for run in &snapshot.runs {
-            if let Err(error) = self.verify_run(run, pack_sizes) {
+            if let Err(error) =
+                self.verify_run(run, pack_sizes, &|pack| snapshot.is_condemned(pack))
+            {
                 match error {
                     // Merged by another process meanwhile.
                     Error::NotFound { .. } => {}
@@ -359,50 +440,59 @@ impl Index {
         &self,
         run: &Arc<Run>,
         pack_sizes: &dyn Fn(ObjectId) -> Option<u64>,
+        condemned: &dyn Fn(ObjectId) -> bool,
     ) -> Result<()> {
-        let missing = run.packs.iter().find(|pack| pack_sizes(**pack).is_none());
-        if let Some(missing) = missing {
+        let missing = |pack: &&ObjectId| pack_sizes(**pack).is_none() && !condemned(**pack);
+        if let Some(missing) = run.packs.iter().find(missing) {
             return Err(Error::corrupt(
                 pack::name(*missing),
                 format!("it is missing, {} refers to it", run.object),
             ));
         }
-        let mut stream = run.stream();
-        while let Some((id, location)) = stream.next(&*self.store)? {
-            if pack_sizes(location.pack).is_none_or(|size| location.end() > size) {
+        run.check(&*self.store, &mut |id, location| {
+            if pack_sizes(location.pack).is_some_and(|size| location.end() > size) {
                 let what = format!("block {id} lies beyond the end of {}", location.pack);
                 return Err(Error::corrupt(&*run.object, what));
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 }
 
-/// Which runs to merge, given all of them, the big ones first: the smallest, as long as the next one is not of a higher tier
-/// than what they make together, and enough that at most half of [`RUNS`] are left when they are all small.
-fn choose(runs: &[Arc<Run>]) -> &[Arc<Run>] {
-    let sizes: Vec<u64> = runs.iter().map(|run| run.entries).collect();
-    let count = choose_count(&sizes);
-    runs.get(runs.len().saturating_sub(count)..)
-        .unwrap_or_default()
+/// Publishes entries, whatever their order, as a group of one run; gives its name.
+fn write_run(store: &dyn Store, entries: &mut Vec<(BlockId, Location)>) -> Result<String> {
+    entries.sort_unstable_by_key(page::key);
+    entries.dedup_by_key(|entry| page::key(entry));
+    let mut packs: Vec<ObjectId> = entries.iter().map(|(_, location)| location.pack).collect();
+    packs.sort_unstable();
+    packs.dedup();
+    let table = PackTable::new(packs)?;
+    let count = wide(entries.len());
+    let mut writer = RunWriter::create(store, ObjectId::random()?, &table, count)?;
+    for (id, location) in entries.iter() {
+        writer.add(*id, location)?;
+    }
+    writer.finish()
 }
 
-/// How many of the last runs to merge, given the sizes in falling order.
-fn choose_count(sizes: &[u64]) -> usize {
-    if sizes.len() <= RUNS {
+/// How many of the last groups to merge, given their sizes in falling order: as long as the next one is not of a higher tier than
+/// what they make together, enough that at most [`GROUPS`] are left, but not more than `limit` entries.
+fn choose_count(sizes: &[u64], limit: u64) -> usize {
+    if sizes.len() <= GROUPS {
         return 0;
     }
-    let needed = sizes.len() - RUNS + 1;
+    let needed = sizes.len() - GROUPS + 1;
     let mut count = 0;
     let mut sum = 0_u64;
     for size in sizes.iter().rev() {
-        if count >= needed && tier(*size) > tier(sum) {
+        let enough = count >= needed && tier(*size) > tier(sum);
+        if enough || sum.saturating_add(*size) > limit {
             break;
         }
         sum = sum.saturating_add(*size);
         count += 1;
     }
-    count
+    if count < 2 { 0 } else { count }
 }
 
 /// Tiers are powers of eight, so that a billion entries have seven of them.
@@ -410,32 +500,4 @@ fn tier(entries: u64) -> u32 {
     (entries / SMALL_RUN)
         .checked_ilog2()
         .map_or(0, |log| log / 3 + 1)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::cmp::Reverse;
-
-    use super::*;
-
-    #[test]
-    fn merging_bounds_the_runs_and_does_not_rewrite_the_big_ones_each_time() {
-        let mut sizes: Vec<u64> = Vec::new();
-        let (mut written, mut total) = (0_u64, 0_u64);
-        for round in 0..3000_u64 {
-            let new = 1000 + round % 700;
-            total += new;
-            sizes.push(new);
-            sizes.sort_by_key(|size| Reverse(*size));
-            let count = choose_count(&sizes);
-            if count > 0 {
-                let merged: u64 = sizes.drain(sizes.len() - count..).sum();
-                written += merged;
-                sizes.push(merged);
-                sizes.sort_by_key(|size| Reverse(*size));
-            }
-            assert!(sizes.len() <= RUNS, "{sizes:?}");
-        }
-        assert!(written < total * 12, "{written} of {total}");
-    }
 }

@@ -158,7 +158,7 @@ impl<'a> Page<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::block::Codec;
+    use super::super::super::codec::Codec;
     use super::*;
     use proptest::prelude::*;
 

@@ -1,12 +1,13 @@
 //! One index run: an immutable sorted list of blocks and where they are, looked up by interpolation with positioned reads of
-//! single pages, so that memory does not grow with it.
+//! single pages, so that memory does not grow with it. A merge writes its output as several runs, the parts of one group.
 //!
 //! ```text
-//! body     page, page, ...                                      (page.rs)
-//! footer   entry count 8 | pack count 4 | pack ids 16 each | filter offset 8 | filter length 8
+//! body     page, page, ... | pack ids 16 each, ascending | filter          (page.rs, filter.rs)
+//! footer   group 16 | entry count 8 | first id 32 | last id 32 |
+//!          pack count 4 | SHA-256 of the pack ids 32 | blocks of the filter 4
 //! ```
 //!
-//! The filter is reserved: both fields are zero in version 1.
+//! All parts of a group have the same pack ids, which are in memory once.
 #![cfg_attr(
     not(test),
     deny(
@@ -18,14 +19,16 @@
 
 use std::collections::HashMap;
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::{Arc, OnceLock};
 
 use super::super::block::Location;
-use super::super::bytes::{Cursor, narrow};
+use super::super::bytes::{Cursor, narrow, wide};
 use super::super::error::{Error, Result};
-use super::super::ids::{BlockId, ObjectId};
+use super::super::ids::{BlockId, ObjectId, sha256};
 use super::super::sealed::{self, HEADER, Magic};
 use super::super::store::{ObjectWriter, Store};
+use super::filter::{self, FilterBuilder};
 use super::page::{ENTRIES, ENTRY, PAGE, PAGE_HEADER, Page, key, write_entry, write_page};
 
 const MAGIC: Magic = *b"fr-indx\0";
@@ -42,25 +45,140 @@ fn name(id: ObjectId) -> String {
     format!("{PREFIX}{id}")
 }
 
+/// Pack ids, ascending; the number of a pack is its place.
+pub(super) type Packs = Arc<[ObjectId]>;
+/// Lists of pack ids that are in memory, by the SHA-256 of their bytes.
+pub(super) type KnownPacks = HashMap<[u8; 32], Packs>;
+
 /// An opened run.
 pub(super) struct Run {
     pub(super) object: String,
     pub(super) entries: u64,
-    pub(super) packs: Vec<ObjectId>,
+    /// Runs of the same group are parts of one merge.
+    pub(super) group: ObjectId,
+    pub(super) first: BlockId,
+    pub(super) last: BlockId,
+    pub(super) packs: Packs,
+    pub(super) packs_digest: [u8; 32],
+    filter_blocks: u32,
+    /// The whole filter, of a small run.
+    filter: OnceLock<Vec<u8>>,
 }
 
 impl Run {
-    /// Opens a run: its frame and its list of packs.
-    pub(super) fn open(store: &dyn Store, object: &str) -> Result<Self> {
-        let footer = sealed::open(store, object, MAGIC)?;
-        let (entries, packs) = parse_footer(&footer.bytes)
-            .filter(|(entries, _)| body_length(*entries) == Some(footer.body_end))
+    /// Opens a run: its frame and its list of packs, which is read only when it is not known.
+    pub(super) fn open(store: &dyn Store, object: &str, known: &mut KnownPacks) -> Result<Self> {
+        let sealed = sealed::open(store, object, MAGIC)?;
+        let footer = parse_footer(&sealed.bytes)
+            .filter(|footer| footer.body_length() == Some(sealed.body_end))
             .ok_or_else(|| Error::corrupt(object, "its footer is damaged"))?;
+        let packs = if let Some(packs) = known.get(&footer.packs_digest) {
+            Arc::clone(packs)
+        } else {
+            let start = pages_end(footer.entries).unwrap_or(u64::MAX);
+            let mut bytes = vec![0; narrow(u64::from(footer.packs).saturating_mul(16))];
+            store.get_range(object, start, &mut bytes)?;
+            if sha256(&bytes) != footer.packs_digest {
+                return Err(Error::corrupt(object, "its list of packs is damaged"));
+            }
+            let (ids, _) = bytes.as_chunks::<16>();
+            let packs: Packs = ids.iter().map(|id| ObjectId::from_bytes(*id)).collect();
+            known.insert(footer.packs_digest, Arc::clone(&packs));
+            packs
+        };
         Ok(Self {
             object: object.to_owned(),
-            entries,
+            entries: footer.entries,
+            group: footer.group,
+            first: footer.first,
+            last: footer.last,
             packs,
+            packs_digest: footer.packs_digest,
+            filter_blocks: footer.filter_blocks,
+            filter: OnceLock::new(),
         })
+    }
+
+    /// Whether a block lies between the first and the last one.
+    pub(super) fn covers(&self, id: BlockId) -> bool {
+        self.first <= id && id <= self.last
+    }
+
+    /// Bytes of the filter.
+    pub(super) fn filter_bytes(&self) -> u64 {
+        u64::from(self.filter_blocks).saturating_mul(filter::BLOCK_BYTES)
+    }
+
+    /// Whether the filter is in memory.
+    pub(super) fn has_filter(&self) -> bool {
+        self.filter.get().is_some()
+    }
+
+    /// Takes the filter into memory.
+    pub(super) fn load_filter(&self, store: &dyn Store) -> Result<()> {
+        let filter = self.read_filter(store)?;
+        self.filter.get_or_init(|| filter);
+        Ok(())
+    }
+
+    fn filter_start(&self) -> u64 {
+        let packs = wide(self.packs.len()).saturating_mul(16);
+        pages_end(self.entries).map_or(u64::MAX, |end| end.saturating_add(packs))
+    }
+
+    fn read_filter(&self, store: &dyn Store) -> Result<Vec<u8>> {
+        let mut filter = vec![0; narrow(self.filter_bytes())];
+        store.get_range(&self.object, self.filter_start(), &mut filter)?;
+        Ok(filter)
+    }
+
+    /// Whether the run may have a block. A damaged filter knows nothing, and then it may.
+    pub(super) fn may_have(&self, store: &dyn Store, id: BlockId) -> Result<bool> {
+        if !self.covers(id) {
+            return Ok(false);
+        }
+        let blocks = u64::from(self.filter_blocks);
+        let answer = if let Some(filter) = self.filter.get() {
+            filter::probe(filter::block_of(filter, id, blocks), id)
+        } else {
+            let mut block = [0; filter::BLOCK];
+            let place = filter::place(id, blocks).saturating_mul(filter::BLOCK_BYTES);
+            let offset = self.filter_start().saturating_add(place);
+            store.get_range(&self.object, offset, &mut block)?;
+            filter::probe(&block, id)
+        };
+        Ok(answer.unwrap_or(true))
+    }
+
+    /// Reads everything: the pages, which `each` gets the entries of, the filter, and that they are what the footer says.
+    pub(super) fn check(
+        self: &Arc<Self>,
+        store: &dyn Store,
+        each: &mut dyn FnMut(BlockId, &Location) -> Result<()>,
+    ) -> Result<()> {
+        let filter = self.read_filter(store)?;
+        let blocks = u64::from(self.filter_blocks);
+        let (mut first, mut last) = (None, None);
+        let mut stream = self.stream();
+        while let Some((id, location)) = stream.next(store)? {
+            first = first.or(Some(id));
+            last = Some(id);
+            if filter::probe(filter::block_of(&filter, id, blocks), id) != Some(true) {
+                return Err(Error::corrupt(&*self.object, "its filter is damaged"));
+            }
+            each(id, &location)?;
+        }
+        if (first, last) != (Some(self.first), Some(self.last)) {
+            return Err(Error::corrupt(
+                &*self.object,
+                "its entries are not in the range that its footer names",
+            ));
+        }
+        let sound = |block: &[u8]| filter::probe(block, self.first).is_some();
+        if !filter.chunks(filter::BLOCK).all(sound) {
+            return Err(Error::corrupt(&*self.object, "its filter is damaged"));
+        }
+        Ok(())
     }
 
     fn pages(&self) -> u64 {
@@ -87,7 +205,7 @@ impl Run {
     ) -> Result<bool> {
         let mut buffer = [0; 4096];
         let (mut low, mut high) = (0, self.pages());
-        let (mut low_key, mut high_key) = (0, u64::MAX);
+        let (mut low_key, mut high_key) = (self.first.leading(), self.last.leading());
         let mut guesses = 0_u32;
         while low < high {
             let number = if guesses < GUESSES {
@@ -212,7 +330,8 @@ fn interpolate(low: u64, high: u64, low_key: u64, high_key: u64, key: u64) -> u6
         .min(high.saturating_sub(1))
 }
 
-fn body_length(entries: u64) -> Option<u64> {
+/// Where the pages end.
+fn pages_end(entries: u64) -> Option<u64> {
     let pages = entries.div_ceil(ENTRIES).checked_mul(PAGE_HEADER)?;
     entries
         .checked_mul(ENTRY)?
@@ -220,19 +339,42 @@ fn body_length(entries: u64) -> Option<u64> {
         .checked_add(HEADER)
 }
 
-fn parse_footer(bytes: &[u8]) -> Option<(u64, Vec<ObjectId>)> {
-    let mut cursor = Cursor::new(bytes);
-    let entries = cursor.u64()?;
-    let count = cursor.length()?;
-    if cursor.left() != count.checked_mul(16)?.checked_add(16)? {
-        return None;
+#[derive(Debug)]
+struct Footer {
+    group: ObjectId,
+    entries: u64,
+    first: BlockId,
+    last: BlockId,
+    packs: u32,
+    packs_digest: [u8; 32],
+    filter_blocks: u32,
+}
+
+impl Footer {
+    /// Where the body ends by what the footer says.
+    fn body_length(&self) -> Option<u64> {
+        let packs = u64::from(self.packs).checked_mul(16)?;
+        let filter = u64::from(self.filter_blocks).checked_mul(filter::BLOCK_BYTES)?;
+        pages_end(self.entries)?
+            .checked_add(packs)?
+            .checked_add(filter)
     }
-    let packs = (0..count)
-        .map(|_| cursor.array().map(ObjectId::from_bytes))
-        .collect::<Option<_>>()?;
-    let filter = (cursor.u64()?, cursor.u64()?);
+}
+
+fn parse_footer(bytes: &[u8]) -> Option<Footer> {
+    let mut cursor = Cursor::new(bytes);
+    let footer = Footer {
+        group: ObjectId::from_bytes(cursor.array()?),
+        entries: cursor.u64()?,
+        first: BlockId::from_bytes(cursor.array()?),
+        last: BlockId::from_bytes(cursor.array()?),
+        packs: cursor.u32()?,
+        packs_digest: cursor.array()?,
+        filter_blocks: cursor.u32()?,
+    };
     cursor.end()?;
-    (filter == (0, 0)).then_some((entries, packs))
+    let some = footer.entries > 0 && footer.packs > 0 && footer.filter_blocks > 0;
+    (some && footer.first <= footer.last).then_some(footer)
 }
 
 /// The entries of a run in order, a few pages in memory at a time.
@@ -256,7 +398,7 @@ impl RunStream {
         let run = &self.run;
         let end = self.page.saturating_add(STREAM_PAGES).min(run.pages());
         let start = self.page.saturating_mul(PAGE);
-        let bytes_end = body_length(end.saturating_mul(ENTRIES).min(run.entries));
+        let bytes_end = pages_end(end.saturating_mul(ENTRIES).min(run.entries));
         let length = bytes_end.and_then(|end| end.checked_sub(HEADER)?.checked_sub(start));
         let mut bytes = vec![0; narrow(length.ok_or_else(|| run.damaged(self.page))?)];
         store.get_range(&run.object, start.saturating_add(HEADER), &mut bytes)?;
@@ -273,45 +415,104 @@ impl RunStream {
     }
 }
 
+/// Numbers of packs by their random ids, which need no hashing.
+#[derive(Default)]
+struct RandomId(u64);
+
+impl Hasher for RandomId {
+    fn write(&mut self, bytes: &[u8]) {
+        if let Some(first) = bytes.first_chunk() {
+            self.0 = u64::from_le_bytes(*first);
+        }
+    }
+
+    fn write_usize(&mut self, _length: usize) {}
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+/// The packs that the entries of a run, or of all parts of a group, may be in.
+pub(super) struct PackTable {
+    packs: Packs,
+    digest: [u8; 32],
+    numbers: HashMap<ObjectId, u32, BuildHasherDefault<RandomId>>,
+}
+
+impl PackTable {
+    /// From packs in any order, some of them perhaps more than once.
+    pub(super) fn new(mut packs: Vec<ObjectId>) -> Result<Self> {
+        packs.sort_unstable();
+        packs.dedup();
+        if u32::try_from(packs.len()).is_err() {
+            return Err(Error::Invalid("an index run of 2^32 packs".into()));
+        }
+        let numbers = packs.iter().copied().zip(0..).collect();
+        let bytes: Vec<u8> = packs.iter().flat_map(|pack| *pack.as_bytes()).collect();
+        Ok(Self {
+            packs: packs.into(),
+            digest: sha256(&bytes),
+            numbers,
+        })
+    }
+}
+
 /// Writes a run from entries that come in order.
-pub(super) struct RunWriter {
+pub(super) struct RunWriter<'a> {
     object: String,
     writer: Box<dyn ObjectWriter>,
+    group: ObjectId,
+    table: &'a PackTable,
     page: Vec<u8>,
     in_page: u16,
     entries: u64,
-    packs: Vec<ObjectId>,
-    numbers: HashMap<ObjectId, u32>,
+    range: Option<(BlockId, BlockId)>,
+    filter: FilterBuilder,
 }
 
-impl RunWriter {
-    pub(super) fn create(store: &dyn Store) -> Result<Self> {
+impl<'a> RunWriter<'a> {
+    /// For about so many entries; the filter is made for them.
+    pub(super) fn create(
+        store: &dyn Store,
+        group: ObjectId,
+        table: &'a PackTable,
+        entries: u64,
+    ) -> Result<Self> {
         let object = name(ObjectId::random()?);
         let mut writer = store.create(&object)?;
         writer.write(&sealed::header(MAGIC))?;
         Ok(Self {
             object,
             writer,
+            group,
+            table,
             page: Vec::new(),
             in_page: 0,
             entries: 0,
-            packs: Vec::new(),
-            numbers: HashMap::new(),
+            range: None,
+            filter: FilterBuilder::new(entries),
         })
+    }
+
+    pub(super) fn entries(&self) -> u64 {
+        self.entries
+    }
+
+    /// The last block so far.
+    pub(super) fn last(&self) -> Option<BlockId> {
+        self.range.map(|(_, last)| last)
     }
 
     /// Adds an entry that comes after the last one, by [`key`].
     pub(super) fn add(&mut self, id: BlockId, location: &Location) -> Result<()> {
-        let number = if let Some(number) = self.numbers.get(&location.pack) {
-            *number
-        } else {
-            let number = u32::try_from(self.packs.len())
-                .map_err(|_| Error::Invalid("an index run of 2^32 packs".into()))?;
-            self.packs.push(location.pack);
-            self.numbers.insert(location.pack, number);
-            number
-        };
-        write_entry(&mut self.page, id, number, location);
+        let number =
+            self.table.numbers.get(&location.pack).ok_or_else(|| {
+                Error::Invalid(format!("pack {} is not of this run", location.pack))
+            })?;
+        write_entry(&mut self.page, id, *number, location);
+        self.filter.insert(id);
+        self.range = Some((self.range.map_or(id, |(first, _)| first), id));
         self.in_page = self.in_page.saturating_add(1);
         self.entries = self.entries.saturating_add(1);
         if u64::from(self.in_page) == ENTRIES {
@@ -329,18 +530,28 @@ impl RunWriter {
         Ok(())
     }
 
-    /// Publishes the run and gives its name.
+    /// Publishes the run, which must have entries, and gives its name.
     pub(super) fn finish(mut self) -> Result<String> {
         self.flush()?;
-        let count = u32::try_from(self.packs.len())
-            .map_err(|_| Error::Invalid("an index run of 2^32 packs".into()))?;
-        let mut footer = Vec::new();
-        footer.extend_from_slice(&self.entries.to_le_bytes());
-        footer.extend_from_slice(&count.to_le_bytes());
-        for pack in &self.packs {
-            footer.extend_from_slice(pack.as_bytes());
+        let empty = || Error::Invalid("an index run without entries".into());
+        let (first, last) = self.range.ok_or_else(empty)?;
+        for pack in &*self.table.packs {
+            self.writer.write(pack.as_bytes())?;
         }
-        footer.extend_from_slice(&[0; 16]);
+        let filter = self.filter.finish();
+        self.writer.write(&filter)?;
+        let too_big = |_| Error::Invalid(format!("an index run of {} entries", self.entries));
+        let packs = u32::try_from(self.table.packs.len()).map_err(too_big)?;
+        let blocks = filter.len().checked_div(filter::BLOCK).unwrap_or(0);
+        let blocks = u32::try_from(blocks).map_err(too_big)?;
+        let mut footer = Vec::new();
+        footer.extend_from_slice(self.group.as_bytes());
+        footer.extend_from_slice(&self.entries.to_le_bytes());
+        footer.extend_from_slice(first.as_bytes());
+        footer.extend_from_slice(last.as_bytes());
+        footer.extend_from_slice(&packs.to_le_bytes());
+        footer.extend_from_slice(&self.table.digest);
+        footer.extend_from_slice(&blocks.to_le_bytes());
         sealed::finish(self.writer, MAGIC, &footer)?;
         Ok(self.object)
     }
@@ -362,9 +573,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_hostile_footer_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            if let Some((entries, _)) = parse_footer(&bytes) {
-                body_length(entries);
+        fn a_hostile_footer_never_panics(bytes in proptest::collection::vec(any::<u8>(), 120..136)) {
+            if let Some(footer) = parse_footer(&bytes) {
+                footer.body_length();
             }
         }
     }

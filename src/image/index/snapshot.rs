@@ -9,13 +9,22 @@ use std::sync::Arc;
 use super::super::block::Location;
 use super::super::condemned::Condemned;
 use super::super::error::{Error, Result};
-use super::super::ids::BlockId;
+use super::super::ids::{BlockId, ObjectId};
 use super::super::quarantine::Quarantine;
 use super::super::store::Store;
-use super::run::{self, Run};
+use super::run::{self, KnownPacks, Run};
 
 /// How often the list is read again when runs vanish while it is opened.
 const LIST_TRIES: usize = 10;
+
+/// Bytes of the filters in memory, those of the smallest runs.
+const FILTERS: u64 = 32 << 20;
+
+/// The runs of one merge.
+pub(super) struct Group {
+    pub(super) entries: u64,
+    pub(super) runs: Vec<Arc<Run>>,
+}
 
 /// The index as it was at one moment.
 pub(super) struct Snapshot {
@@ -41,12 +50,16 @@ impl Snapshot {
         'list: loop {
             let (generation, condemned) = Condemned::read_head(store)?;
             let (mut runs, mut broken) = (Vec::new(), Vec::new());
+            let mut packs: KnownPacks = opened
+                .values()
+                .map(|run| (run.packs_digest, Arc::clone(&run.packs)))
+                .collect();
             for object in store.list_fresh(run::PREFIX)? {
                 if let Some(run) = opened.get(&*object) {
                     runs.push(Arc::clone(run));
                     continue;
                 }
-                match Run::open(store, &object) {
+                match Run::open(store, &object, &mut packs) {
                     Ok(run) => runs.push(Arc::new(run)),
                     Err(error) if error.is_not_found() && tries < LIST_TRIES => {
                         tries += 1;
@@ -60,6 +73,13 @@ impl Snapshot {
                 }
             }
             runs.sort_by_key(|run| Reverse(run.entries));
+            match load_filters(store, &runs) {
+                Err(error) if error.is_not_found() && tries < LIST_TRIES => {
+                    tries += 1;
+                    continue 'list;
+                }
+                other => other?,
+            }
             return Ok(Self {
                 generation,
                 condemned,
@@ -68,6 +88,29 @@ impl Snapshot {
                 quarantine: Quarantine::read(store)?,
             });
         }
+    }
+
+    /// The runs by groups, those with the most entries first.
+    pub(super) fn groups(&self) -> Vec<Group> {
+        let mut groups: HashMap<ObjectId, Group> = HashMap::new();
+        for run in &self.runs {
+            let group = groups.entry(run.group).or_insert_with(|| Group {
+                entries: 0,
+                runs: Vec::new(),
+            });
+            group.entries = group.entries.saturating_add(run.entries);
+            group.runs.push(Arc::clone(run));
+        }
+        let mut groups: Vec<(ObjectId, Group)> = groups.into_iter().collect();
+        groups.sort_by_key(|(id, group)| (Reverse(group.entries), *id));
+        groups.into_iter().map(|(_, group)| group).collect()
+    }
+
+    /// Whether a pack is about to be deleted: an entry that names it although it is gone is no damage.
+    pub(super) fn is_condemned(&self, pack: ObjectId) -> bool {
+        self.condemned
+            .as_ref()
+            .is_ok_and(|condemned| condemned.packs.contains(&pack))
     }
 
     /// Whether nobody may deduplicate against a location.
@@ -132,7 +175,12 @@ impl Snapshot {
     ) -> Result<()> {
         let mut damage = None;
         for run in &self.runs {
-            match run.find(store, id, each) {
+            let found = match run.may_have(store, id) {
+                Ok(false) => continue,
+                Ok(true) => run.find(store, id, each),
+                Err(error) => Err(error),
+            };
+            match found {
                 Ok(false) => {}
                 Ok(true) => return Ok(()),
                 Err(error @ Error::Corrupt { .. }) => damage = Some(error),
@@ -145,4 +193,18 @@ impl Snapshot {
             (None, None) => Ok(()),
         }
     }
+}
+
+/// Takes the filters of small runs into memory, as many as may be.
+fn load_filters(store: &dyn Store, runs: &[Arc<Run>]) -> Result<()> {
+    let loaded = runs.iter().filter(|run| run.has_filter());
+    let mut bytes: u64 = loaded.map(|run| run.filter_bytes()).sum();
+    for run in runs.iter().rev().filter(|run| !run.has_filter()) {
+        bytes = bytes.saturating_add(run.filter_bytes());
+        if bytes > FILTERS {
+            break;
+        }
+        run.load_filter(store)?;
+    }
+    Ok(())
 }

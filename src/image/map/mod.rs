@@ -21,7 +21,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use build::{MapStats, build_map};
-pub use diff::{Diff, diff};
+pub use diff::{Changes, Diff, changes, diff};
 pub(super) use layer::{Layer, LayerWriter, MAP, SEGMENT};
 pub(super) use run::RunSource;
 pub use run::{BlockIds, Run, RunContent};
@@ -90,6 +90,11 @@ impl MapReader {
             layers: map.layers.iter().map(open).collect::<Result<_>>()?,
             blocks: repo.block_size().blocks(map.size),
         })
+    }
+
+    /// A map of opened layers, newest first.
+    pub(super) fn of(layers: Vec<Arc<Layer>>, blocks: u64) -> Self {
+        Self { layers, blocks }
     }
 
     /// How many blocks the disk has.

@@ -15,11 +15,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::{Advice, FlockOperation, fadvise, flock};
+use rustix::fs::{
+    Advice, FlockOperation, Timespec, Timestamps, UTIME_NOW, fadvise, flock, futimens,
+};
 
 use super::super::bytes::{narrow, wide};
 use super::super::ids::{hex, random};
-use super::open_files::OpenFiles;
+use super::recent::Recent;
 use super::{Error, ObjectWriter, Result, Store, StoreLock, WHOLE_LIMIT, check_name, kind};
 use crate::clock;
 use crate::fault::step_of;
@@ -40,7 +42,7 @@ pub struct DirStore {
 
 struct Inner {
     root: PathBuf,
-    open: OpenFiles,
+    open: Recent<File>,
     /// Directories that are known to be durable.
     made: Mutex<HashSet<PathBuf>>,
 }
@@ -49,6 +51,7 @@ struct Inner {
 const DIRECTORIES: &[&str] = &[
     "condemned",
     "index",
+    "keys",
     "locks",
     "maps",
     "packs",
@@ -98,7 +101,7 @@ impl DirStore {
     fn at(root: &Path) -> Self {
         let inner = Inner {
             root: root.to_owned(),
-            open: OpenFiles::default(),
+            open: Recent::default(),
             made: Mutex::default(),
         };
         Self {
@@ -282,17 +285,26 @@ fn probe(directory: &Path) -> io::Result<()> {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         },
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound
-                    | io::ErrorKind::ReadOnlyFilesystem
-                    | io::ErrorKind::PermissionDenied
-            ) =>
-        {
-            Ok(())
-        }
-        Err(error) => Err(error),
+        Err(error) => match error.kind() {
+            // Gone meanwhile, or we are only reading.
+            io::ErrorKind::NotFound
+            | io::ErrorKind::ReadOnlyFilesystem
+            | io::ErrorKind::PermissionDenied => Ok(()),
+            // Setting a time needs no room, and answers with the directory's state as well.
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                let now = Timespec {
+                    tv_sec: 0,
+                    tv_nsec: UTIME_NOW,
+                };
+                let times = Timestamps {
+                    last_access: now,
+                    last_modification: now,
+                };
+                futimens(File::open(directory)?, &times).ok();
+                Ok(())
+            }
+            _ => Err(error),
+        },
     }
 }
 
@@ -441,6 +453,29 @@ impl Store for DirStore {
             }
         }
         Ok(())
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "the store's own durable write")]
+    fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let path = self.inner.path(name)?;
+        let directory = path.parent().unwrap_or(&self.inner.root);
+        let (temporary, mut file) = self.inner.temporary(name)?;
+        let kind = kind(name);
+        step_of("store", "write", kind);
+        let replaced = file
+            .write_all(bytes)
+            .and_then(|()| file.sync_all())
+            .and_then(|()| {
+                step_of("store", "rename", kind);
+                std::fs::rename(&temporary, &path)?;
+                step_of("store", "rename", kind);
+                sync_directory(directory)
+            });
+        self.inner.open.forget(name);
+        if replaced.is_err() {
+            std::fs::remove_file(&temporary).ok();
+        }
+        replaced.map_err(|error| Error::io("replace", name, error))
     }
 
     fn lock(&self, name: &str, who: &str) -> Result<StoreLock> {

@@ -1,13 +1,15 @@
 //! The shape of storage: named immutable objects, put if absent, read in ranges, listed, deleted, and an exclusive named lock.
 //!
-//! A directory implements it ([`DirStore`]); an object store can, so nothing here replaces, appends to a published object or
-//! maps it. What `put` and `finish` return from with success survives a power loss; an object is there whole or not at all.
+//! A directory implements it ([`DirStore`]); an object store can, so nothing here appends to a published object or maps it, and
+//! nothing is replaced but, by repair, the configuration. What `put` and `finish` return from with success survives a power loss; an object is there whole or not at all.
 //! Names are `/`-separated paths of `[0-9a-z.-]` whose first part is the kind of the object.
 
 mod dir;
-mod open_files;
+mod encrypted;
+mod recent;
 
 pub use dir::DirStore;
+pub(super) use encrypted::EncryptedStore;
 
 use super::error::{Error, Result};
 
@@ -35,6 +37,14 @@ pub trait Store: Send + Sync {
     }
     /// Deletes objects, durably when it returns; one that is not there is no error.
     fn delete(&self, names: &[String]) -> Result<()>;
+    /// Puts another object in the place of one, in one step: whoever reads finds the old or the new. Only `repair new-id` does
+    /// so, to `config`; a store that cannot says so.
+    fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let _ = bytes;
+        Err(Error::Unsupported(format!(
+            "this store cannot replace {name}"
+        )))
+    }
     /// Takes the named lock until the guard is dropped or the process dies; [`Error::Busy`] says who holds it.
     fn lock(&self, name: &str, who: &str) -> Result<StoreLock>;
 }
