@@ -43,42 +43,36 @@ impl Domain {
     /// default is taken, as virsh does.
     pub fn find(connect: Option<&str>, name: &str) -> Result<Self> {
         let connection = open(connect)?;
+        let uri = connection.uri.clone();
         let wanted = name.to_owned();
-        let (connection, found) = within("look up a domain", ANSWER, move || {
-            let found = connection
-                .connect
+        let found = asked("look up a domain", connection, move |connect| {
+            let found = connect
                 .lookup_domain_by_name(&wanted)
-                .or_else(|_| connection.connect.lookup_domain_by_uuid_string(&wanted))
-                .and_then(|domain| Ok((domain.name()?, domain.uuid_string()?)));
-            (connection, found)
-        })?;
+                .or_else(|_| connect.lookup_domain_by_uuid_string(&wanted))?;
+            Ok((found.name()?, found.uuid_string()?))
+        });
         match found {
-            Ok((name, uuid)) => Ok(Self {
-                uri: connection.uri,
-                name,
-                uuid,
-            }),
-            Err(_) => Err(Error::NoDomain {
+            Ok((name, uuid)) => Ok(Self { uri, name, uuid }),
+            Err(Error::Closed) => Err(Error::NoDomain {
                 name: name.to_owned(),
-                uri: connection.uri,
+                uri,
             }),
+            Err(error) => Err(error),
         }
     }
 
     /// All domains of this host.
     pub fn all(connect: Option<&str>) -> Result<Vec<Self>> {
         let connection = open(connect)?;
-        let (uri, listed) = within("list the domains", ANSWER, move || {
-            let listed = connection.connect.list_all_domains(0).and_then(|domains| {
-                let named = domains
-                    .iter()
-                    .map(|domain| Ok((domain.name()?, domain.uuid_string()?)));
-                named.collect::<std::result::Result<Vec<_>, virt::error::Error>>()
-            });
-            (connection.uri, listed)
+        let uri = connection.uri.clone();
+        let listed = asked("list the domains", connection, |connect| {
+            let domains = connect.list_all_domains(0)?;
+            let named = domains
+                .iter()
+                .map(|domain| Ok((domain.name()?, domain.uuid_string()?)));
+            named.collect::<Answered<Vec<_>>>()
         })?;
         let mut domains: Vec<Self> = listed
-            .map_err(words)?
             .into_iter()
             .map(|(name, uuid)| Self {
                 uri: uri.clone(),
@@ -144,31 +138,58 @@ impl Domain {
         Description::parse(&xml)
     }
 
+    /// Asks libvirt something about the domain; asked again where its daemon is just being restarted.
     fn ask<T: Send + 'static>(
         &self,
         what: &'static str,
-        question: impl FnOnce(&virt::domain::Domain) -> std::result::Result<T, virt::error::Error>
-        + Send
-        + 'static,
+        question: impl Fn(&virt::domain::Domain) -> Answered<T> + Clone + Send + 'static,
     ) -> Result<T> {
-        let connection = open_patiently(&self.uri)?;
-        let uuid = self.uuid.clone();
-        let asked = within(what, ANSWER, move || {
-            let domain = connection.connect.lookup_domain_by_uuid_string(&uuid)?;
-            question(&domain)
-        })?;
-        asked.map_err(|error| self.explain(&error))
-    }
-
-    fn explain(&self, error: &virt::error::Error) -> Error {
-        if error.code().is(ErrorNumber::NoDomain) {
-            return Error::NoDomain {
-                name: self.name.clone(),
-                uri: self.uri.clone(),
-            };
+        let deadline = Deadline::after(RESTART);
+        loop {
+            let connection = open_patiently(&self.uri)?;
+            let (uuid, question) = (self.uuid.clone(), question.clone());
+            let answer = asked(what, connection, move |connect| {
+                question(&connect.lookup_domain_by_uuid_string(&uuid)?)
+            });
+            match answer {
+                Err(Error::Unconnected { .. }) if !deadline.passed() => {}
+                Err(Error::Closed) => {
+                    return Err(Error::NoDomain {
+                        name: self.name.clone(),
+                        uri: self.uri.clone(),
+                    });
+                }
+                answer => return answer,
+            }
         }
-        Error::Libvirt(error.message().to_owned())
     }
+}
+
+/// What the bindings return.
+type Answered<T> = std::result::Result<T, virt::error::Error>;
+
+/// Runs a question over a connection. [`Error::Closed`] means that there is no such domain, [`Error::Unconnected`] that the
+/// connection broke.
+fn asked<T: Send + 'static>(
+    what: &str,
+    connection: Connection,
+    question: impl FnOnce(&Connect) -> Answered<T> + Send + 'static,
+) -> Result<T> {
+    let uri = connection.uri.clone();
+    let (answer, alive) = within(what, ANSWER, move || {
+        let answer = question(&connection.connect);
+        (answer, connection.connect.is_alive().unwrap_or(false))
+    })?;
+    answer.map_err(|error| {
+        let words = error.message().to_owned();
+        if !alive {
+            Error::Unconnected { uri, words }
+        } else if error.code().is(ErrorNumber::NoDomain) {
+            Error::Closed
+        } else {
+            Error::Libvirt(words)
+        }
+    })
 }
 
 /// The monitor of a domain that runs.
@@ -248,10 +269,6 @@ fn refuse_foreign(uri: &str) -> Result<()> {
         return refuse("an embedded driver is reached by its own process only");
     }
     Ok(())
-}
-
-fn words(error: virt::error::Error) -> Error {
-    Error::Libvirt(error.message().to_owned())
 }
 
 /// Runs a call of libvirt in a thread of its own. One that does not come back keeps its thread; the result is dropped.

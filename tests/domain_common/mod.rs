@@ -17,11 +17,11 @@ use serde_json::{Value, json};
 
 use crate::vm_common::{Ended, Started, UUID, WAIT, wait_for};
 
-/// The disks of a domain: qcow2 and raw on virtio-blk, one with an iothread, and qcow2 on virtio-scsi with another.
-pub(crate) const DISKS: [&str; 3] = ["sda", "vda", "vdb"];
-
 /// The one libvirtd of this process's tests; it goes with the last of them.
 static SHARED: Mutex<Weak<Mutex<Libvirtd>>> = Mutex::new(Weak::new());
+
+/// Held by a test that ends the daemon under the feet of others.
+pub(crate) static ALONE: Mutex<()> = Mutex::new(());
 
 /// The libvirtd, with a directory of its own.
 pub(crate) fn libvirtd() -> Arc<Mutex<Libvirtd>> {
@@ -253,15 +253,5 @@ impl Lab {
         self.domain.wait_for("stamp: running", WAIT).unwrap();
         self.progresses();
         resumed
-    }
-}
-
-impl Drop for Lab {
-    fn drop(&mut self) {
-        if Arc::strong_count(&self.libvirtd) <= 2 {
-            let home = format!("/tmp/forerun-libvirt-{}", std::process::id());
-            // Files of a namespace that ends now; what cannot be removed yet is in the temporary directory.
-            std::fs::remove_dir_all(home).ok();
-        }
     }
 }

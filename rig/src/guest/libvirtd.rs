@@ -36,7 +36,7 @@ for file in "$home/libvirtd.pid" "$home"/run/qemu/*.pid; do
 done
 "#;
 
-/// A private libvirtd. Dropped, it ends with all its domains.
+/// A private libvirtd. Dropped, it ends with all its domains, and its directory goes.
 #[derive(Debug)]
 pub struct Libvirtd {
     home: PathBuf,
@@ -191,5 +191,6 @@ impl Drop for Libvirtd {
             let _gone = daemon.kill();
             let _gone = daemon.wait();
         }
+        let _gone = fs::remove_dir_all(&self.home);
     }
 }
