@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Measures the repository at sizes that no test has, and says what that makes of 100 TiB. Ids are generated; there are no blocks.
+# Then: how fast a prune marks, what increments and a second VM add, how fast it is verified and restored beside hashing and
+# unpacking alone, and the codecs, plain and encrypted.
 #
 #   scripts/bench-repo.sh [-s ENTRIES[,ENTRIES...]] [-d DIRECTORY] [-o FILE] [FIGURE...]
 #
@@ -7,8 +9,8 @@
 #   -d   where everything is put; removed at the end (a directory under /var/tmp)
 #   -o   also keep the figures as lines of `entries <tab> figure <tab> value` in this file
 #
-# A figure is a test of src/image/speed.rs, each in a process of its own: build lookups publish sweep rewrite (all). The first makes
-# the index that the others use. The last column is 1.6 billion entries, which is 100 TiB in blocks of 64 KiB: what takes time or
+# A figure is a test of src/image/speed.rs, each in a process of its own: build lookups publish sweep rewrite, or one of the
+# measurements under tests/: gc_speed repo_growth repo_speed image_speed (all). The first makes the index that the next four use. The last column is 1.6 billion entries, which is 100 TiB in blocks of 64 KiB: what takes time or
 # room for each entry, in proportion to the largest size; memory, along the line through the smallest and the largest size.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,8 +27,16 @@ while getopts s:d:o: option; do
 	esac
 done
 shift $((OPTIND - 1))
-figures=(build lookups publish sweep rewrite)
-if [ $# -gt 0 ]; then figures=("$@"); fi
+if [ $# -eq 0 ]; then
+	set -- build lookups publish sweep rewrite gc_speed repo_growth repo_speed image_speed
+fi
+figures=() others=()
+for figure in "$@"; do
+	case $figure in
+	*_*) others+=("$figure") ;;
+	*) figures+=("$figure") ;;
+	esac
+done
 
 need_packages rust-check
 say() { printf '%s\n' "$*" >&2; }
@@ -41,6 +51,8 @@ trap cleanup EXIT
 trap 'exit 130' INT TERM
 
 IFS=, read -ra sizes <<<"$sizes"
+if [ ${#figures[@]} -eq 0 ]; then sizes=(); fi
+: >"$work/figures"
 for entries in "${sizes[@]}"; do
 	export FORERUN_BENCH_DIR="$work/$entries" FORERUN_BENCH_ENTRIES=$entries FORERUN_BENCH_OUT="$work/out"
 	mkdir "$FORERUN_BENCH_DIR"
@@ -59,7 +71,7 @@ if [ -n "$keep" ]; then cp "$work/figures" "$keep"; fi
 
 printf '%s CPUs; %s; %s MiB of memory; load %s\n' "$(nproc)" "$(stat -f -c %T "$work")" \
 	"$(awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo)" "$(cut -d' ' -f1-3 /proc/loadavg)"
-awk -F'\t' '
+if [ -s "$work/figures" ]; then awk -F'\t' '
 	!($1 in known) { known[$1]; size[++sizes] = $1 }
 	!($2 in row) { row[$2]; name[++rows] = $2 }
 	{ value[$1, $2] = $3 }
@@ -79,4 +91,15 @@ awk -F'\t' '
 			for (s = 1; s <= sizes; s++) printf "%14s", show(value[size[s], figure])
 			printf "%16s\n", guess
 		}
-	}' "$work/figures"
+	}' "$work/figures"; fi
+
+export TMPDIR="$work"
+for figure in ${others[@]+"${others[@]}"}; do
+	say "$figure"
+	printf '\n%s\n' "$figure"
+	if ! cargo test --quiet --release --test "$figure" -- --ignored --nocapture --test-threads 1 >"$work/words" 2>&1; then
+		say "$figure failed: $(cat "$work/words")"
+		exit 1
+	fi
+	grep -Ev '^(running|test |$)|^\.+$' "$work/words"
+done

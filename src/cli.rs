@@ -9,7 +9,7 @@ use crate::backup::Quiesce;
 use crate::exit::{Failure, Kind};
 use crate::image::Compression;
 use crate::target::Target;
-use crate::units::{parse_duration, parse_rate, parse_size};
+use crate::units::{parse_duration, parse_rate, parse_share, parse_size};
 
 /// Backs up running KVM/QEMU virtual machines ahead of schedule.
 ///
@@ -39,25 +39,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Make a new repository.
-    Init {
-        /// Its directory: missing or empty.
-        repo: PathBuf,
-        /// The unit of storage and tracking, a power of two from 64KiB to 1MiB; for ever.
-        #[arg(long, default_value = "64KiB", value_parser = parse_size)]
-        block_size: u64,
-        /// What new blocks are compressed with: lz4, zstd, zstd:LEVEL (-7 to 19) or none.
-        #[arg(long, value_name = "CODEC", default_value_t)]
-        compression: Compression,
-        /// Encrypt everything, so that only a passphrase or a key file opens it.
-        #[arg(long)]
-        encrypt: bool,
-        #[command(flatten)]
-        #[allow(missing_docs)]
-        secret: SecretArgs,
-        /// A word for the key, shown by `key list`.
-        #[arg(long, default_value = "", requires = "encrypt")]
-        label: String,
-    },
+    Init(InitArgs),
     /// List and change the keys of an encrypted repository.
     Key {
         #[command(subcommand)]
@@ -151,16 +133,36 @@ pub enum Command {
         /// Only this target, or this point.
         of: Option<String>,
     },
-    /// Read and re-hash everything that points need.
+    /// Read and re-hash everything that is stored, or what these points need.
+    ///
+    /// Everything goes pack by pack, those not checked for longest first; where one run ends the next goes on. Blocks that
+    /// are bad go into quarantine: the next backup stores them anew if the VM still has them.
     Verify {
         #[command(flatten)]
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// Only these points.
         points: Vec<String>,
-        /// Stop after this time.
+        /// Begin nothing after this time.
         #[arg(long, value_parser = parse_duration)]
         max_duration: Option<Duration>,
+        /// Only this share of what is stored: with 10% a week everything is read in ten weeks.
+        #[arg(long, value_name = "PERCENT", value_parser = parse_share, conflicts_with = "points")]
+        share: Option<f64>,
+        /// Only what was not checked for so long.
+        #[arg(long, value_name = "DURATION", value_parser = parse_duration, conflicts_with = "points")]
+        older_than: Option<Duration>,
+        /// Read at most this much a second: 100MiB/s.
+        #[arg(long, value_parser = parse_rate)]
+        rate: Option<u64>,
+    },
+    /// Check, fast and without reading blocks, that everything that points need is where it should be.
+    Check {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        repo: RepoArgs,
+        /// Only these points.
+        points: Vec<String>,
     },
     /// Write a point's disks to new images.
     Restore {
@@ -182,6 +184,8 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Delete what no point, session or reader needs. Backups go on meanwhile.
+    Prune(PruneArgs),
     /// Forget points: by a policy, or by name. Their space comes back with `prune`.
     Forget {
         #[command(flatten)]
@@ -280,6 +284,28 @@ pub enum Command {
     },
 }
 
+/// A new repository.
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    /// Its directory: missing or empty.
+    pub repo: PathBuf,
+    /// The unit of storage and tracking, a power of two from 64KiB to 1MiB; for ever.
+    #[arg(long, default_value = "64KiB", value_parser = parse_size)]
+    pub block_size: u64,
+    /// What new blocks are compressed with: lz4, zstd, zstd:LEVEL (-7 to 19) or none.
+    #[arg(long, value_name = "CODEC", default_value_t)]
+    pub compression: Compression,
+    /// Encrypt everything, so that only a passphrase or a key file opens it.
+    #[arg(long)]
+    pub encrypt: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub secret: SecretArgs,
+    /// A word for the key, shown by `key list`.
+    #[arg(long, default_value = "", requires = "encrypt")]
+    pub label: String,
+}
+
 /// The commands on keys.
 #[derive(Debug, Subcommand)]
 pub enum KeyCommand {
@@ -370,10 +396,10 @@ pub struct ToArgs {
 /// What opens an encrypted repository. Without either, the environment is asked, then the terminal.
 #[derive(Debug, Clone, Args)]
 pub struct SecretArgs {
-    /// The key file of an encrypted repository (or FORERUN_KEY_FILE).
+    /// The key file of an encrypted repository (or `FORERUN_KEY_FILE`).
     #[arg(long, value_name = "FILE", conflicts_with = "passphrase_file")]
     pub key_file: Option<PathBuf>,
-    /// Its passphrase is the first line of this file (or FORERUN_PASSPHRASE_FILE).
+    /// Its passphrase is the first line of this file (or `FORERUN_PASSPHRASE_FILE`).
     #[arg(long, value_name = "FILE")]
     pub passphrase_file: Option<PathBuf>,
 }
@@ -429,6 +455,20 @@ pub struct KeepArgs {
     /// All that are no more than this older than the target's newest: 36h, 14d, 8w.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub keep_within: Option<Duration>,
+}
+
+/// What to prune.
+#[derive(Debug, Args)]
+pub struct PruneArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub repo: RepoArgs,
+    /// Only say what would go.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Copy at most this much out of packs that are mostly dead.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_repack: Option<u64>,
 }
 
 /// Which VM.
@@ -542,9 +582,10 @@ impl TargetArgs {
 }
 
 impl Command {
-    /// Whether a signal must not end it before the VM is released; the others are ended by one at once.
+    /// Whether a signal must not end it at once: a VM is released first, a prune ends where the next one goes on best. The
+    /// others are ended by one at once.
     #[must_use]
-    pub fn holds_a_vm(&self) -> bool {
+    pub fn ends_in_order(&self) -> bool {
         matches!(
             self,
             Self::Track(_)
@@ -552,6 +593,7 @@ impl Command {
                 | Self::Precopy { .. }
                 | Self::Backup { .. }
                 | Self::Run { .. }
+                | Self::Prune(_)
         )
     }
 
@@ -559,7 +601,7 @@ impl Command {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Init { .. } => "init",
+            Self::Init(_) => "init",
             Self::Key { .. } => "key",
             Self::Inspect(_) => "inspect",
             Self::Track(_) => "track",
@@ -573,7 +615,9 @@ impl Command {
             Self::Diff { .. } => "diff",
             Self::Stats { .. } => "stats",
             Self::Verify { .. } => "verify",
+            Self::Check { .. } => "check",
             Self::Restore { .. } => "restore",
+            Self::Prune(_) => "prune",
             Self::Copy { .. } => "copy",
             Self::Forget { .. } => "forget",
             Self::Pin { .. } => "pin",

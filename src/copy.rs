@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use crate::image::{Content, Encoded, Entry, MapReader, PackWriter, Repository};
+use crate::image::{Content, Encoded, Entry, MapReader, PackWriter, Repository, SessionId};
 use crate::units::{BlockRun, BlockSize, Extent};
 
 /// Pieces that wait for a worker, and pieces' results that wait for the writer.
@@ -54,6 +54,8 @@ pub struct Copied {
     pub bytes: u64,
     /// Bytes newly stored, compressed.
     pub stored: u64,
+    /// The generation of the repository before the first block was looked up.
+    pub generation: u64,
 }
 
 enum Done {
@@ -61,13 +63,13 @@ enum Done {
     Run(usize, BlockRun, Content),
 }
 
-/// Copies what `source` hands out and makes it durable. `source` runs on this thread; it gets a function that takes a
+/// Copies what `source` hands out and makes it durable, in packs of this session. `source` runs on this thread; it gets a function that takes a
 /// piece, and must stop when that says so. With `patience` it says so, too, when the repository has taken nothing for that
 /// long: whoever waits holds a VM.
 pub fn copy<T>(
     repo: &Repository,
     disks: &[CopyDisk],
-    label: &str,
+    (session, pass): (SessionId, &str),
     progress: &AtomicU64,
     patience: Option<Duration>,
     source: impl FnOnce(&mut dyn FnMut(Piece) -> ControlFlow<()>) -> Result<T>,
@@ -76,6 +78,7 @@ pub fn copy<T>(
     let (work, pieces) = bounded::<Piece>(QUEUE);
     let (out, results) = bounded::<Result<Vec<Done>>>(QUEUE);
     let read = AtomicU64::new(0);
+    let generation = repo.generation()?;
     std::thread::scope(|scope| {
         for _ in 0..workers {
             let (pieces, out) = (pieces.clone(), out.clone());
@@ -83,7 +86,8 @@ pub fn copy<T>(
         }
         drop(pieces);
         drop(out);
-        let writer = scope.spawn(|| write(repo, disks, label, results));
+        let label = |disk: &str| format!("{session} {disk} {pass}");
+        let writer = scope.spawn(move || write(repo, disks, &label, results));
         let mut give = |piece: Piece| {
             let bytes = piece.extent.length;
             let taken = match patience {
@@ -107,6 +111,7 @@ pub fn copy<T>(
         // What was stored before the source failed is worth keeping only as data, not as proofs.
         let mut copied = copied?;
         copied.bytes = read.load(Ordering::Relaxed);
+        copied.generation = generation;
         Ok((result?, copied))
     })
 }
@@ -218,12 +223,12 @@ fn zeros(repo: &Repository, disks: &[CopyDisk], piece: &Piece) -> Result<Vec<Don
 fn write(
     repo: &Repository,
     disks: &[CopyDisk],
-    label: &str,
+    label: &dyn Fn(&str) -> String,
     results: Receiver<Result<Vec<Done>>>,
 ) -> Result<Copied> {
     let mut packs: Vec<PackWriter> = disks
         .iter()
-        .map(|disk| repo.pack_writer(&format!("{} {label}", disk.key)))
+        .map(|disk| repo.pack_writer(&label(&disk.key)))
         .collect();
     let mut copied = Copied {
         proofs: disks.iter().map(|_| Vec::new()).collect(),

@@ -185,6 +185,11 @@ fn of_image(error: &image::Error) -> Option<(Kind, Option<String>)> {
         image::Error::WrongKey { keys, .. } => {
             return Some((Kind::Failed, Some(format!("its keys: {}", keys.join(", ")))));
         }
+        image::Error::Condemned { .. } => (Kind::Busy, "a prune is at work: run the command again"),
+        image::Error::Interrupted => (
+            Kind::Interrupted,
+            "what is done stays; the next run goes on from there",
+        ),
         _ => return None,
     };
     Some((found.0, Some(found.1.to_owned())))

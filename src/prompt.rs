@@ -56,11 +56,10 @@ fn read_line(mut terminal: &File) -> Result<Zeroizing<Vec<u8>>> {
             Err(error) => return Err(error).context("read from the terminal"),
         }
         match key[0] {
-            b'\r' | b'\n' => return Ok(line),
+            // The last is control-D.
+            b'\r' | b'\n' | 0x04 => return Ok(line),
             // Control-C and control-backslash.
             0x03 | 0x1c => return Err(Failure::plain(Kind::Interrupted, "interrupted")),
-            // Control-D ends a line that is empty, too.
-            0x04 => return Ok(line),
             // Control-U.
             0x15 => line.clear(),
             0x08 | 0x7f => erase(&mut line),

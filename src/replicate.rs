@@ -40,6 +40,9 @@ const PROOFS: usize = 1 << 18;
 /// Reads on their way for each reader.
 const IN_FLIGHT: usize = 3;
 
+/// How often in a row a prune may come in between.
+const CONDEMNED_TRIES: u32 = 20;
+
 /// How to copy.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
@@ -174,6 +177,7 @@ impl<'a> Replication<'a> {
         let point = self.from.point(id).context("read the point")?;
         let origin = self.from.origin(&point)?;
         let _lock = lock(self.to, id)?;
+        let _lease = self.from.lease(&[&point], "forerun copy")?;
         // From here on the source's layers and blocks of this point must stay.
         if let Some(there) = self.there(id)? {
             let other = self.to.origin(&there)?;
@@ -219,14 +223,15 @@ impl<'a> Replication<'a> {
             }
         };
         let base = bases.values().map(|base| base.point).next();
-        self.to.publish(&Manifest {
+        let published = Manifest {
             session: session.id(),
             disks,
             // Bitmaps carry the name of the repository whose points they follow.
             retired_bitmaps: Vec::new(),
             origin: Some(origin),
             ..point.clone()
-        })?;
+        };
+        session.publish(&published)?;
         session.remove()?;
         Ok(Copied::Done { read, stored, base })
     }
@@ -305,6 +310,7 @@ impl<'a> Replication<'a> {
         if let Some(session) = Session::find(self.to, &key)? {
             let begun: Option<Header> = serde_json::from_value(session.header().clone()).ok();
             if let Some(begun) = begun.filter(|begun| begun.origin.digest == origin.digest)
+                && session.settle().map(|_| true)?
                 && !session.items()?.is_empty()
                 && let Some(bases) = self.recorded(&begun.bases)?
             {
@@ -321,8 +327,15 @@ impl<'a> Replication<'a> {
         let encoded = serde_json::to_value(&header).context("encode the header")?;
         let session = Session::create(self.to, &key, &encoded)?;
         // The bases' maps are needed until the point stands, whatever becomes of their points.
-        let maps: Vec<&MapRef> = bases.values().map(|base| &base.map).collect();
-        session.append(&json!({ "record": "copy", "maps": maps }))?;
+        let maps: Vec<MapRef> = bases.values().map(|base| base.map.clone()).collect();
+        session.append_with_roots(&json!({ "record": "copy" }), &maps)?;
+        // Only now it is certain that they stay.
+        for base in bases.values() {
+            if !self.to.has_point(base.point)? {
+                session.remove()?;
+                return self.session(point, origin);
+            }
+        }
         Ok((session, bases))
     }
 
@@ -374,6 +387,8 @@ struct Job {
 /// What goes into one segment.
 #[derive(Default)]
 struct Batch {
+    /// The destination's generation before the first block was looked up.
+    since: Option<u64>,
     /// What is known without reading.
     proofs: Vec<Proof>,
     jobs: Vec<Job>,
@@ -382,8 +397,24 @@ struct Batch {
 }
 
 impl PointCopy<'_> {
-    /// Copies a disk from where it is, and builds its map.
+    /// Copies a disk. When a prune takes away what a batch was found to have there already, that batch is planned again.
     fn disk(&mut self, disk: &DiskPoint, base: Option<&Base>) -> Result<DiskPoint> {
+        let mut tries = 0;
+        loop {
+            match self.try_disk(disk, base) {
+                Err(error)
+                    if matches!(error.downcast_ref(), Some(Error::Condemned { .. }))
+                        && tries < CONDEMNED_TRIES =>
+                {
+                    tries += 1;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Copies a disk from where it is, and builds its map.
+    fn try_disk(&mut self, disk: &DiskPoint, base: Option<&Base>) -> Result<DiskPoint> {
         let Replication {
             from, to, progress, ..
         } = self.all;
@@ -446,6 +477,9 @@ impl PointCopy<'_> {
     /// A block is known, or is to be read.
     fn plan(&self, batch: &mut Batch, block: u64, id: BlockId, extent: Extent) -> Result<()> {
         let to = self.all.to;
+        if batch.since.is_none() {
+            batch.since = Some(to.generation()?);
+        }
         if to.shares_ids_with(self.all.from) && to.has_block(id)? {
             let one = BlockRun {
                 first: block,
@@ -479,10 +513,15 @@ impl PointCopy<'_> {
     /// Reads and stores a batch, and puts it into the session.
     fn carry_out(&mut self, batch: Batch, disk: &DiskPoint) -> Result<()> {
         let Batch {
+            since,
             mut proofs,
             jobs,
             bytes,
         } = batch;
+        let since = match since {
+            Some(since) => since,
+            None => self.all.to.generation()?,
+        };
         if !jobs.is_empty() {
             let disks = [CopyDisk {
                 key: disk.key.clone(),
@@ -491,10 +530,14 @@ impl PointCopy<'_> {
                 base_size: 0,
             }];
             let counted = AtomicU64::new(0);
-            let ((), mut copied) =
-                copy::copy(self.all.to, &disks, "copy", &counted, None, |give| {
-                    self.read(jobs, disk, give)
-                })?;
+            let ((), mut copied) = copy::copy(
+                self.all.to,
+                &disks,
+                (self.session.id(), "copy"),
+                &counted,
+                None,
+                |give| self.read(jobs, disk, give),
+            )?;
             self.read += copied.bytes;
             self.stored += copied.stored;
             proofs.extend(copied.proofs.drain(..).flatten());
@@ -510,7 +553,7 @@ impl PointCopy<'_> {
             read: bytes,
             again: 0,
         };
-        let segment = self.session.append_runs(&header, &proofs)?;
+        let segment = self.session.prove(&header, &proofs, since)?;
         self.segments.push(segment);
         Ok(())
     }

@@ -3,7 +3,7 @@
 //! The log is the repository's ([`image::Session`]); what it means is [`bitmap::track`](crate::bitmap::track)'s. A target
 //! without a session begins one at its first rotation.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -13,8 +13,11 @@ use crate::bitmap::dirty::Proofs;
 use crate::bitmap::rotate::Journal;
 use crate::bitmap::track::{Base, Named, Record, State, Tracked, disown, withdraw};
 use crate::copy::Proof;
-use crate::image::{self, Item, Manifest, MapRef, Repository, SegmentHeader, SegmentRef};
-use crate::units::BlockSize;
+use crate::image::{
+    self, BlockId, Item, Manifest, MapReader, MapRef, Repository, Run, RunContent, SegmentHeader,
+    SegmentRef,
+};
+use crate::units::{BlockRun, BlockSize};
 
 /// What was read for proofs. Bytes of disks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -44,6 +47,8 @@ pub struct Session {
     published: Vec<image::SessionId>,
     /// A session whose point is published, to be removed.
     committed: Option<image::Session>,
+    /// Disks whose bases were made sure of.
+    grounded: BTreeSet<String>,
 }
 
 /// What the keys end with under which the names of bitmaps are kept that dropped sessions withdrew: no target has such a key.
@@ -81,6 +86,7 @@ impl Session {
             withdrawn: image::Session::find(repo, &withdrawn_key(key))?,
             published: Vec::new(),
             committed: None,
+            grounded: BTreeSet::new(),
         };
         session.find_bases()?;
         if session.committed() {
@@ -159,6 +165,54 @@ impl Session {
         }
     }
 
+    /// Looks again at the last proofs of a run that may have died before it did. The run lock must be held.
+    pub fn settle(&mut self) -> Result<()> {
+        if let Some(log) = &self.log
+            && let Some(gone) = log.settle()?
+        {
+            self.segments.retain(|segment| segment.seq != gone);
+        }
+        Ok(())
+    }
+
+    /// Makes sure of the bases of disks before anything builds on them: their maps become roots of the session, and only then it is
+    /// looked whether their points still exist. A base whose point is gone is none: that disk is read in full.
+    pub fn ground(&mut self, disks: &[String]) -> Result<()> {
+        let mut bases = Vec::new();
+        for key in disks {
+            let known = self.state.disks.contains_key(key) || self.grounded.contains(key);
+            let base = self.bases.get(key).and_then(|based| based.base.clone());
+            if let Some(base) = base.filter(|_| !known) {
+                bases.push((key.clone(), base));
+            }
+        }
+        if bases.is_empty() {
+            return Ok(());
+        }
+        let maps = bases.iter().map(|(_, base)| base_map(base));
+        let maps: Vec<MapRef> = maps.collect::<Result<_>>()?;
+        let mut points: Vec<String> = bases.iter().map(|(_, base)| base.point.clone()).collect();
+        points.sort_unstable();
+        points.dedup();
+        self.write(&Record::Bases { points }, &maps)?;
+        for (key, base) in bases {
+            let point = base.point.parse().map_err(anyhow::Error::msg)?;
+            if !self.repo.has_point(point)?
+                && let Some(based) = self.bases.get_mut(&key)
+            {
+                based.forsake();
+            }
+            self.grounded.insert(key);
+        }
+        Ok(())
+    }
+
+    /// Publishes the session's point: from then on it exists.
+    pub fn publish(&self, manifest: &Manifest) -> Result<()> {
+        let log = self.log.as_ref().context("a point without a session")?;
+        Ok(log.publish(manifest)?)
+    }
+
     /// Whether the session's point is published already: only its removal was cut off.
     fn committed(&self) -> bool {
         self.log
@@ -227,7 +281,17 @@ impl Session {
     }
 
     /// Makes proofs durable: the blocks themselves must be so already.
-    pub fn prove(&mut self, disk: &str, epoch: u64, proofs: &[Proof], read: Read) -> Result<()> {
+    ///
+    /// Blocks that were looked up since the repository's generation was `since` may be condemned by now: then it fails with
+    /// [`image::Error::Condemned`], nothing is proved, and they are to be read and stored anew.
+    pub fn prove(
+        &mut self,
+        disk: &str,
+        epoch: u64,
+        proofs: &[Proof],
+        read: Read,
+        since: u64,
+    ) -> Result<()> {
         if proofs.is_empty() {
             return Ok(());
         }
@@ -241,7 +305,7 @@ impl Session {
             read,
             again,
         };
-        let segment = log.append_runs(&header, proofs)?;
+        let segment = log.prove(&header, proofs, since)?;
         self.segments.push(segment);
         self.state.apply_proof(epoch);
         Ok(())
@@ -287,6 +351,34 @@ impl Session {
         Ok((proofs, proved))
     }
 
+    /// The blocks of a disk whose content in the next point would be one of `lost`: the base has it, or the session, and nothing
+    /// later was proved. They are to be read again, which stores them anew.
+    pub fn unsound(
+        &self,
+        disk: &Tracked,
+        lost: &HashSet<BlockId>,
+        block_size: BlockSize,
+    ) -> Result<BlockSet> {
+        let mut of_base = BlockSet::new(block_size.blocks(disk.size));
+        if lost.is_empty() {
+            return Ok(of_base);
+        }
+        if let Some(base) = &disk.base {
+            for run in MapReader::open(&self.repo, &base_map(base)?)?.runs() {
+                take_in(&run?, lost, None, &mut of_base);
+            }
+        }
+        let mut unsound = of_base.clone();
+        let segments = self.segments.iter();
+        for segment in segments.filter(|segment| segment.header.disk == disk.key) {
+            let log = self.log.as_ref().context("segments without a session")?;
+            for run in log.segment_content(segment)? {
+                take_in(&run?, lost, Some(&of_base), &mut unsound);
+            }
+        }
+        Ok(unsound)
+    }
+
     /// Builds the map of a disk from its base and all its proofs.
     pub fn build_map(&self, disk: &Tracked) -> Result<(MapRef, image::MapStats)> {
         let base = disk.base.as_ref().map(base_map).transpose()?;
@@ -310,18 +402,45 @@ impl Session {
     }
 }
 
-impl Journal for Session {
-    fn append(&mut self, record: &Record) -> Result<()> {
+impl Session {
+    fn write(&mut self, record: &Record, roots: &[MapRef]) -> Result<()> {
         let value = serde_json::to_value(record).context("encode a record")?;
         if let Some(log) = &self.log {
-            log.append(&value)?;
+            log.append_with_roots(&value, roots)?;
         } else {
             let header = json!({ "begun": crate::clock::utc_now().to_string() });
             let log = image::Session::create(&self.repo, &self.key, &header)?;
-            log.append(&value)?;
+            log.append_with_roots(&value, roots)?;
             self.log = Some(log);
         }
         Ok(())
+    }
+}
+
+impl Journal for Session {
+    fn append(&mut self, record: &Record) -> Result<()> {
+        self.write(record, &[])
+    }
+}
+
+/// Takes in what blocks hold of lost ones. What is the same as the base is as unsound as that.
+fn take_in(run: &Run, lost: &HashSet<BlockId>, of_base: Option<&BlockSet>, unsound: &mut BlockSet) {
+    unsound.remove(run.blocks());
+    let ones = (run.first..run.end()).map(|first| BlockRun { first, count: 1 });
+    match &run.content {
+        RunContent::Zero(_) => {}
+        RunContent::Same(_) => {
+            for one in ones.filter(|one| of_base.is_some_and(|base| base.contains(one.first))) {
+                unsound.insert(one);
+            }
+        }
+        RunContent::Data(ids) => {
+            for (one, id) in ones.zip(ids.as_slice()) {
+                if lost.contains(id) {
+                    unsound.insert(one);
+                }
+            }
+        }
     }
 }
 

@@ -206,6 +206,13 @@ pub fn parse_rate(text: &str) -> Result<u64, String> {
     parse_size(text.trim().strip_suffix("/s").unwrap_or(text))
 }
 
+/// Reads a share in percent: `10%`, `2.5`.
+pub fn parse_share(text: &str) -> Result<f64, String> {
+    let number = text.trim().trim_end_matches('%').trim().parse();
+    let share = number.ok().filter(|share| *share > 0.0 && *share <= 100.0);
+    share.ok_or_else(|| format!("`{text}` is not a share such as 10% or 2.5%"))
+}
+
 /// Reads a duration as people write it: `30s`, `5m`, `2h`, `1d`, `2w`, `250ms`.
 pub fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
     let text = text.trim();
@@ -247,6 +254,11 @@ mod tests {
         }
         for text in ["", "x", "1X", "1.", "-1", "99999999999999T", "1.1.1"] {
             assert!(parse_size(text).is_err(), "{text}");
+        }
+        assert_eq!(parse_share("10%"), Ok(10.0));
+        assert_eq!(parse_share("0.5"), Ok(0.5));
+        for text in ["0%", "101%", "-1", "nan", "%", ""] {
+            assert!(parse_share(text).is_err(), "{text}");
         }
         assert_eq!(Bytes(3 << 29).to_string(), "1.5 GiB");
         assert_eq!(parse_rate("100MiB/s"), Ok(100 << 20));

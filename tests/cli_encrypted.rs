@@ -1,5 +1,9 @@
 //! The program with encrypted repositories: where secrets come from, and that they go nowhere else.
-#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test fails by it"
+)]
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -42,11 +46,11 @@ impl Place {
 
     /// Runs a command; gives its exit code and its JSON.
     fn run(&self, arguments: &[&str]) -> (i32, Value) {
-        finish(self.command(arguments).arg("--json").output().unwrap())
+        finish(&self.command(arguments).arg("--json").output().unwrap())
     }
 }
 
-fn finish(output: Output) -> (i32, Value) {
+fn finish(output: &Output) -> (i32, Value) {
     let json = serde_json::from_slice(&output.stdout)
         .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)));
     for stream in [&output.stdout, &output.stderr] {
@@ -96,10 +100,10 @@ fn a_backup_of_an_image_is_encrypted_and_restored_with_the_key_file_only() {
         "--compression",
         "zstd:1",
     ];
-    let (code, made) = place.run(&init);
-    assert_eq!(code, 0, "{made}");
-    assert_eq!(made["repository"]["encrypted"], true);
-    assert_eq!(made["repository"]["compression"], "zstd:1");
+    let (code, report) = place.run(&init);
+    assert_eq!(code, 0, "{report}");
+    assert_eq!(report["repository"]["encrypted"], true);
+    assert_eq!(report["repository"]["compression"], "zstd:1");
 
     let text = "a line that the guest wrote\n".repeat(40_000);
     let mut disk = text.into_bytes();
@@ -120,7 +124,7 @@ fn a_backup_of_an_image_is_encrypted_and_restored_with_the_key_file_only() {
         command
             .arg("--json")
             .env("FORERUN_KEY_FILE", place.path("key"));
-        finish(command.output().unwrap())
+        finish(&command.output().unwrap())
     };
     let (code, done) = with_key(&backup);
     assert_eq!(code, 0, "{done}");
@@ -134,6 +138,22 @@ fn a_backup_of_an_image_is_encrypted_and_restored_with_the_key_file_only() {
     let (code, restored) = with_key(&restore);
     assert_eq!(code, 0, "{restored}");
     assert!(std::fs::read(place.path("out/vda.raw")).unwrap() == disk);
+
+    // To another encrypted repository, whose ids are others; its secret is not the environment's.
+    assert_eq!(place.run(&["key", "generate", "key2"]).0, 0);
+    let second = ["init", "second", "--encrypt", "--key-file", "key2"];
+    assert_eq!(place.run(&second).0, 0);
+    let copy = ["copy", "--all", "--to", "second"];
+    assert_eq!(with_key(&copy).0, 2);
+    let (code, copied) = with_key(&[&copy[..], &["--to-key-file", "key2"]].concat());
+    assert_eq!(code, 0, "{copied}");
+    let verify = ["verify", "--repo", "second", "--key-file", "key2"];
+    let (code, verified) = place.run(&verify);
+    assert_eq!(
+        (code, &verified["verify"]["points"]),
+        (0, &1.into()),
+        "{verified}"
+    );
 
     let key = std::fs::read(place.path("key")).unwrap();
     let mut found = Vec::new();
@@ -263,12 +283,12 @@ fn a_secret_that_is_missing_needless_double_or_open_to_others_is_told() {
     // The command line goes before the environment, and a doubt is no choice.
     let mut command = place.command(&["list", "--passphrase-file", &open, "--json"]);
     command.env("FORERUN_KEY_FILE", &short);
-    assert_eq!(finish(command.output().unwrap()).0, 0);
+    assert_eq!(finish(&command.output().unwrap()).0, 0);
     let mut command = place.command(&["list", "--json"]);
     command
         .env("FORERUN_KEY_FILE", &short)
         .env("FORERUN_PASSPHRASE_FILE", &open);
-    assert_eq!(finish(command.output().unwrap()).0, 2);
+    assert_eq!(finish(&command.output().unwrap()).0, 2);
 
     // A key for a repository that says it is not encrypted.
     assert_eq!(place.run(&["init", "plain"]).0, 0);

@@ -194,6 +194,6 @@ fn libvirt_s_daemon_and_its_own_backup_come_and_go() {
     let step = lab.step_of(&backup.point());
     assert!(step > last, "{step} after {last}");
     lab.run(&["verify"]).code(0);
-    let answer = lab.domain.execute("query-status", json!({})).unwrap();
+    let answer = lab.domain.execute("query-status", &json!({})).unwrap();
     assert_eq!(answer["status"], "running");
 }

@@ -2,6 +2,7 @@
 //! damaged in the first and wherever a copy is cut off.
 #![allow(
     clippy::unwrap_used,
+    clippy::disallowed_methods,
     clippy::cast_possible_truncation,
     reason = "a test fails by it, and the disks here are small"
 )]
@@ -19,7 +20,7 @@ use forerun::progress::Progress;
 use forerun::replicate::{Copied, Options, Replication};
 use forerun::units::BlockSize;
 use image_common::memory::{Fate, Memory, Objects};
-use image_common::{BLOCK, Bench, backup, restore};
+use image_common::{BLOCK, Bench, backup, init_store, open_store, restore};
 use serde_json::Value;
 
 const OPTIONS: InitOptions = InitOptions {
@@ -110,10 +111,8 @@ fn points_come_out_as_they_went_in_and_increments_stay_increments() {
         before = Some(point.id);
         let expected = match number {
             0 => 3 * BLOCK,
-            1 => BLOCK,
-            2 => 0,
-            // The block that was short at the end, and the one after it is zero but for 10 bytes.
-            3 => BLOCK,
+            // At 3: the block that was short at the end, and the one after it is zero but for 10 bytes.
+            1 | 3 => BLOCK,
             _ => 0,
         };
         assert_eq!(bytes, expected, "point {number}");
@@ -132,6 +131,48 @@ fn points_come_out_as_they_went_in_and_increments_stay_increments() {
         assert_eq!(copy(&bench.repo, &to, point.id).unwrap(), Copied::Skipped);
     }
     assert_eq!(to.store().list("packs/").unwrap(), packs);
+}
+
+#[test]
+fn what_did_not_change_is_not_read_either_where_ids_are_keyed() {
+    for (from, to) in [(false, true), (true, false), (true, true)] {
+        let case = format!("encrypted {from}, to encrypted {to}");
+        let size = 4 * BLOCK + 500;
+        let mut bench = if from {
+            Bench::encrypted(size)
+        } else {
+            Bench::in_memory(size)
+        };
+        let points = history(&mut bench);
+        let store = Memory::new(Objects::new(), None, Fate::Lost);
+        let second = init_store(Arc::new(store), to);
+        let mut before = None;
+        for ((point, _), expected) in points.iter().zip([3, 1, 0, 1, 0]) {
+            let (bytes, base) = read(copy(&bench.repo, &second, point.id).unwrap());
+            assert_eq!(base, before, "{case}");
+            // What is left of the last one is zero at its end.
+            let blocks = bytes.div_ceil(BLOCK);
+            assert_eq!(blocks, expected, "{case}, {}: {bytes}", point.instant);
+            before = Some(point.id);
+        }
+        check(&second, &points, &case);
+        for (point, _) in &points {
+            let again = copy(&bench.repo, &second, point.id).unwrap();
+            assert_eq!(again, Copied::Skipped, "{case}");
+        }
+        // Without the source's own earlier point there is nothing to tell by what changed.
+        bench
+            .repo
+            .store()
+            .delete(&[format!("points/{}", points[0].0.id)])
+            .unwrap();
+        let store = Memory::new(Objects::new(), None, Fate::Lost);
+        let third = init_store(Arc::new(store), to);
+        copy(&second, &third, points[0].0.id).unwrap();
+        let (_, base) = read(copy(&bench.repo, &third, points[1].0.id).unwrap());
+        assert_eq!(base, None, "{case}");
+        check(&third, &points[..2], &case);
+    }
 }
 
 #[test]
@@ -234,7 +275,7 @@ fn what_cannot_be_copied_is_refused() {
 }
 
 /// Crashes the second repository at every operation of a copy, and goes on.
-fn crash_everywhere(fate: Fate) {
+fn crash_everywhere(fate: Fate, encrypted: bool) {
     let mut bench = Bench::in_memory(6 * BLOCK + 1);
     let mut points = Vec::new();
     for round in 1..=2_u8 {
@@ -246,11 +287,11 @@ fn crash_everywhere(fate: Fate) {
     }
     let (first, last) = (points[0].0.id, points[1].0.id);
     let store = Memory::new(Objects::new(), None, fate);
-    let to = Repository::init_store(Arc::new(store.clone()), OPTIONS).unwrap();
+    let to = init_store(Arc::new(store.clone()), encrypted);
     copy(&bench.repo, &to, first).unwrap();
     let before = store.objects();
     let whole = Memory::new(before.clone(), None, fate);
-    let to = Repository::open_store(Arc::new(whole.clone())).unwrap();
+    let to = open_store(Arc::new(whole.clone())).unwrap();
     let (bytes, _) = read(copy_with(&bench.repo, &to, last, SMALL).unwrap());
     assert_eq!(bytes, 6 * BLOCK + 1);
     let operations = whole.operations();
@@ -259,7 +300,7 @@ fn crash_everywhere(fate: Fate) {
     for at in 1..=operations {
         let case = format!("{fate:?} at {at} of {operations}");
         let store = Memory::new(before.clone(), Some(at), fate);
-        let to = Repository::open_store(Arc::new(store.clone())).unwrap();
+        let to = open_store(Arc::new(store.clone())).unwrap();
         let error = copy_with(&bench.repo, &to, last, SMALL).unwrap_err();
         let kind = forerun::exit::classify(&error).0.code();
         assert_eq!(
@@ -268,8 +309,7 @@ fn crash_everywhere(fate: Fate) {
             "{case}: {error:#}"
         );
 
-        let to =
-            Repository::open_store(Arc::new(Memory::new(store.objects(), None, fate))).unwrap();
+        let to = open_store(Arc::new(Memory::new(store.objects(), None, fate))).unwrap();
         assert!(to.points().unwrap().damaged.is_empty(), "{case}");
         let done = to.point(last).is_ok();
         let segments = to.store().list("sessions/").unwrap();
@@ -296,17 +336,18 @@ fn crash_everywhere(fate: Fate) {
 
 #[test]
 fn a_crash_before_any_operation_of_a_copy_loses_nothing_and_it_goes_on() {
-    crash_everywhere(Fate::Lost);
+    crash_everywhere(Fate::Lost, false);
 }
 
 #[test]
 fn a_crash_after_any_operation_of_a_copy_loses_nothing_and_it_goes_on() {
-    crash_everywhere(Fate::Done);
+    crash_everywhere(Fate::Done, false);
+    crash_everywhere(Fate::Done, true);
 }
 
 #[test]
 fn a_full_second_repository_is_told_and_the_copy_goes_on() {
-    crash_everywhere(Fate::Full);
+    crash_everywhere(Fate::Full, false);
 }
 
 #[test]

@@ -98,6 +98,14 @@ fn shown(path: &Path, root: &Path) -> String {
     path.strip_prefix(root).unwrap().display().to_string()
 }
 
+/// Locks are no objects, the reserve means nothing, and what verify itself writes comes and goes with it (`image_verify.rs`
+/// damages that).
+fn is_judged(name: &str) -> bool {
+    !["locks/", "checks/", "quarantine/", "reserve"]
+        .iter()
+        .any(|kind| name.starts_with(kind))
+}
+
 fn replace(path: &Path, bytes: &[u8]) {
     std::fs::remove_file(path).unwrap();
     let mut file = std::fs::File::create_new(path).unwrap();
@@ -122,7 +130,7 @@ fn flipped(encrypted: bool) {
     files(&root, &mut objects);
     for path in objects {
         let name = shown(&path, &root);
-        if name.starts_with("locks/") {
+        if !is_judged(&name) {
             continue;
         }
         let sound = std::fs::read(&path).unwrap();
@@ -158,7 +166,7 @@ fn truncated(encrypted: bool) {
     files(&root, &mut objects);
     for path in objects {
         let name = shown(&path, &root);
-        if name.starts_with("locks/") {
+        if !is_judged(&name) {
             continue;
         }
         let sound = std::fs::read(&path).unwrap();
@@ -211,7 +219,7 @@ fn swapped(encrypted: bool) {
     for kind in ["points", "maps", "packs"] {
         let mut objects = Vec::new();
         files(&root.join(kind), &mut objects);
-        assert_eq!(objects.len(), 2, "{kind}");
+        assert!(objects.len() >= 2, "{kind}");
         let contents: Vec<_> = objects
             .iter()
             .map(|path| std::fs::read(path).unwrap())
@@ -258,7 +266,7 @@ fn a_pack_that_does_not_tell_itself_keeps_its_place_in_a_new_index() {
     assert_eq!(output.status.code(), Some(5));
     let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let repair = &document["repair"];
-    assert_eq!(repair["packs"], 1);
+    assert_eq!(repair["packs"], packs.len() - 1);
     assert_eq!(repair["left_out"].as_array().unwrap().len(), 1);
     assert!(repair["blocks"].as_u64().unwrap() >= 3, "{repair}");
     // Its blocks are sound, so all is restored, and verify names the footer.

@@ -1,6 +1,10 @@
 //! A repository that was copied as files gets an identity of its own: its points stay, no bitmap of the original is taken for its
 //! own, and the sessions that came along go only by decision.
-#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test fails by it"
+)]
 
 mod image_common;
 
@@ -109,13 +113,20 @@ fn what_the_configuration_has_besides_stays() {
     let mut value: Value = serde_json::from_slice(body).unwrap();
     value["later"] = json!("kept");
     let body = serde_json::to_vec(&value).unwrap();
-    let digest = image::BlockId::of(&body);
+    let digest = image_common::sha256(&body);
     let mut bytes = format!("forerun config 1 {} {digest}\n", body.len()).into_bytes();
     bytes.extend(body);
     std::fs::write(&config, bytes).unwrap();
     Repository::open(&copy).unwrap().renew_id().unwrap();
     let text = std::fs::read_to_string(&config).unwrap();
     assert!(text.contains(r#""later":"kept""#), "{text}");
+}
+
+#[test]
+fn a_key_that_is_bound_to_the_id_keeps_it() {
+    let bench = Bench::encrypted(BLOCK);
+    let error = bench.repo.renew_id().unwrap_err();
+    assert!(error.to_string().contains("copy the points"), "{error}");
 }
 
 #[test]

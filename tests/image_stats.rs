@@ -51,7 +51,7 @@ fn what_is_shared_and_what_is_not() {
     bench.write(4 * BLOCK, &noise(0));
     let first = bench.backup();
     bench.write(0, &noise(10));
-    bench.write(BLOCK, &[0; BLOCK]);
+    bench.write(BLOCK, &vec![0; BLOCK]);
     let second = bench.backup();
     let mut other = second.clone();
     other.id = PointId::random().unwrap();
@@ -128,14 +128,14 @@ fn a_session_keeps_blocks() {
 fn any_cut_into_parts_counts_the_same_and_data_is_what_the_maps_say() {
     let mut bench = Bench::in_memory(20 * BLOCK + 700);
     let mut points = Vec::new();
-    let mut state = 1_u32;
+    let mut random = 1_u32;
     for round in 0..25 {
         for _ in 0..6 {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             let count = bench.disk.len().div_ceil(BLOCK);
-            let block = (state >> 8) as usize % count * BLOCK;
+            let block = (random >> 8) as usize % count * BLOCK;
             let length = BLOCK.min(bench.disk.len() - block);
-            let content = match state >> 28 {
+            let content = match random >> 28 {
                 0..6 => vec![0; length],
                 // A few contents, so that many are shared.
                 kind => noise(kind + 16 * (round % 3))[..length].to_vec(),
@@ -193,7 +193,11 @@ fn what_is_damaged_is_told_and_not_counted() {
     bench.write(0, &noise(2));
     let last = bench.backup();
     let layer = format!("maps/{}", last.disks[0].map.layers[0].id);
-    bench.repo.store().delete(&[layer.clone()]).unwrap();
+    bench
+        .repo
+        .store()
+        .delete(std::slice::from_ref(&layer))
+        .unwrap();
     let stats = bench.repo.stats().unwrap();
     assert!(
         stats.damaged[0].to_string().contains(&layer),

@@ -99,6 +99,10 @@ impl Store for Memory {
         })
     }
 
+    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>, Error> {
+        self.list(prefix)
+    }
+
     fn delete(&self, names: &[String]) -> Result<(), Error> {
         self.with(|objects| names.iter().for_each(|name| drop(objects.remove(name))));
         Ok(())

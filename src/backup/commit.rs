@@ -1,6 +1,7 @@
 //! The end of a run: the residual is stored and proved, the maps are built, the point is published, and only then what it
 //! replaces is removed from the VM.
 
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::time::Duration;
 
@@ -11,10 +12,11 @@ use serde_json::json;
 
 use super::freeze::{GivenUp, Residual};
 use super::pass::read_of;
-use super::{Bytes, Rescan, Runner, SMALL};
+use super::spool::Spool;
+use super::{Bytes, CONDEMNED_TRIES, Rescan, Runner, SMALL, is_condemned};
 use crate::bitmap::rotate;
 use crate::clock::{self, Deadline};
-use crate::copy;
+use crate::copy::{self, Copied};
 use crate::exit::{Failure, Kind, classify};
 use crate::image::{self, DiskPoint, Manifest, PointId, RetiredBitmap, Tracking};
 use crate::qmp;
@@ -202,34 +204,19 @@ impl Runner {
             machine,
         } = residual;
         self.progress.begin("store the residual", spool.bytes());
-        let copy_disks = std::mem::take(&mut self.copy_disks);
-        let stored = copy::copy(
-            &self.repo,
-            &copy_disks,
-            "residual",
-            &self.progress.done,
-            None,
-            |give| {
-                let ended = spool.hand_on(give)?;
-                anyhow::ensure!(
-                    ended == ControlFlow::Continue(()),
-                    "the residual was not stored whole"
-                );
-                Ok(())
-            },
-        );
-        self.copy_disks = copy_disks;
-        let ((), copied) = stored?;
-        self.bytes.stored += copied.stored;
-        // The snapshot is of the instant that this epoch began with: what it held is proved for everything older.
-        let epoch = self.session.state.epoch;
         self.session.next_pass();
         let keys: Vec<String> = self.disks.iter().map(|disk| disk.key.clone()).collect();
-        for (disk, mut proofs) in self.disks.iter().zip(copied.proofs) {
-            proofs.sort_unstable_by_key(|(run, _)| run.first);
-            let read = read_of(&proofs, &disk.proved, self.repo.block_size());
-            self.bytes.residual += read.read;
-            self.session.prove(&disk.key, epoch, &proofs, read)?;
+        let mut left: BTreeSet<&str> = keys.iter().map(String::as_str).collect();
+        let mut tries = 0;
+        loop {
+            let copied = self.store_spool(&spool)?;
+            match self.prove_residual(copied, &mut left) {
+                Err(error) if is_condemned(&error) && tries < CONDEMNED_TRIES => {
+                    tracing::info!("{error:#}: the residual is stored again");
+                    tries += 1;
+                }
+                proved => break proved?,
+            }
         }
         let so_far = self.session.read_so_far();
         self.bytes.precopied = so_far.read.saturating_sub(self.bytes.residual);
@@ -259,7 +246,7 @@ impl Runner {
             rescanned: self.rescans(),
         };
         let manifest = self.manifest(&point, disks, machine, instant.scratch_bytes)?;
-        self.repo.publish(&manifest)?;
+        self.session.publish(&manifest)?;
         // The point stands; the next run removes a session that is committed.
         if let Err(error) = self.session.remove() {
             self.warnings.push(format!(
@@ -267,6 +254,47 @@ impl Runner {
             ));
         }
         Ok(point)
+    }
+
+    /// Stores what the spool holds.
+    fn store_spool(&mut self, spool: &Spool) -> Result<Copied> {
+        let session = self.session.id().context("a residual without a session")?;
+        let stored = copy::copy(
+            &self.repo,
+            &self.copy_disks,
+            (session, "residual"),
+            &self.progress.done,
+            None,
+            |give| {
+                let ended = spool.hand_on(give)?;
+                anyhow::ensure!(
+                    ended == ControlFlow::Continue(()),
+                    "the residual was not stored whole"
+                );
+                Ok(())
+            },
+        );
+        let ((), copied) = stored?;
+        self.bytes.stored += copied.stored;
+        Ok(copied)
+    }
+
+    /// Proves the residual of the disks that are left, and takes each from them.
+    fn prove_residual(&mut self, copied: Copied, left: &mut BTreeSet<&str>) -> Result<()> {
+        // The snapshot is of the instant that this epoch began with: what it held is proved for everything older.
+        let epoch = self.session.state.epoch;
+        for (disk, mut proofs) in self.disks.iter().zip(copied.proofs) {
+            if !left.contains(&*disk.key) {
+                continue;
+            }
+            proofs.sort_unstable_by_key(|(run, _)| run.first);
+            let read = read_of(&proofs, &disk.proved, self.repo.block_size());
+            let since = copied.generation;
+            self.session.prove(&disk.key, epoch, &proofs, read, since)?;
+            self.bytes.residual += read.read;
+            left.remove(&*disk.key);
+        }
+        Ok(())
     }
 
     fn point_disks(&self, keys: &[String]) -> Result<(Vec<DiskPoint>, Vec<PointDisk>)> {
@@ -294,7 +322,7 @@ impl Runner {
                     granularity: tracked.granularity,
                     identity: tracked.identity.clone(),
                 }),
-                rescanned: tracked.doubt.clone().filter(|_| tracked.base.is_some()),
+                rescanned: tracked.rescanned(),
             });
             let changed_bytes = stats.changed_blocks * self.repo.block_size().bytes();
             reported.push(PointDisk {

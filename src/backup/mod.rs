@@ -49,6 +49,17 @@ const BUSY_WAIT: Duration = Duration::from_secs(60);
 /// So much residual is not worth a live pass before the freeze.
 const SMALL: u64 = 64 << 20;
 
+/// Whether blocks were condemned between their look-up and their proof: they are to be read and stored anew.
+fn is_condemned(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref(),
+        Some(crate::image::Error::Condemned { .. })
+    )
+}
+
+/// How often in a row a prune may come in between.
+const CONDEMNED_TRIES: u32 = 20;
+
 fn is_busy(error: &anyhow::Error) -> bool {
     matches!(
         error.downcast_ref(),
@@ -136,6 +147,8 @@ struct RunDisk {
     proved: BlockSet,
     /// The proofs against the pending bitmaps, read ahead for the next time that `open` is worked out.
     proofs: Option<Proofs>,
+    /// Blocks that are damaged in the repository, read ahead as well.
+    unsound: Option<BlockSet>,
     /// Pending epochs that turned out to be of no use any more.
     idle: Vec<u64>,
 }
@@ -176,6 +189,7 @@ impl Runner {
         let lock = vm.state.lock_run(&short, &options.doing)?;
         let mut session = Session::open(&repo, &vm.key)?;
         session.remove_committed()?;
+        session.settle()?;
         Ok(Self {
             run: RunName::new(&short),
             throttle: Throttle::new(options.pace.rate),
@@ -241,6 +255,7 @@ impl Runner {
     fn rotate(&mut self, hold: &mut Hold, freeze: bool) -> Result<Rotation> {
         let process = hold.process();
         let repository = self.repo.id().short();
+        self.ground(hold)?;
         let bases = self.session.bases.clone();
         let settings = Settings {
             bases: &bases,
@@ -258,6 +273,12 @@ impl Runner {
         hold.look()?;
         self.take_in_disks(hold)?;
         Ok(rotation)
+    }
+
+    /// Makes sure of what the disks build on, before anything is written down that relies on it.
+    fn ground(&mut self, hold: &Hold) -> Result<()> {
+        let keys: Vec<String> = hold.disks().iter().map(|disk| disk.key.clone()).collect();
+        self.session.ground(&keys)
     }
 
     /// Makes the run's disks those of the newest rotation that were chosen.
@@ -281,6 +302,7 @@ impl Runner {
                     open: None,
                     proved: BlockSet::new(blocks),
                     proofs: None,
+                    unsound: None,
                     idle: Vec::new(),
                 },
                 |at| before.swap_remove(at),
@@ -337,10 +359,9 @@ impl Runner {
         let disks = self.session.state.disks.values();
         disks
             .filter_map(|disk| {
-                let reason = disk.doubt.clone().filter(|_| disk.base.is_some())?;
                 Some(Rescan {
                     disk: disk.key.clone(),
-                    reason,
+                    reason: disk.rescanned()?,
                 })
             })
             .collect()

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::{RunDisk, Runner, is_lost};
+use super::{CONDEMNED_TRIES, RunDisk, Runner, is_condemned, is_lost};
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::idle;
 use crate::bitmap::rotate::{self, Journal as _};
@@ -83,6 +83,7 @@ impl Runner {
         self.passes += 1;
         let pass = self.session.next_pass();
         let mut rotated = false;
+        let mut condemned = 0;
         loop {
             self.check_interrupt()?;
             let mut hold = self.hold()?;
@@ -110,8 +111,14 @@ impl Runner {
                     rotated = false;
                     continue;
                 }
+                Err(error) if is_condemned(&error) && condemned < CONDEMNED_TRIES => {
+                    tracing::info!("{error:#}: a part of this batch is read again");
+                    condemned += 1;
+                    continue;
+                }
                 done => self.note_unreadable(done)?,
             }
+            condemned = 0;
             self.strike_idle()?;
             if self
                 .disks
@@ -163,11 +170,12 @@ impl Runner {
         let mut disks = std::mem::take(&mut self.disks);
         let copy_disks = std::mem::take(&mut self.copy_disks);
         let label = format!("pass {pass}");
+        let session = self.session.id().context("a pass without a session")?;
         let this = &*self;
         let done = copy::copy(
             &this.repo,
             &copy_disks,
-            &label,
+            (session, &label),
             &this.progress.done,
             Some(STALLED),
             |give| {
@@ -223,10 +231,20 @@ impl Runner {
     fn keep(&mut self, disks: &mut [RunDisk], copied: Copied, epoch: u64) -> Result<()> {
         let block_size = self.repo.block_size();
         self.bytes.stored += copied.stored;
+        let mut condemned = None;
         for (disk, mut proofs) in disks.iter_mut().zip(copied.proofs) {
             proofs.sort_unstable_by_key(|(run, _)| run.first);
             let read = read_of(&proofs, &disk.proved, block_size);
-            self.session.prove(&disk.key, epoch, &proofs, read)?;
+            let since = copied.generation;
+            match self.session.prove(&disk.key, epoch, &proofs, read, since) {
+                Ok(()) => {}
+                // The blocks of this disk stay open.
+                Err(error) if is_condemned(&error) => {
+                    condemned = Some(error);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
             self.bytes.precopied += read.read;
             self.bytes.superseded += read.again;
             for (run, _) in &proofs {
@@ -236,7 +254,7 @@ impl Runner {
                 disk.proved.insert(*run);
             }
         }
-        Ok(())
+        condemned.map_or(Ok(()), Err)
     }
 
     fn export_and_read(
@@ -369,6 +387,12 @@ impl Runner {
             disk.proved = proved;
             proofs
         };
+        let unsound = if let Some(unsound) = disk.unsound.take() {
+            unsound
+        } else {
+            let lost = self.repo.lost_blocks()?;
+            self.session.unsound(tracked, &lost, block_size)?
+        };
         let mut open = BlockSet::new(blocks);
         if let Some(epoch) = tracked.whole {
             let all = BlockRun {
@@ -397,6 +421,14 @@ impl Runner {
             ) {
                 disk.idle.push(epoch);
             }
+        }
+        if !unsound.is_empty() {
+            tracing::info!(
+                disk = disk.key,
+                blocks = unsound.count(),
+                "blocks that are damaged in the repository are read again"
+            );
+            open.union(&unsound);
         }
         Ok(open)
     }

@@ -74,12 +74,12 @@ impl Spool {
             .sum()
     }
 
-    /// Hands all of it on.
+    /// Hands all of it on; it stays, and may be handed on again.
     pub(super) fn hand_on(
-        self,
+        &self,
         give: &mut dyn FnMut(Piece) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>> {
-        for (disk, extent, place) in self.entries {
+        for (disk, extent, place) in self.entries.iter().copied() {
             let data: Option<Box<dyn Deref<Target = [u8]> + Send>> = match place {
                 Place::Zeros => None,
                 Place::Memory(at) => {

@@ -72,6 +72,11 @@ pub struct Tracked {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "record", rename_all = "kebab-case")]
 pub enum Record {
+    /// Points that disks are about to build on: their maps are kept from now on.
+    Bases {
+        /// Their ids.
+        points: Vec<String>,
+    },
     /// A rotation that is about to be made.
     Rotation {
         /// Its number; every proof of a later read carries it.
@@ -125,6 +130,7 @@ impl State {
     /// Takes in the next record of the journal.
     pub fn apply(&mut self, record: &Record) {
         match record {
+            Record::Bases { .. } => {}
             Record::Rotation {
                 epoch,
                 process,
@@ -239,7 +245,25 @@ impl State {
     }
 }
 
+/// Why a disk is read in full whose base went before anything could build on it.
+const FORGOTTEN: &str = "the point that it builds on was forgotten meanwhile";
+
 impl Tracked {
+    /// The point that a disk would build on is gone: nothing of it is of use.
+    pub fn forsake(&mut self) {
+        self.base = None;
+        self.needed.clear();
+        self.new = None;
+        self.doubt = Some(FORGOTTEN.to_owned());
+    }
+
+    /// Why it is read in full, when that is worth telling: a first copy is not.
+    #[must_use]
+    pub fn rescanned(&self) -> Option<String> {
+        let told = |why: &String| self.base.is_some() || why == FORGOTTEN;
+        self.doubt.clone().filter(told)
+    }
+
     /// All bitmaps that the disk may have, oldest first.
     pub fn names(&self) -> impl Iterator<Item = &Named> {
         self.needed.iter().chain(&self.new)
@@ -301,6 +325,9 @@ pub struct Seen {
 /// Whether a tracked disk can go on from what is in the VM: the bitmaps that it needs, oldest first, the last one live.
 /// An `Err` says why not, in words for the operator.
 pub fn trust(disk: &Tracked, confirmed: bool, seen: &Seen) -> Result<Vec<Named>, String> {
+    if let (None, Some(why)) = (disk.names().next(), &disk.doubt) {
+        return Err(why.clone());
+    }
     if disk.size != seen.size {
         return Err(format!(
             "it was resized from {} to {} bytes",

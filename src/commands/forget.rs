@@ -68,9 +68,10 @@ fn by_policy(repo: &Repository, args: &ForgetArgs) -> Result<Selection> {
             )
         })?,
     };
-    let targets = match args.all_targets {
-        true => None,
-        false => Some(keys(repo, &args.targets)?),
+    let targets = if args.all_targets {
+        None
+    } else {
+        Some(keys(repo, &args.targets)?)
     };
     Ok(Selection::Policy {
         policy,

@@ -4,6 +4,7 @@ mod backup;
 mod copy;
 mod forget;
 mod key;
+mod prune;
 mod repair;
 mod repository;
 mod restore;
@@ -11,6 +12,7 @@ mod secret;
 mod several;
 mod stats;
 mod target;
+mod verify;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -53,6 +55,7 @@ pub fn main() -> ExitCode {
     report::finish(command, style, dispatch(cli.command, style))
 }
 
+#[allow(clippy::too_many_lines, reason = "one arm a command")]
 fn dispatch(command: Command, style: Style) -> Result<Outcome> {
     // A guard must outlive the signals that end its run.
     if let Command::Guard {
@@ -72,7 +75,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         return Ok(Outcome::default());
     }
     let interrupted = Arc::new(AtomicBool::new(false));
-    if command.holds_a_vm() {
+    if command.ends_in_order() {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         for signal in [SIGINT, SIGTERM, SIGHUP] {
             signal_hook::flag::register(signal, Arc::clone(&interrupted))
@@ -80,18 +83,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         }
     }
     match command {
-        Command::Init {
-            repo,
-            block_size,
-            compression,
-            encrypt,
-            secret,
-            label,
-        } => {
-            let secret = secret::for_new_repository(encrypt, &secret)?;
-            let encryption = secret.as_ref().map(|secret| (secret, &*label));
-            repository::init(&repo, block_size, compression, encryption)
-        }
+        Command::Init(args) => repository::init(&args),
         Command::Key { command } => key::run(command),
         Command::Inspect(args) if args.target.is_none() => {
             let all = TargetArgs { all: true, ..args };
@@ -146,7 +138,19 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             repo,
             points,
             max_duration,
-        } => repository::verify(&repo, &points, max_duration),
+            share,
+            older_than,
+            rate,
+        } => {
+            let limits = verify::Limits {
+                max_duration,
+                share,
+                older_than,
+                rate,
+            };
+            verify::verify(&repo, &points, &limits)
+        }
+        Command::Check { repo, points } => verify::check(&repo, &points),
         Command::Restore {
             repo,
             point,
@@ -164,6 +168,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             restore::restore(&repo, &request, style)
         }
+        Command::Prune(args) => prune::prune(&args, style, &interrupted),
         Command::Copy {
             repo,
             points,

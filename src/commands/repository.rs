@@ -1,37 +1,28 @@
-//! `init`, `list`, `show`, `diff` and `verify`.
-
-use std::path::Path;
-use std::time::Duration;
+//! `init`, `list`, `show` and `diff`.
 
 use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::secret;
-use crate::cli::RepoArgs;
+use crate::cli::{InitArgs, RepoArgs};
 use crate::exit::{Failure, Kind};
-use crate::image::{
-    self, Compression, InitOptions, Manifest, Pins, PointId, Repository, Secret, VerifyOptions,
-};
+use crate::image::{self, InitOptions, Manifest, Pins, PointId, Repository};
 use crate::report::Outcome;
 use crate::units::{BlockSize, Bytes};
 
 /// `init`.
-pub(super) fn init(
-    path: &Path,
-    block_size: u64,
-    compression: Compression,
-    encryption: Option<(&Secret, &str)>,
-) -> Result<Outcome> {
-    let block_size = u32::try_from(block_size)
-        .map_err(|_| format!("block size {block_size} is too large"))
+pub(super) fn init(args: &InitArgs) -> Result<Outcome> {
+    let path = &args.repo;
+    let block_size = u32::try_from(args.block_size)
+        .map_err(|_| format!("block size {} is too large", args.block_size))
         .and_then(BlockSize::try_from)
         .map_err(|message| Failure::plain(Kind::Usage, message))?;
     let options = InitOptions {
         block_size,
-        compression,
+        compression: args.compression,
     };
-    let repo = match encryption {
-        Some((secret, label)) => Repository::init_encrypted(path, options, secret, label)?,
+    let repo = match secret::for_new_repository(args.encrypt, &args.secret)? {
+        Some(secret) => Repository::init_encrypted(path, options, &secret, &args.label)?,
         None => Repository::init(path, options)?,
     };
     let mut outcome = Outcome::default();
@@ -50,7 +41,7 @@ pub(super) fn init(
         "repository".to_owned(),
         json!({
             "id": repo.id(), "path": path, "block_size": block_size.bytes(),
-            "compression": compression, "encrypted": repo.is_encrypted(),
+            "compression": args.compression, "encrypted": repo.is_encrypted(),
         }),
     );
     Ok(outcome)
@@ -183,6 +174,7 @@ pub(super) fn show(args: &RepoArgs, point: &str) -> Result<Outcome> {
 pub(super) fn diff(args: &RepoArgs, a: &str, b: &str) -> Result<Outcome> {
     let repo = secret::open(args)?;
     let (a, b) = (repo.resolve(a)?, repo.resolve(b)?);
+    let _lease = repo.lease(&[&a, &b], "forerun diff")?;
     let mut outcome = Outcome::default();
     let mut disks = Vec::new();
     for disk in &b.disks {
@@ -218,63 +210,5 @@ pub(super) fn diff(args: &RepoArgs, a: &str, b: &str) -> Result<Outcome> {
     outcome.more.insert("a".to_owned(), json!(a.id));
     outcome.more.insert("b".to_owned(), json!(b.id));
     outcome.more.insert("disks".to_owned(), Value::from(disks));
-    Ok(outcome)
-}
-
-/// `verify`.
-pub(super) fn verify(
-    args: &RepoArgs,
-    points: &[String],
-    max_duration: Option<Duration>,
-) -> Result<Outcome> {
-    let repo = secret::open(args)?;
-    let chosen: Vec<PointId> = points
-        .iter()
-        .map(|point| Ok(repo.resolve(point)?.id))
-        .collect::<Result<_>>()?;
-    let report = repo.verify(&VerifyOptions {
-        points: (!chosen.is_empty()).then_some(chosen),
-        threads: std::thread::available_parallelism().map_or(1, usize::from),
-        max_duration,
-    })?;
-    let mut outcome = Outcome::default();
-    let extent = if report.complete {
-        "everything"
-    } else {
-        "a part, for lack of time"
-    };
-    outcome.line(format!(
-        "checked {extent}: {} points, {} blocks, {}",
-        report.points,
-        report.checked_blocks,
-        Bytes(report.checked_bytes)
-    ));
-    let mut damage = Vec::new();
-    for found in &report.damage {
-        outcome.line(format!("DAMAGED {}: {}", found.object, found.what));
-        for (point, disk) in &found.hurts {
-            let disk = disk
-                .as_deref()
-                .map(|disk| format!(", disk {disk}"))
-                .unwrap_or_default();
-            outcome.line(format!("  hurts point {point}{disk}"));
-        }
-        let hurts: Vec<Value> = found
-            .hurts
-            .iter()
-            .map(|(point, disk)| json!({ "point": point, "disk": disk }))
-            .collect();
-        damage.push(json!({ "object": found.object, "what": found.what, "hurts": hurts }));
-    }
-    outcome.more.insert(
-        "verify".to_owned(),
-        json!({
-            "points": report.points, "blocks": report.checked_blocks, "bytes": report.checked_bytes,
-            "complete": report.complete, "damage": damage,
-        }),
-    );
-    if !report.damage.is_empty() {
-        outcome.kind = Some(Kind::Corrupt);
-    }
     Ok(outcome)
 }

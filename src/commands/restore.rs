@@ -60,6 +60,8 @@ pub(super) fn restore(args: &RepoArgs, request: &Request, style: Style) -> Resul
         });
     }
     restore::check(&tasks, request.force)?;
+    // From here on a forget and a prune take nothing of it away.
+    let _lease = repo.lease(&[&point], "forerun restore")?;
     if let Some(directory) = &request.output {
         restore::make_directory(directory)?;
     }

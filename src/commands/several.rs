@@ -85,19 +85,15 @@ fn matches(pattern: &str, name: &str) -> bool {
         return name.is_empty();
     };
     let rest = &pattern[first.len_utf8()..];
-    match first {
-        '*' => {
-            let ends = name.char_indices().map(|(at, _)| at).chain([name.len()]);
-            ends.into_iter().any(|at| matches(rest, &name[at..]))
-        }
-        _ => {
-            let mut letters = name.chars();
-            letters
-                .next()
-                .is_some_and(|letter| first == '?' || first == letter)
-                && matches(rest, letters.as_str())
-        }
+    if first == '*' {
+        let ends = name.char_indices().map(|(at, _)| at).chain([name.len()]);
+        return ends.into_iter().any(|at| matches(rest, &name[at..]));
     }
+    let mut letters = name.chars();
+    letters
+        .next()
+        .is_some_and(|letter| first == '?' || first == letter)
+        && matches(rest, letters.as_str())
 }
 
 #[cfg(test)]

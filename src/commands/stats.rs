@@ -9,7 +9,7 @@ use super::repository::name_of;
 use super::secret;
 use crate::cli::RepoArgs;
 use crate::exit::Kind;
-use crate::image::{Amount, PointStats, Sizes, Stats};
+use crate::image::{Amount, Manifest, PointId, PointStats, Repository, Sizes, Stats};
 use crate::report::Outcome;
 use crate::units::Bytes;
 
@@ -29,16 +29,7 @@ pub(super) fn stats(args: &RepoArgs, of: Option<&str>) -> Result<Outcome> {
         .map(|point| (point.target.key.as_str(), name_of(point)))
         .collect();
     // A wrong name is told before the work.
-    let chosen = match of {
-        None => None,
-        Some(name) => match manifests.iter().find(|point| point.target.is_called(name)) {
-            Some(point) => Some((point.target.key.clone(), None)),
-            None => {
-                let point = repo.resolve(name)?;
-                Some((point.target.key, Some(point.id)))
-            }
-        },
-    };
+    let chosen = of.map(|name| choose(&repo, &manifests, name)).transpose()?;
     let stats = repo.stats()?;
     let shown = match chosen {
         None => Shown::All,
@@ -94,6 +85,16 @@ pub(super) fn stats(args: &RepoArgs, of: Option<&str>) -> Result<Outcome> {
         outcome.kind = Some(Kind::Corrupt);
     }
     Ok(outcome)
+}
+
+/// The key of the target of this name, or that and the id of the point.
+fn choose(repo: &Repository, points: &[Manifest], name: &str) -> Result<(String, Option<PointId>)> {
+    let of_target = points.iter().find(|point| point.target.is_called(name));
+    if let Some(point) = of_target {
+        return Ok((point.target.key.clone(), None));
+    }
+    let point = repo.resolve(name)?;
+    Ok((point.target.key, Some(point.id)))
 }
 
 /// How often `a` has `b`, in hundredths; null when there is nothing.

@@ -175,6 +175,33 @@ pub(super) fn decode_entry(
     plain: &mut [u8],
 ) -> std::result::Result<(), Damage> {
     let entry = parse_entry(bytes).ok_or(Damage("its entry is damaged"))?;
+    open_entry(hasher, &entry, id, plain)
+}
+
+/// As [`decode_entry`] of bytes that are the whole entry, which must be as its pack's footer or the index has it.
+pub(super) fn decode_exactly(
+    hasher: &Hasher,
+    bytes: &[u8],
+    id: BlockId,
+    location: &Location,
+    plain: &mut [u8],
+) -> std::result::Result<(), Damage> {
+    let entry = parse_entry(bytes).ok_or(Damage("its entry is damaged"))?;
+    let as_listed = entry.codec == location.codec
+        && u32::try_from(entry.stored.len()) == Ok(location.stored)
+        && entry.plain == location.plain;
+    if !as_listed {
+        return Err(Damage("its entry is not as its pack lists it"));
+    }
+    open_entry(hasher, &entry, id, plain)
+}
+
+fn open_entry(
+    hasher: &Hasher,
+    entry: &Entry<'_>,
+    id: BlockId,
+    plain: &mut [u8],
+) -> std::result::Result<(), Damage> {
     if entry.id != id {
         return Err(Damage("its entry holds another block"));
     }

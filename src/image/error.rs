@@ -28,6 +28,12 @@ pub enum Error {
         /// Who holds it, in the holder's own words.
         holder: String,
     },
+    /// Blocks that were found in the repository were condemned before they were referred to: they are to be stored anew.
+    #[error("blocks that {object} refers to are being deleted: they must be stored anew")]
+    Condemned {
+        /// The segment that is gone again.
+        object: String,
+    },
     /// The file system is full or the quota is used up.
     #[error("no space left for {object}")]
     NoSpace {
@@ -44,6 +50,9 @@ pub enum Error {
         /// How it is damaged.
         what: String,
     },
+    /// Somebody asked for the end.
+    #[error("interrupted")]
+    Interrupted,
     /// The repository is encrypted and no key was given.
     #[error("the repository is encrypted, and no key was given")]
     NoKey,

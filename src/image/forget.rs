@@ -5,6 +5,7 @@
 //! target's last one. What is not good is never taken by a policy: it may be all that is left to repair from.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use jiff::tz::TimeZone;
 
@@ -16,6 +17,12 @@ use super::points::{self, Points};
 use super::repo::Repository;
 use super::retention::{Policy, Reason, keep};
 use super::store::StoreLock;
+use crate::clock::{self, Deadline};
+
+/// How long the mark of a prune is waited for.
+const POINTS_WAIT: Duration = Duration::from_secs(600);
+/// How often the lock is tried meanwhile.
+const POINTS_PAUSE: Duration = Duration::from_millis(5);
 
 /// What a forget would do, or did.
 #[derive(Debug, Default)]
@@ -76,6 +83,17 @@ impl Repository {
         self.store().lock("forget", who)
     }
 
+    /// Keeps points from going while a prune looks for what is needed, and the other way round; waits for it.
+    pub(super) fn lock_points(&self, who: &str) -> Result<StoreLock> {
+        let deadline = Deadline::after(POINTS_WAIT);
+        loop {
+            match self.store().lock("points", who) {
+                Err(Error::Busy { .. }) if !deadline.passed() => clock::sleep(POINTS_PAUSE),
+                other => return other,
+            }
+        }
+    }
+
     /// Says what a forget would do.
     pub fn plan_forget(&self, selection: &Selection) -> Result<ForgetPlan> {
         let found = self.find_forgettable()?;
@@ -113,6 +131,7 @@ impl Repository {
             .flat_map(|target| &target.forgotten)
             .collect();
         going.sort_by_key(|point| (point.instant, point.id));
+        let _held = self.lock_points("forgetting points")?;
         let readable = going.iter().map(|point| &point.id);
         for point in plan.damaged.iter().chain(readable) {
             self.store().delete(&[points::name(*point)])?;
@@ -205,14 +224,6 @@ impl Repository {
             plan.targets.push(target);
         }
         Ok(plan)
-    }
-
-    fn has_point(&self, id: PointId) -> Result<bool> {
-        match self.store().size(&points::name(id)) {
-            Ok(_) => Ok(true),
-            Err(error) if error.is_not_found() => Ok(false),
-            Err(error) => Err(error),
-        }
     }
 }
 

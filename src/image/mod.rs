@@ -20,11 +20,16 @@ mod condemned;
 mod envelope;
 mod error;
 mod forget;
+mod gc;
 mod hasher;
+mod heal;
 mod ids;
 #[allow(dead_code, reason = "prune and verify use it")]
 mod index;
 mod keys;
+mod lease;
+mod locate;
+mod look;
 mod manifest;
 mod map;
 #[cfg(test)]
@@ -59,9 +64,11 @@ pub use closed::Closed;
 pub use codec::{Compression, ZstdLevel};
 pub use error::{Error, Result};
 pub use forget::{ForgetPlan, Selection, TargetPlan};
+pub use gc::{Packs, PruneOptions, PruneReport};
 pub use ids::{BlockId, Digest, KeyId, ObjectId, PointId, RepoId, SessionId};
 pub use index::Rebuilt;
 pub use keys::{KeyInfo, KeyRing, Keys};
+pub use lease::Lease;
 pub use manifest::{DiskPoint, Manifest, Origin, Quiesce, RetiredBitmap, Target, Tracking};
 pub use map::{
     BlockIds, Changes, Diff, Entry, LAYERS, LayerRef, MapReader, MapRef, MapRuns, MapStats, Run,
@@ -74,6 +81,8 @@ pub use read::BlockSink;
 pub use repo::{Encoded, InitOptions, Repository};
 pub use retention::{Policy, Reason};
 pub use secret::Secret;
-pub use session::{Content, Item, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions};
+pub use session::{
+    Content, Item, SegmentContent, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions,
+};
 pub use stats::{Amount, Objects, PointStats, Sizes, Stats};
-pub use verify::{Damage, VerifyOptions, VerifyReport};
+pub use verify::{CheckReport, Damage, Pace, PackReport, VerifyOptions, VerifyReport};

@@ -180,6 +180,13 @@ impl PackWriter {
         Ok(self.stats)
     }
 
+    /// Gives up: packs that no index run names go.
+    pub(super) fn abandon(self) -> Result<()> {
+        let packs: HashSet<ObjectId> = self.entries.iter().map(|(_, at)| at.pack).collect();
+        let names: Vec<String> = packs.into_iter().map(name).collect();
+        self.repo.store().delete(&names)
+    }
+
     /// What it did so far.
     pub fn stats(&self) -> PackStats {
         self.stats
@@ -253,7 +260,7 @@ pub(super) fn parse_stored_field([codec, a, b, c]: [u8; 4]) -> Option<(Codec, u3
 #[derive(Debug)]
 pub(super) struct PackIndex {
     pub(super) id: ObjectId,
-    #[cfg_attr(not(test), expect(dead_code, reason = "prune tells packs apart by it"))]
+    /// Whose it is: a session's id, its disk and its pass.
     pub(super) label: String,
     pub(super) entries: Vec<(BlockId, Location)>,
 }

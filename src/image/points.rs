@@ -57,6 +57,18 @@ impl Repository {
         }
     }
 
+    /// Whether a point exists, past any cache.
+    pub fn has_point(&self, id: PointId) -> Result<bool> {
+        let points = self.store().list_fresh("points/")?;
+        Ok(points.binary_search(&name(id)).is_ok())
+    }
+
+    /// Takes back a point that must not have been published.
+    pub fn withdraw(&self, id: PointId) -> Result<()> {
+        let _held = self.lock_points("taking back a point")?;
+        self.store().delete(&[name(id)])
+    }
+
     /// What tells a point from another one of its id in another repository.
     pub fn origin(&self, point: &Manifest) -> Result<Origin> {
         match point.origin {

@@ -9,6 +9,7 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
@@ -16,9 +17,11 @@ use super::block::{Location, decode_entry};
 use super::bytes::{narrow, wide};
 use super::error::{Error, Result};
 use super::ids::BlockId;
+use super::locate::Locator;
 use super::manifest::DiskPoint;
 use super::map::{MapReader, MapRuns, Run, RunContent};
 use super::pack::{self, entry_length};
+use super::quarantine::Bad;
 use super::repo::Repository;
 use crate::units::BlockSize;
 
@@ -96,8 +99,19 @@ impl Repository {
             ids,
             block_size: self.block_size(),
         };
-        batch.fetch(self, &mut Vec::new())?;
+        let found = Mutex::new(Vec::new());
+        let fetched = Fetcher::new(self, &found).fetch(&mut batch);
+        self.note_bad(found);
+        fetched?;
         Ok(batch.plain)
+    }
+
+    /// Puts what a reader found bad into quarantine, where that can be written.
+    fn note_bad(&self, found: Mutex<Vec<Bad>>) {
+        let found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = self.quarantine(&found) {
+            tracing::warn!(%error, "{} bad blocks are not in quarantine", found.len());
+        }
     }
 
     /// Reads a whole disk of a point with `threads` workers.
@@ -126,10 +140,11 @@ impl Repository {
         let threads = threads.max(1);
         let (jobs, work) = bounded::<Batch>(threads * IN_FLIGHT);
         let (done, results) = bounded::<Result<Batch>>(threads * IN_FLIGHT);
-        std::thread::scope(|scope| {
+        let found = Mutex::new(Vec::new());
+        let read = std::thread::scope(|scope| {
             for _ in 0..threads {
-                let (work, done) = (work.clone(), done.clone());
-                scope.spawn(move || fetch_all(self, &work, &done));
+                let (work, done, found) = (work.clone(), done.clone(), &found);
+                scope.spawn(move || Fetcher::new(self, found).fetch_all(&work, &done));
             }
             drop((work, done));
             let disk = &*disk.key;
@@ -138,7 +153,9 @@ impl Repository {
             // This is what ends the workers.
             drop((jobs, results));
             pumped
-        })
+        });
+        self.note_bad(found);
+        read
     }
 }
 
@@ -280,17 +297,13 @@ impl Plan {
     }
 }
 
-fn fetch_all(repo: &Repository, work: &Receiver<Batch>, done: &Sender<Result<Batch>>) {
-    let mut buffer = Vec::new();
-    for mut batch in work {
-        // A panic must come to the caller as an error: it would wait for this batch for ever.
-        let fetch = AssertUnwindSafe(|| batch.fetch(repo, &mut buffer));
-        let fetched = catch_unwind(fetch)
-            .unwrap_or_else(|_| Err(Error::Invalid("a restore worker panicked".into())));
-        if done.send(fetched.map(|()| batch)).is_err() {
-            return;
-        }
-    }
+/// A worker.
+struct Fetcher<'a> {
+    repo: &'a Repository,
+    locator: Locator<'a>,
+    buffer: Vec<u8>,
+    /// Blocks that are bad where they are stored.
+    found: &'a Mutex<Vec<Bad>>,
 }
 
 /// A block to be read and where its plain bytes go.
@@ -309,12 +322,33 @@ impl Wanted<'_> {
     }
 }
 
-impl Batch {
-    fn fetch(&mut self, repo: &Repository, buffer: &mut Vec<u8>) -> Result<()> {
-        let mut wanted = Vec::with_capacity(self.ids.len());
-        let places = self.plain.chunks_mut(self.block_size.as_usize());
-        for (id, plain) in self.ids.iter().zip(places) {
-            let location = repo.index().locate_stored(*id)?;
+impl<'a> Fetcher<'a> {
+    fn new(repo: &'a Repository, found: &'a Mutex<Vec<Bad>>) -> Self {
+        Self {
+            repo,
+            locator: Locator::new(repo),
+            buffer: Vec::new(),
+            found,
+        }
+    }
+
+    fn fetch_all(mut self, work: &Receiver<Batch>, done: &Sender<Result<Batch>>) {
+        for mut batch in work {
+            // A panic must come to the caller as an error: it would wait for this batch for ever.
+            let fetch = AssertUnwindSafe(|| self.fetch(&mut batch));
+            let fetched = catch_unwind(fetch)
+                .unwrap_or_else(|_| Err(Error::Invalid("a restore worker panicked".into())));
+            if done.send(fetched.map(|()| batch)).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn fetch(&mut self, batch: &mut Batch) -> Result<()> {
+        let mut wanted = Vec::with_capacity(batch.ids.len());
+        let places = batch.plain.chunks_mut(batch.block_size.as_usize());
+        for (id, plain) in batch.ids.iter().zip(places) {
+            let location = self.locator.locate(*id)?;
             let block = Wanted {
                 id: *id,
                 location,
@@ -338,7 +372,53 @@ impl Batch {
                     break;
                 }
             }
-            read_group(repo, group, buffer)?;
+            self.read_group(group)?;
+        }
+        Ok(())
+    }
+
+    fn read_group(&mut self, group: Vec<Wanted<'_>>) -> Result<()> {
+        let Some(first) = group.first() else {
+            return Ok(());
+        };
+        let object = pack::name(first.location.pack);
+        let start = u64::from(first.location.offset);
+        let end = group
+            .iter()
+            .map(|block| block.location.end())
+            .max()
+            .unwrap_or(start);
+        let length = narrow(end.saturating_sub(start));
+        if self.buffer.len() < length {
+            self.buffer.resize(length, 0);
+        }
+        let bytes = &mut self.buffer[..length];
+        // Each block may be somewhere else, too. Who finds a pack gone cannot tell whether it is lost.
+        let (bytes, is_there): (&[u8], _) = match self.repo.store().get_range(&object, start, bytes)
+        {
+            Ok(()) => (bytes, true),
+            Err(Error::NotFound { .. }) => (&[], false),
+            Err(Error::Corrupt { .. }) => (&[], true),
+            Err(error) => return Err(error),
+        };
+        for block in group {
+            let skip = narrow(u64::from(block.location.offset).saturating_sub(start));
+            let entry = bytes.get(skip..).unwrap_or_default();
+            if let Err(damage) = decode_entry(self.repo.hasher(), entry, block.id, block.plain) {
+                if is_there {
+                    let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+                    found.push(Bad {
+                        id: block.id,
+                        pack: block.location.pack,
+                        what: damage.0.to_owned(),
+                    });
+                }
+                let sound = self.repo.read_block(block.id)?;
+                if sound.len() != block.plain.len() {
+                    return Err(block.wrong_length(sound.len()));
+                }
+                block.plain.copy_from_slice(&sound);
+            }
         }
         Ok(())
     }
@@ -354,42 +434,6 @@ fn goes_with(group: &[Wanted<'_>], next: &Wanted<'_>) -> bool {
     next.location.pack == first.location.pack
         && at <= last.location.end().saturating_add(GAP)
         && next.location.end().saturating_sub(start) <= READ
-}
-
-fn read_group(repo: &Repository, group: Vec<Wanted<'_>>, buffer: &mut Vec<u8>) -> Result<()> {
-    let Some(first) = group.first() else {
-        return Ok(());
-    };
-    let object = pack::name(first.location.pack);
-    let start = u64::from(first.location.offset);
-    let end = group
-        .iter()
-        .map(|block| block.location.end())
-        .max()
-        .unwrap_or(start);
-    let length = narrow(end.saturating_sub(start));
-    if buffer.len() < length {
-        buffer.resize(length, 0);
-    }
-    let bytes = &mut buffer[..length];
-    let bytes = match repo.store().get_range(&object, start, bytes) {
-        Ok(()) => bytes,
-        // Each block may be somewhere else, too.
-        Err(Error::NotFound { .. } | Error::Corrupt { .. }) => &mut [],
-        Err(error) => return Err(error),
-    };
-    for block in group {
-        let skip = narrow(u64::from(block.location.offset).saturating_sub(start));
-        let entry = bytes.get(skip..).unwrap_or_default();
-        if decode_entry(repo.hasher(), entry, block.id, block.plain).is_err() {
-            let sound = repo.read_block(block.id)?;
-            if sound.len() != block.plain.len() {
-                return Err(block.wrong_length(sound.len()));
-            }
-            block.plain.copy_from_slice(&sound);
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -447,7 +491,9 @@ mod tests {
             let error = repo.read_block(id).unwrap_err();
             assert!(error.is_corrupt(), "{error}");
             // The second flip of the same bit heals.
-            copies.iter().for_each(|copy| damage(&store, copy.pack));
+            for copy in &copies {
+                damage(&store, copy.pack);
+            }
             assert_eq!(repo.read_block(id).unwrap(), plain);
         }
     }

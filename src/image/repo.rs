@@ -107,8 +107,11 @@ impl Repository {
     /// Makes a repository in an empty store.
     pub fn init_store(store: Arc<dyn Store>, options: InitOptions) -> Result<Self> {
         let config = Config::new(options, &[])?;
-        store.put(CONFIG, &envelope::seal("config", &config)?)?;
-        Ok(Self::with(store, config, Hasher::plain()))
+        let sealed = envelope::seal("config", &config)?;
+        let repo = Self::with(store, config, Hasher::plain());
+        repo.keep_reserve()?;
+        repo.store().put(CONFIG, &sealed)?;
+        Ok(repo)
     }
 
     /// Makes an encrypted repository in a directory that is missing or empty; the secret opens it, its key has the label.
@@ -131,8 +134,11 @@ impl Repository {
     ) -> Result<Self> {
         let config = Config::new(options, &[ENCRYPTED])?;
         let ring = KeyRing::create(&store, config.id, secret, label)?;
-        store.put(CONFIG, &envelope::seal("config", &config)?)?;
-        closed::encrypted(store, config, &ring)
+        let sealed = envelope::seal("config", &config)?;
+        let repo = closed::encrypted(store, config, &ring)?;
+        repo.keep_reserve()?;
+        repo.store().put(CONFIG, &sealed)?;
+        Ok(repo)
     }
 
     /// Opens a repository in a directory that needs no key; [`Closed`] opens the others.

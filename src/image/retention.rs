@@ -69,6 +69,9 @@ impl Serialize for Reason {
     }
 }
 
+/// The period that a time is in, as people write it.
+type PeriodOf = fn(&ZonedDateTime) -> String;
+
 /// The reasons to keep each of a target's points, which come oldest first; none: it may go. Of equal instants the later in the
 /// list counts as newer. Days and the other periods are those of `zone`.
 #[must_use]
@@ -86,7 +89,7 @@ pub(super) fn keep(policy: &Policy, instants: &[Timestamp], zone: &TimeZone) -> 
             }
         }
     }
-    let rules: [(&str, u32, fn(&ZonedDateTime) -> String); 5] = [
+    let rules: [(&str, u32, PeriodOf); 5] = [
         ("hourly", policy.hourly, hour),
         ("daily", policy.daily, |at| at.date().to_string()),
         ("weekly", policy.weekly, week),

@@ -20,7 +20,8 @@ use serde_json::Value;
 use super::envelope;
 use super::error::{Error, Result};
 use super::ids::{BlockId, SessionId, hex, random};
-use super::map::{BlockIds, Layer, LayerWriter, Run, RunContent, RunSource, SEGMENT};
+use super::manifest::Manifest;
+use super::map::{BlockIds, Layer, LayerWriter, MapRef, Run, RunContent, RunSource, SEGMENT};
 use super::repo::Repository;
 use crate::units::BlockRun;
 
@@ -87,6 +88,22 @@ struct Header {
     header: Value,
 }
 
+/// A record of the log, with the maps that it makes roots.
+#[derive(Serialize, Deserialize)]
+struct LogRecord {
+    record: Value,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    maps: Vec<MapRef>,
+}
+
+/// What an object of a session refers to, for whoever looks for roots.
+pub(super) enum Root {
+    /// The maps that it builds on.
+    Maps(Vec<MapRef>),
+    /// The blocks of this segment.
+    Segment(String),
+}
+
 /// A session.
 pub struct Session {
     repo: Repository,
@@ -94,6 +111,8 @@ pub struct Session {
     header: Header,
     /// The number of the next item, once the log was listed.
     next: Mutex<Option<u64>>,
+    /// The maps that are known to be roots by its records.
+    rooted: Mutex<Vec<MapRef>>,
 }
 
 /// The sessions of a repository.
@@ -144,6 +163,7 @@ impl Session {
             id,
             header,
             next: Mutex::new(Some(1)),
+            rooted: Mutex::default(),
         })
     }
 
@@ -206,6 +226,7 @@ impl Session {
             id,
             header,
             next: Mutex::default(),
+            rooted: Mutex::default(),
         })
     }
 
@@ -230,8 +251,26 @@ impl Session {
 
     /// Adds a record to the log, durably, and gives its number. [`Error::Busy`] when another process wrote to the log since.
     pub fn append(&self, record: &Value) -> Result<u64> {
-        let bytes = envelope::seal("record", record)?;
-        self.add("record", |object| self.repo.store().put(object, &bytes))
+        self.append_with_roots(record, &[])
+    }
+
+    /// As [`Session::append`]; from then on the maps stay whole as long as the session lives, whatever becomes of their points.
+    /// But only if they were whole until then: the caller looks *afterwards* whether the points still exist.
+    pub fn append_with_roots(&self, record: &Value, maps: &[MapRef]) -> Result<u64> {
+        let mut rooted = self.rooted.lock().unwrap_or_else(PoisonError::into_inner);
+        let maps: Vec<MapRef> = maps
+            .iter()
+            .filter(|map| !rooted.contains(map))
+            .cloned()
+            .collect();
+        let record = LogRecord {
+            record: record.clone(),
+            maps,
+        };
+        let bytes = envelope::seal("record", &record)?;
+        let seq = self.add("record", |object| self.repo.store().put(object, &bytes))?;
+        rooted.extend(record.maps);
+        Ok(seq)
     }
 
     /// Adds the blocks of a disk and what they hold, durably, and gives its number. The order of the blocks does not matter;
@@ -279,6 +318,65 @@ impl Session {
         })
     }
 
+    /// As [`Session::append_runs`], and then looks whether all of it may be relied on, when its blocks were encoded since the
+    /// generation was `since`. [`Error::Condemned`] when not: then nothing was appended, and the blocks are to be read again.
+    pub fn prove(
+        &self,
+        header: &SegmentHeader,
+        runs: &[(BlockRun, Content)],
+        since: u64,
+    ) -> Result<SegmentRef> {
+        let segment = self.append_runs(header, runs)?;
+        self.look(&segment.object, segment.seq, Some(since))?;
+        Ok(segment)
+    }
+
+    /// Looks again at the end of the log when that is a segment: whoever wrote it may have died before it did. One that cannot be
+    /// relied on is deleted, and its number given.
+    pub fn settle(&self) -> Result<Option<u64>> {
+        let Some(last) = self.entries()?.pop().filter(|last| last.is_segment) else {
+            return Ok(None);
+        };
+        match self.look(&last.object, last.seq, None) {
+            Ok(()) => Ok(None),
+            Err(Error::Condemned { .. }) => Ok(Some(last.seq)),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn look(&self, object: &str, seq: u64, since: Option<u64>) -> Result<()> {
+        let runs = || -> Result<Box<dyn RunSource>> {
+            let layer = Layer::open(self.repo.store_arc(), object, SEGMENT, None)
+                .map_err(Error::missing_is_corrupt)?;
+            Ok(Arc::new(layer).stream())
+        };
+        if self.repo.look(since, &runs)? {
+            return Ok(());
+        }
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        self.repo.store().delete(&[object.to_owned()])?;
+        *next = Some(seq);
+        Err(Error::Condemned {
+            object: object.to_owned(),
+        })
+    }
+
+    /// Publishes the point that the session was for: from then on it exists. Not when another host has dropped the session
+    /// meanwhile: then nothing keeps its blocks.
+    pub fn publish(&self, manifest: &Manifest) -> Result<()> {
+        self.repo.publish(manifest)?;
+        if standing(&self.repo, self.id)?.is_some() {
+            return Ok(());
+        }
+        self.repo.withdraw(manifest.id)?;
+        Err(Error::NotFound {
+            object: format!(
+                "session {} (it was dropped while its point was made)",
+                self.id
+            ),
+        })
+    }
+
     fn add(&self, kind: &str, put: impl FnOnce(&str) -> Result<()>) -> Result<u64> {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let seq = match *next {
@@ -300,24 +398,7 @@ impl Session {
     /// The numbered objects after the header, in order; a gap is damage.
     fn entries(&self) -> Result<Vec<LogEntry>> {
         let prefix = self.prefix();
-        let names = self.repo.store().list(&prefix)?;
-        let mut entries: Vec<LogEntry> = names
-            .iter()
-            .filter_map(|name| LogEntry::parse(&prefix, name))
-            .filter(|entry| entry.seq > 0)
-            .collect();
-        entries.sort_by_key(|entry| entry.seq);
-        for (expected, entry) in (1..).zip(&entries) {
-            if entry.seq != expected {
-                let what = if entry.seq < expected {
-                    format!("there are two objects of number {}", entry.seq)
-                } else {
-                    format!("object {expected} of its log is missing")
-                };
-                return Err(Error::corrupt(prefix.trim_end_matches('/'), what));
-            }
-        }
-        Ok(entries)
+        entries_of(&prefix, &self.repo.store().list_fresh(&prefix)?)
     }
 
     /// The log in order.
@@ -336,7 +417,10 @@ impl Session {
     fn item(&self, entry: LogEntry) -> Result<Item> {
         if !entry.is_segment {
             let bytes = self.repo.store().get(&entry.object)?;
-            return envelope::open("record", &entry.object, &bytes).map(Item::Record);
+            let record: LogRecord = envelope::open("record", &entry.object, &bytes)?;
+            let mut rooted = self.rooted.lock().unwrap_or_else(PoisonError::into_inner);
+            rooted.extend(record.maps);
+            return Ok(Item::Record(record.record));
         }
         let layer = Layer::open(self.repo.store_arc(), &entry.object, SEGMENT, None)?;
         let header = serde_json::from_slice(&layer.meta).map_err(|error| {
@@ -353,9 +437,14 @@ impl Session {
 
     /// Which blocks a segment has, in order, with little memory.
     pub fn segment_runs(&self, segment: &SegmentRef) -> Result<SegmentRuns> {
+        self.segment_content(segment).map(SegmentRuns)
+    }
+
+    /// The blocks of a segment and what they hold, in order, with little memory.
+    pub fn segment_content(&self, segment: &SegmentRef) -> Result<SegmentContent> {
         let layer = Layer::open(self.repo.store_arc(), &segment.object, SEGMENT, None)
             .map_err(Error::missing_is_corrupt)?;
-        Ok(SegmentRuns {
+        Ok(SegmentContent {
             source: Arc::new(layer).stream(),
             failed: false,
         })
@@ -382,15 +471,15 @@ impl std::fmt::Debug for Session {
     }
 }
 
-enum State {
+pub(super) enum State {
     Whole,
     Removed,
 }
 
 /// The sessions there are, by their objects' names alone.
-fn states(repo: &Repository) -> Result<Vec<(SessionId, State)>> {
+pub(super) fn states(repo: &Repository) -> Result<Vec<(SessionId, State)>> {
     let mut states: Vec<(SessionId, State)> = Vec::new();
-    for name in repo.store().list("sessions/")? {
+    for name in repo.store().list_fresh("sessions/")? {
         let parts: Vec<&str> = name.split('/').collect();
         let [_, id, object] = parts[..] else {
             continue;
@@ -411,11 +500,77 @@ fn states(repo: &Repository) -> Result<Vec<(SessionId, State)>> {
     Ok(states)
 }
 
+/// The numbered objects after the header of a session, in order; a gap is damage.
+fn entries_of(prefix: &str, names: &[String]) -> Result<Vec<LogEntry>> {
+    let mut entries: Vec<LogEntry> = names
+        .iter()
+        .filter_map(|name| LogEntry::parse(prefix, name))
+        .filter(|entry| entry.seq > 0)
+        .collect();
+    entries.sort_by_key(|entry| entry.seq);
+    for (expected, entry) in (1..).zip(&entries) {
+        if entry.seq != expected {
+            let what = if entry.seq < expected {
+                format!("there are two objects of number {}", entry.seq)
+            } else {
+                format!("object {expected} of its log is missing")
+            };
+            return Err(Error::corrupt(prefix.trim_end_matches('/'), what));
+        }
+    }
+    Ok(entries)
+}
+
+/// The objects of a session, past any cache; `None` when it is none, or none any more.
+fn standing(repo: &Repository, id: SessionId) -> Result<Option<Vec<String>>> {
+    let names = repo.store().list_fresh(&prefix(id))?;
+    let has = |name: &String| names.binary_search(name).is_ok();
+    let stands = has(&header_object(id)) && !has(&removed_object(id));
+    Ok(stands.then_some(names))
+}
+
+/// What the log of a session refers to; `None` when it is none any more. [`Error::NotFound`] when it changes meanwhile.
+pub(super) fn roots(repo: &Repository, id: SessionId) -> Result<Option<Vec<Root>>> {
+    let Some(names) = standing(repo, id)? else {
+        return Ok(None);
+    };
+    let root = |entry: LogEntry| {
+        if entry.is_segment {
+            return Ok(Root::Segment(entry.object));
+        }
+        let bytes = repo.store().get(&entry.object)?;
+        let record: LogRecord = envelope::open("record", &entry.object, &bytes)?;
+        Ok(Root::Maps(record.maps))
+    };
+    let entries = entries_of(&prefix(id), &names)?;
+    entries
+        .into_iter()
+        .map(root)
+        .collect::<Result<_>>()
+        .map(Some)
+}
+
+/// The sessions whose removal was begun, and objects of ones that are none: neither is anybody's.
+pub(super) fn remains(repo: &Repository) -> Result<Vec<SessionId>> {
+    let names = repo.store().list_fresh("sessions/")?;
+    let id = |name: &String| name.split('/').nth(1)?.parse().ok();
+    let mut ids: Vec<SessionId> = names.iter().filter_map(id).collect();
+    ids.dedup();
+    let mut remains = Vec::new();
+    for id in ids {
+        // Its header is the first that is there of a session, so that one that is only just begun is none of these.
+        if standing(repo, id)?.is_none() {
+            remains.push(id);
+        }
+    }
+    Ok(remains)
+}
+
 /// Deletes the objects of a session that is marked as removed, the mark last.
-fn remove(repo: &Repository, id: SessionId) -> Result<()> {
+pub(super) fn remove(repo: &Repository, id: SessionId) -> Result<()> {
     let store = repo.store();
     let mark = removed_object(id);
-    let mut names = store.list(&prefix(id))?;
+    let mut names = store.list_fresh(&prefix(id))?;
     names.retain(|name| *name != mark);
     // The header, which sorts first, goes last of these.
     names.reverse();
@@ -502,21 +657,32 @@ fn joined(runs: &[(BlockRun, Content)]) -> impl Iterator<Item = Run> + '_ {
     })
 }
 
-/// The runs of blocks of a segment.
-pub struct SegmentRuns {
+/// The runs of a segment with what they hold.
+pub struct SegmentContent {
     source: Box<dyn RunSource>,
     failed: bool,
 }
 
-impl Iterator for SegmentRuns {
-    type Item = Result<BlockRun>;
+impl Iterator for SegmentContent {
+    type Item = Result<Run>;
 
-    fn next(&mut self) -> Option<Result<BlockRun>> {
+    fn next(&mut self) -> Option<Result<Run>> {
         if self.failed {
             return None;
         }
         let next = self.source.next_run().transpose();
         self.failed = matches!(next, Some(Err(_)));
-        next.map(|run| run.map(|run| run.blocks()))
+        next
+    }
+}
+
+/// The runs of blocks of a segment.
+pub struct SegmentRuns(SegmentContent);
+
+impl Iterator for SegmentRuns {
+    type Item = Result<BlockRun>;
+
+    fn next(&mut self) -> Option<Result<BlockRun>> {
+        self.0.next().map(|run| run.map(|run| run.blocks()))
     }
 }

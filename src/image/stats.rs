@@ -144,6 +144,9 @@ impl Repository {
         }
         layers.of_sessions(self, &mut stats)?;
         Count::new(&layers, part, &mut stats).run(self)?;
+        // It is met once for each part.
+        let mut told = BTreeSet::new();
+        stats.damaged.retain(|error| told.insert(error.to_string()));
         for kind in ["packs", "index", "maps", "points", "sessions"] {
             let objects = self.measure(&format!("{kind}/"))?;
             stats.objects.insert(kind, objects);
@@ -375,18 +378,13 @@ impl<'a> Count<'a> {
         let layers = self.layers;
         for ((layer, _), class) in layers.all.iter().zip(self.class_of.clone()) {
             let mut runs = layer.stream();
-            loop {
-                match reported(runs.next_run(), self.stats)? {
-                    Some(Some(run)) => {
-                        if let RunContent::Data(ids) = &run.content {
-                            let mine = ids.as_slice().iter();
-                            let mine = mine.filter(|id| self.part_of(**id) == self.part);
-                            let mine: Vec<_> = mine.map(|id| (*id, class)).collect();
-                            self.ids.extend(mine);
-                        }
-                    }
-                    // The end, or damage.
-                    Some(None) | None => break,
+            // Damage ends it as the end does.
+            while let Some(Some(run)) = reported(runs.next_run(), self.stats)? {
+                if let RunContent::Data(ids) = &run.content {
+                    let mine = ids.as_slice().iter();
+                    let mine = mine.filter(|id| self.part_of(**id) == self.part);
+                    let mine: Vec<_> = mine.map(|id| (*id, class)).collect();
+                    self.ids.extend(mine);
                 }
             }
         }

@@ -260,7 +260,8 @@ pub fn thaw_until_thawed(
             agent.status()
         });
         match tried {
-            Ok(Status::Thawed) => return Ok(was_frozen),
+            // A VM that is gone took its freeze with it.
+            Ok(Status::Thawed) | Err(Error::Closed) => return Ok(was_frozen),
             Ok(Status::Frozen) => was_frozen = true,
             // Nobody listens: the guest has gone, and its freeze with it.
             Err(Error::Unreachable { source, .. })
@@ -271,7 +272,6 @@ pub fn thaw_until_thawed(
             {
                 return Ok(was_frozen);
             }
-            Err(Error::Closed) => return Ok(was_frozen),
             Err(error) if deadline.passed() => return Err(error),
             Err(_) => {}
         }

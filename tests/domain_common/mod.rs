@@ -162,7 +162,7 @@ impl Lab {
     }
 
     pub(crate) fn ask(&self, command: &str) -> Vec<Value> {
-        let answer = self.domain.execute(command, json!({})).unwrap();
+        let answer = self.domain.execute(command, &json!({})).unwrap();
         answer.as_array().cloned().unwrap()
     }
 
@@ -208,7 +208,7 @@ impl Lab {
             json!({ "type": "nbd", "id": "probe", "name": "x".repeat(4097), "node-name": node });
         let refused = self
             .domain
-            .execute("block-export-add", arguments)
+            .execute("block-export-add", &arguments)
             .unwrap_err();
         assert!(refused.to_string().contains("not running"), "{refused}");
         assert_eq!(self.host_state(), Vec::<String>::new());

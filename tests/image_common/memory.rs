@@ -1,11 +1,11 @@
 //! A store in memory that forgets what was not durable and, at a chosen operation, either does it or not and then fails
 //! everything that follows.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use forerun::image::Error;
-use forerun::image::store::{ObjectWriter, Store, StoreLock};
+use forerun::image::store::{Holder, ObjectWriter, Store, StoreLock};
 
 /// Objects by name.
 pub type Objects = BTreeMap<String, Vec<u8>>;
@@ -27,7 +27,9 @@ struct State {
     left: Option<u64>,
     operations: u64,
     fate: Fate,
-    locked: BTreeSet<String>,
+    locked: BTreeMap<String, String>,
+    /// Bytes of objects that there is room for.
+    capacity: Option<usize>,
 }
 
 /// A store in memory.
@@ -42,8 +44,19 @@ impl Memory {
             left,
             operations: 0,
             fate,
-            locked: BTreeSet::new(),
+            locked: BTreeMap::new(),
+            capacity: None,
         })))
+    }
+
+    /// From now on objects of so many bytes in all fit, and no more; what is there stays.
+    pub fn limit(&self, capacity: Option<usize>) {
+        self.0.lock().unwrap().capacity = capacity;
+    }
+
+    /// How many bytes the objects have.
+    pub fn bytes(&self) -> usize {
+        self.0.lock().unwrap().objects.values().map(Vec::len).sum()
     }
 
     /// What is durable.
@@ -54,6 +67,18 @@ impl Memory {
     /// How many durable operations there were.
     pub fn operations(&self) -> u64 {
         self.0.lock().unwrap().operations
+    }
+
+    fn fits(&self, name: &str, length: usize) -> Result<(), Error> {
+        let used = self.bytes();
+        let state = self.0.lock().unwrap();
+        match state.capacity {
+            Some(capacity) if used + length > capacity => Err(Error::NoSpace {
+                object: name.into(),
+                source: std::io::ErrorKind::StorageFull.into(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Runs a durable operation unless the crash was before.
@@ -114,6 +139,7 @@ impl ObjectWriter for Writer {
 
     fn finish(self: Box<Self>) -> Result<(), Error> {
         let store = self.store.clone();
+        store.fits(&self.name, self.bytes.len())?;
         store.durable(&self.name, |objects| put(objects, &self.name, &self.bytes))
     }
 }
@@ -128,6 +154,7 @@ impl Drop for Unlock {
 
 impl Store for Memory {
     fn put(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        self.fits(name, bytes.len())?;
         self.durable(name, |objects| put(objects, name, bytes))
     }
 
@@ -166,6 +193,10 @@ impl Store for Memory {
         Ok(names.filter(|name| name.starts_with(prefix)).collect())
     }
 
+    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>, Error> {
+        self.list(prefix)
+    }
+
     fn delete(&self, names: &[String]) -> Result<(), Error> {
         // One at a time: a crash may come between any two.
         names.iter().try_for_each(|name| {
@@ -177,12 +208,24 @@ impl Store for Memory {
     }
 
     fn lock(&self, name: &str, who: &str) -> Result<StoreLock, Error> {
-        if !self.0.lock().unwrap().locked.insert(name.into()) {
+        let mut state = self.0.lock().unwrap();
+        if let Some(holder) = state.locked.get(name) {
             return Err(Error::Busy {
-                object: name.into(),
-                holder: who.into(),
+                object: format!("locks/{name}"),
+                holder: Holder::words(holder),
             });
         }
+        let text = Holder::ourselves(who).to_text();
+        state.locked.insert(name.into(), text);
         Ok(StoreLock::new(Unlock(self.clone(), name.into())))
+    }
+
+    fn held(&self, prefix: &str) -> Result<Vec<(String, String)>, Error> {
+        let state = self.0.lock().unwrap();
+        let held = state.locked.iter();
+        Ok(held
+            .filter(|(name, _)| name.starts_with(prefix))
+            .map(|(name, text)| (name.clone(), text.clone()))
+            .collect())
     }
 }

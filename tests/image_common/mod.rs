@@ -12,9 +12,10 @@ use std::sync::Arc;
 
 use forerun::image::store::Store;
 use forerun::image::{
-    BlockSink, Closed, Content, DiskPoint, Error, InitOptions, Item, Manifest, MapRef, PointId,
-    Quiesce, Repository, Secret, SegmentHeader, Session, Target, build_map,
+    BlockId, BlockSink, Closed, Content, DiskPoint, Error, InitOptions, Item, Manifest, MapRef,
+    PointId, Quiesce, Repository, Secret, SegmentHeader, Session, Target, build_map,
 };
+use forerun::units::BlockRun;
 use serde_json::{Value, json};
 
 /// Bytes of a block.
@@ -22,6 +23,11 @@ pub const BLOCK: usize = 64 << 10;
 
 /// The key of the only target.
 pub const KEY: &str = "uuid-of-the-vm";
+
+/// The id of a block in a repository that is not encrypted.
+pub fn id_of(plain: &[u8]) -> BlockId {
+    BlockId::from_bytes(<sha2::Sha256 as sha2::Digest>::digest(plain).into())
+}
 
 /// A repository and a disk.
 pub struct Bench {
@@ -146,31 +152,71 @@ pub fn backup(
     dirty: &BTreeSet<u64>,
     last: Option<&Manifest>,
 ) -> Result<Manifest, Error> {
-    let session = match Session::find(repo, KEY)? {
+    backup_of(repo, KEY, disk, dirty, last)
+}
+
+/// The same of a target.
+pub fn backup_of(
+    repo: &Repository,
+    key: &str,
+    disk: &[u8],
+    dirty: &BTreeSet<u64>,
+    last: Option<&Manifest>,
+) -> Result<Manifest, Error> {
+    let session = match Session::find(repo, key)? {
         Some(session) => session,
-        None => Session::create(repo, KEY, &json!({"base": last.map(|last| last.id)}))?,
+        None => Session::create(repo, key, &json!({"base": last.map(|last| last.id)}))?,
     };
-    session.append(&json!({"intent": "copy"}))?;
-    let mut writer = repo.pack_writer("vda pass 1");
-    let mut blocks = Vec::new();
+    session.settle()?;
+    let base = last.map(|last| &last.disks[0].map);
+    let bases: Vec<MapRef> = base.into_iter().cloned().collect();
+    session.append_with_roots(&json!({"intent": "copy"}), &bases)?;
+    if let Some(last) = last
+        && !repo.has_point(last.id)?
+    {
+        return Err(Error::NotFound {
+            object: format!("the base {}", last.id),
+        });
+    }
+    let middle = dirty.len() / 2;
+    for half in [
+        dirty.iter().skip(middle).copied().collect::<Vec<u64>>(),
+        dirty.iter().take(middle).copied().collect(),
+    ] {
+        while !half.is_empty() {
+            match copy(repo, &session, disk, &half) {
+                Err(Error::Condemned { .. }) => {}
+                done => {
+                    done?;
+                    break;
+                }
+            }
+        }
+    }
+    let size = disk.len() as u64;
+    let (map, _) = build_map(repo, base, &session, &segments(&session)?, size)?;
+    let manifest = manifest_of(key, map, &session, last)?;
+    session.publish(&manifest)?;
+    session.remove()?;
+    Ok(manifest)
+}
+
+/// Stores blocks of a disk and proves them.
+pub fn copy(repo: &Repository, session: &Session, disk: &[u8], dirty: &[u64]) -> Result<(), Error> {
+    let since = repo.generation()?;
+    let mut writer = repo.pack_writer(&format!("{} vda 1", session.id()));
+    let mut proofs = Vec::new();
     for block in dirty {
         let start = *block as usize * BLOCK;
         let plain = &disk[start..disk.len().min(start + BLOCK)];
-        blocks.push((*block, writer.put(repo.encode(plain)?)?));
+        let one = BlockRun {
+            first: *block,
+            count: 1,
+        };
+        proofs.push((one, writer.put(repo.encode(plain)?)?));
     }
     writer.seal()?;
-    if !blocks.is_empty() {
-        let middle = blocks.len() / 2;
-        session.append_segment(&segment_header(), &blocks[middle..])?;
-        session.append_segment(&segment_header(), &blocks[..middle])?;
-    }
-    let base = last.map(|last| &last.disks[0].map);
-    let size = disk.len() as u64;
-    let (map, _) = build_map(repo, base, &session, &segments(&session)?, size)?;
-    let manifest = manifest(map, &session, last)?;
-    repo.publish(&manifest)?;
-    session.remove()?;
-    Ok(manifest)
+    session.prove(&segment_header(), &proofs, since).map(drop)
 }
 
 /// A manifest of one disk.
@@ -179,11 +225,21 @@ pub fn manifest(
     session: &Session,
     last: Option<&Manifest>,
 ) -> Result<Manifest, Error> {
+    manifest_of(KEY, map, session, last)
+}
+
+/// A manifest of one disk of a target.
+pub fn manifest_of(
+    key: &str,
+    map: MapRef,
+    session: &Session,
+    last: Option<&Manifest>,
+) -> Result<Manifest, Error> {
     let seconds = last.map_or(1_700_000_000, |last| last.instant.as_second() + 60);
     Ok(Manifest {
         id: PointId::random()?,
         target: Target {
-            key: KEY.into(),
+            key: key.into(),
             spellings: vec!["web".into()],
         },
         instant: jiff::Timestamp::from_second(seconds).unwrap(),

@@ -11,6 +11,7 @@ mod changes;
 mod choice;
 mod dropped;
 mod foreign;
+mod heal;
 mod lab;
 mod offline;
 mod overlay;

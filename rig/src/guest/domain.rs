@@ -167,7 +167,7 @@ impl Domain {
     }
 
     /// Runs a command of its monitor, behind libvirt's back.
-    pub fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
+    pub fn execute(&self, command: &str, arguments: &Value) -> Result<Value> {
         let request = json!({ "execute": command, "arguments": arguments }).to_string();
         let answer = self.virsh(&["qemu-monitor-command", &self.name, &request])?;
         let mut answer: Value = serde_json::from_str(&answer)?;

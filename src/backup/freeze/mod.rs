@@ -105,6 +105,7 @@ impl Runner {
             }
             for disk in &mut self.disks {
                 disk.open = None;
+                disk.unsound = None;
             }
         }
         self.note_unreadable(result)
@@ -302,9 +303,25 @@ impl Runner {
             }
         }
         // The repository is read now, not while the guest is held.
+        let lost = self.repo.lost_blocks()?;
         for index in 0..self.disks.len() {
+            let tracked = self.tracked(&self.disks[index].key)?;
+            let unsound = self
+                .session
+                .unsound(&tracked, &lost, self.repo.block_size())?;
+            if let Some(open) = &mut self.disks[index].open {
+                open.union(&unsound);
+            } else if unsound.count() * self.repo.block_size().bytes() > crate::backup::SMALL {
+                return Err(GivenUp(format!(
+                    "{} blocks of disk `{}` are damaged in the repository and must be read again first",
+                    unsound.count(),
+                    tracked.key
+                ))
+                .into());
+            } else {
+                self.disks[index].unsound = Some(unsound);
+            }
             if self.disks[index].open.is_none() {
-                let tracked = self.tracked(&self.disks[index].key)?;
                 let (proofs, proved) = self.session.proofs(&tracked, self.repo.block_size())?;
                 self.disks[index].proofs = Some(proofs);
                 self.disks[index].proved = proved;

@@ -6,6 +6,7 @@
 //! drops. A reader that holds an older list of runs finds an input gone and reads the list anew. Nothing here is the truth: the
 //! packs are, and [`Index::rebuild`] makes the runs from them.
 
+mod audit;
 mod filter;
 mod merge;
 mod page;
@@ -26,6 +27,7 @@ use super::ids::{BlockId, ObjectId};
 use super::pack;
 use super::store::{Store, StoreLock};
 use crate::clock::{self, Deadline};
+pub(super) use audit::Audit;
 use merge::{GroupWriter, Merged, PART, merge};
 use run::{KnownPacks, PackTable, Run, RunWriter};
 use snapshot::Snapshot;
@@ -412,50 +414,6 @@ impl Index {
             }
         }
         Ok(())
-    }
-
-    /// Checks every page of every run, and that every entry lies within its pack. Gives one error for each damaged object.
-    pub(super) fn verify(
-        &self,
-        pack_sizes: &dyn Fn(ObjectId) -> Option<u64>,
-    ) -> Result<Vec<Error>> {
-        let snapshot = self.fresh()?;
-        let mut errors: Vec<Error> = snapshot.broken.iter().map(Error::repeat_damage).collect();
-        for run in &snapshot.runs {
-            if let Err(error) =
-                self.verify_run(run, pack_sizes, &|pack| snapshot.is_condemned(pack))
-            {
-                match error {
-                    // Merged by another process meanwhile.
-                    Error::NotFound { .. } => {}
-                    Error::Corrupt { .. } => errors.push(error),
-                    other => return Err(other),
-                }
-            }
-        }
-        Ok(errors)
-    }
-
-    fn verify_run(
-        &self,
-        run: &Arc<Run>,
-        pack_sizes: &dyn Fn(ObjectId) -> Option<u64>,
-        condemned: &dyn Fn(ObjectId) -> bool,
-    ) -> Result<()> {
-        let missing = |pack: &&ObjectId| pack_sizes(**pack).is_none() && !condemned(**pack);
-        if let Some(missing) = run.packs.iter().find(missing) {
-            return Err(Error::corrupt(
-                pack::name(*missing),
-                format!("it is missing, {} refers to it", run.object),
-            ));
-        }
-        run.check(&*self.store, &mut |id, location| {
-            if pack_sizes(location.pack).is_some_and(|size| location.end() > size) {
-                let what = format!("block {id} lies beyond the end of {}", location.pack);
-                return Err(Error::corrupt(&*run.object, what));
-            }
-            Ok(())
-        })
     }
 }
 

@@ -129,7 +129,7 @@ fn parts_of_a_group_have_one_list_of_packs_and_all_copies_of_a_block() {
         let others = parts.iter().filter(|other| other.covers(run.first));
         assert_eq!(others.count(), 1);
     }
-    assert!(index.verify(&|_| Some(1 << 30)).unwrap().is_empty());
+    assert!(index.audit().unwrap().damaged.is_empty());
 }
 
 #[test]
@@ -233,7 +233,7 @@ fn a_flipped_byte_of_a_run_hides_no_block_and_verify_sees_it() {
                 Err(error) => assert!(error.is_corrupt(), "{position}: {error}"),
             }
         }
-        let damage = index.verify(&|_| Some(1 << 30)).unwrap();
+        let damage = index.audit().unwrap().damaged;
         assert_eq!(damage.len(), 1, "{position}");
     }
 }
@@ -384,7 +384,7 @@ proptest! {
             }
         }
         prop_assert!(index.fresh().unwrap().groups().len() <= GROUPS);
-        prop_assert!(index.verify(&|_| Some(1 << 30)).unwrap().is_empty());
+        prop_assert!(index.audit().unwrap().damaged.is_empty());
         check(&index, &model, false, "the model");
         check(&Index::with_parts(Arc::new(store.clone()), part), &model, false, "opened anew");
     }

@@ -8,7 +8,7 @@
 //! ```
 
 use super::super::error::{Error, Result};
-use super::super::ids::{ObjectId, hex, random};
+use super::super::ids::{ObjectId, SessionId, hex, random};
 use super::super::repo::Repository;
 use super::super::session::{SegmentRef, Session};
 use super::layer::{Layer, LayerWriter, MAP, SEGMENT, Totals};
@@ -16,10 +16,18 @@ use super::run::{Clip, Run, RunContent, RunSource, overlay};
 use super::{LAYERS, LayerRef, MapRef};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 /// So many segments are merged at a time; each holds a chunk in memory.
 const FAN_IN: usize = 128;
 /// Layers of fewer blocks count as equally small.
 const SMALL_LAYER: u64 = 1024;
+
+/// The meta of a map layer: whose it is until a point has it.
+#[derive(Serialize, Deserialize)]
+pub(in crate::image) struct LayerMeta {
+    pub(in crate::image) session: SessionId,
+}
 
 /// What a new map has beyond its base.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -43,11 +51,16 @@ pub fn build_map(
     size: u64,
 ) -> Result<(MapRef, MapStats)> {
     let mut merged = Merged::new(repo, session, segments)?;
+    let meta = LayerMeta {
+        session: session.id(),
+    };
+    let meta = serde_json::to_vec(&meta)
+        .map_err(|error| Error::Invalid(format!("cannot write a layer's meta: {error}")))?;
     let mut build = Build::new(repo, base, size);
     while let Some(run) = merged.source.next_run()? {
         build.add(run)?;
     }
-    let layer = build.finish()?;
+    let layer = build.finish(&meta)?;
     merged.remove(repo)?;
     let mut layers = base.map(|base| base.layers.clone()).unwrap_or_default();
     let mut stats = MapStats::default();
@@ -60,7 +73,7 @@ pub fn build_map(
         layers.insert(0, layer);
     }
     let map = MapRef { size, layers };
-    Ok((compact(repo, map)?, stats))
+    Ok((compact(repo, map, &meta)?, stats))
 }
 
 /// The segments as one stream. When there are too many, earlier merges are kept as objects of the session meanwhile.
@@ -179,14 +192,14 @@ impl<'a> Build<'a> {
         writer.push(run)
     }
 
-    fn finish(self) -> Result<Option<(LayerRef, Totals)>> {
+    fn finish(self, meta: &[u8]) -> Result<Option<(LayerRef, Totals)>> {
         if self.at < self.blocks {
             return Err(self.missing());
         }
         let Some((id, writer)) = self.writer else {
             return Ok(None);
         };
-        let (digest, totals, _) = writer.finish(b"")?;
+        let (digest, totals, _) = writer.finish(meta)?;
         let layer = LayerRef {
             id,
             blocks: totals.blocks(),
@@ -198,7 +211,7 @@ impl<'a> Build<'a> {
 
 /// Merges the newest layers when there are too many. The inputs stay, other points have them; the layer that was only just
 /// written goes when it became part of another.
-fn compact(repo: &Repository, map: MapRef) -> Result<MapRef> {
+fn compact(repo: &Repository, map: MapRef, meta: &[u8]) -> Result<MapRef> {
     let sizes: Vec<u64> = map.layers.iter().map(|layer| layer.blocks).collect();
     let count = choose_count(&sizes);
     let Some((inputs, kept)) = map.layers.split_at_checked(count).filter(|_| count > 0) else {
@@ -218,7 +231,7 @@ fn compact(repo: &Repository, map: MapRef) -> Result<MapRef> {
     while let Some(run) = source.next_run()? {
         writer.push(run)?;
     }
-    let (digest, totals, _) = writer.finish(b"")?;
+    let (digest, totals, _) = writer.finish(meta)?;
     if let Some(newest) = inputs.first() {
         repo.store().delete(&[newest.object()])?;
     }

@@ -223,6 +223,8 @@ pub(in crate::image) struct Layer {
     chunks: Vec<ChunkRef>,
     pub(in crate::image) meta: Vec<u8>,
     pub(in crate::image) totals: Totals,
+    /// Of its footer.
+    pub(in crate::image) digest: [u8; 32],
     kept: Mutex<Kept>,
 }
 
@@ -250,6 +252,7 @@ impl Layer {
             chunks: parsed.chunks,
             meta: parsed.meta,
             totals: parsed.totals,
+            digest: footer.digest,
             kept: Mutex::default(),
         })
     }

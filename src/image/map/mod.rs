@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub(super) use build::LayerMeta;
 pub use build::{MapStats, build_map};
 pub use diff::{Changes, Diff, changes, diff};
 pub(super) use layer::{Layer, LayerWriter, MAP, SEGMENT};

@@ -22,8 +22,7 @@ use rustix::fs::{
 use super::super::bytes::{narrow, wide};
 use super::super::ids::{hex, random};
 use super::recent::Recent;
-use super::{Error, ObjectWriter, Result, Store, StoreLock, WHOLE_LIMIT, check_name, kind};
-use crate::clock;
+use super::{Error, Holder, ObjectWriter, Result, Store, StoreLock, WHOLE_LIMIT, check_name, kind};
 use crate::fault::step_of;
 
 /// Pieces smaller than this are gathered before they are written.
@@ -52,6 +51,7 @@ const DIRECTORIES: &[&str] = &[
     "condemned",
     "index",
     "keys",
+    "leases",
     "locks",
     "maps",
     "packs",
@@ -121,7 +121,9 @@ fn refuse_foreign(root: &Path, shown: &str) -> Result<()> {
                 object: format!("the repository {shown}"),
             });
         }
-        let ours = DIRECTORIES.iter().any(|ours| name == *ours) || name == "lost+found";
+        let ours = DIRECTORIES.iter().any(|ours| name == *ours)
+            || name == "lost+found"
+            || name == super::RESERVE;
         if !ours {
             return Err(Error::Invalid(format!(
                 "{shown} is not empty: it holds {}",
@@ -255,9 +257,12 @@ impl Inner {
 
     fn file(&self, name: &str) -> Result<Arc<File>> {
         let path = self.path(name)?;
-        self.open.get(name, || {
-            File::open(path).map_err(|error| Error::io("open", name, error))
-        })
+        let open = || File::open(path).map_err(|error| Error::io("open", name, error));
+        // The last segment of a session may go and another one get its name: a file that is kept open would be the old one.
+        if kind(name) == "sessions" {
+            return open().map(Arc::new);
+        }
+        self.open.get(name, open)
     }
 }
 
@@ -482,34 +487,77 @@ impl Store for DirStore {
         let object = format!("locks/{name}");
         let path = self.inner.path(&object)?;
         let failed = |error| Error::io("lock", &*object, error);
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(failed)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                let mut holder = String::new();
-                let mut limited = (&file).take(4096);
-                limited.read_to_string(&mut holder).map_err(failed)?;
+        loop {
+            let mut file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path)
+                .map_err(failed)?;
+            if !try_lock(&file, &object)? {
+                let holder = Holder::words(&text_of(&file).map_err(failed)?);
                 return Err(Error::Busy { object, holder });
             }
-            Err(error) => return Err(failed(error.into())),
+            // Whoever looked for dead holders may have taken it for one's before we had the lock.
+            if file.metadata().map_err(failed)?.nlink() == 0 {
+                continue;
+            }
+            let text = Holder::ourselves(who).to_text();
+            file.set_len(0).map_err(failed)?;
+            file.write_all(text.as_bytes()).map_err(failed)?;
+            return Ok(StoreLock::new(file));
         }
-        let host = rustix::system::uname()
-            .nodename()
-            .to_string_lossy()
-            .into_owned();
-        let pid = std::process::id();
-        let text = format!("{who}, pid {pid} on {host} since {}", clock::utc_now());
-        file.set_len(0).map_err(failed)?;
-        file.write_all(text.as_bytes()).map_err(failed)?;
-        Ok(StoreLock::new(file))
     }
+
+    fn held(&self, prefix: &str) -> Result<Vec<(String, String)>> {
+        let mut held = Vec::new();
+        for object in self.inner.list("locks/", Listing::Fresh)? {
+            let Some(name) = object
+                .strip_prefix("locks/")
+                .filter(|name| name.starts_with(prefix))
+            else {
+                continue;
+            };
+            let failed = |error| Error::io("look at", &*object, error);
+            let path = self.inner.path(&object)?;
+            let file = match OpenOptions::new().read(true).write(true).open(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                other => other.map_err(failed)?,
+            };
+            if !try_lock(&file, &object)? {
+                held.push((name.to_owned(), text_of(&file).map_err(failed)?));
+                continue;
+            }
+            // Locked by us, so nobody holds it; removed before it is let go.
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+                _ => {}
+            }
+        }
+        Ok(held)
+    }
+}
+
+/// Takes the lock of a file unless somebody has it.
+fn try_lock(file: &File, object: &str) -> Result<bool> {
+    use rustix::io::Errno;
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(Errno::NOLCK | Errno::NOSYS | Errno::OPNOTSUPP) => Err(Error::Unsupported(format!(
+            "the file system of {object} has no file locks, without which two processes would spoil the repository: mount it with locks (of NFS: without `nolock`)"
+        ))),
+        Err(error) => Err(Error::io("lock", object, error.into())),
+    }
+}
+
+/// What the holder of a lock wrote.
+fn text_of(file: &File) -> io::Result<String> {
+    let mut text = Vec::new();
+    file.take(4096).read_to_end(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
 /// An object in the making: a locked temporary file.

@@ -397,6 +397,10 @@ impl Store for EncryptedStore {
     fn lock(&self, name: &str, who: &str) -> Result<StoreLock> {
         self.inner.lock(name, who)
     }
+
+    fn held(&self, prefix: &str) -> Result<Vec<(String, String)>> {
+        self.inner.held(prefix)
+    }
 }
 
 /// Cuts what is written into chunks. The last one is known only at the end, so one is always held back.

@@ -6,12 +6,19 @@
 
 mod dir;
 mod encrypted;
+mod holder;
 mod recent;
 
 pub use dir::DirStore;
 pub(super) use encrypted::EncryptedStore;
+pub use holder::Holder;
 
 use super::error::{Error, Result};
+
+/// An object of [`RESERVE_BYTES`] without meaning: deleted, it makes the room that freeing space takes.
+pub(super) const RESERVE: &str = "reserve";
+/// How long it is: enough to condemn 30,000 packs.
+pub(super) const RESERVE_BYTES: usize = 1 << 20;
 
 /// The longest object that is read whole.
 pub const WHOLE_LIMIT: u64 = 64 << 20;
@@ -32,9 +39,7 @@ pub trait Store: Send + Sync {
     fn list(&self, prefix: &str) -> Result<Vec<String>>;
     /// As [`Store::list`], but never from what a client of a network file system remembers: what another host published
     /// before the call is in the answer.
-    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>> {
-        self.list(prefix)
-    }
+    fn list_fresh(&self, prefix: &str) -> Result<Vec<String>>;
     /// Deletes objects, durably when it returns; one that is not there is no error.
     fn delete(&self, names: &[String]) -> Result<()>;
     /// Puts another object in the place of one, in one step: whoever reads finds the old or the new. Only `repair new-id` does
@@ -47,6 +52,9 @@ pub trait Store: Send + Sync {
     }
     /// Takes the named lock until the guard is dropped or the process dies; [`Error::Busy`] says who holds it.
     fn lock(&self, name: &str, who: &str) -> Result<StoreLock>;
+    /// The names of the held locks that begin with `prefix`, with the texts of their holders, past any cache. What dead holders
+    /// left is removed; so such locks must have names that nobody takes twice.
+    fn held(&self, prefix: &str) -> Result<Vec<(String, String)>>;
 }
 
 /// An object in the making; dropped before [`ObjectWriter::finish`] it leaves nothing.

@@ -1,0 +1,150 @@
+//! Verifying points: every distinct block that they need is read once, in the order of the packs.
+
+use std::sync::{Arc, Mutex};
+
+use super::super::error::{Error, Result};
+use super::super::ids::BlockId;
+use super::super::map::{Layer, RunContent};
+use super::places::{Place, Places};
+use super::structure::missing;
+use super::{Verify, VerifyReport, as_damage, in_parallel, lock};
+use crate::clock::Deadline;
+
+/// So many ids are held in memory at a time.
+pub(super) const PART: u64 = 8 << 20;
+/// Blocks that a worker looks up, or reads, at a time.
+const CHUNK: usize = 64;
+/// How often blocks are looked up again whose packs are gone.
+const TRIES: usize = 3;
+
+/// The distinct blocks of layers, a part of the ids at a time, the parts in their order.
+pub(super) struct Parts<'a> {
+    layers: &'a [Arc<Layer>],
+    count: u64,
+    next: u64,
+}
+
+impl<'a> Parts<'a> {
+    pub(super) fn new(layers: &'a [Arc<Layer>]) -> Self {
+        let total: u64 = layers.iter().map(|layer| layer.totals.data).sum();
+        Self {
+            layers,
+            count: total / PART + 1,
+            next: 0,
+        }
+    }
+
+    /// Which part an id is in.
+    pub(super) fn of(&self, id: BlockId) -> u64 {
+        let part = (u128::from(id.leading()) * u128::from(self.count)) >> 64;
+        u64::try_from(part).unwrap_or(u64::MAX)
+    }
+
+    /// The number and the sorted ids of the next part.
+    pub(super) fn next(&mut self) -> Result<Option<(u64, Vec<BlockId>)>> {
+        let part = self.next;
+        if part >= self.count {
+            return Ok(None);
+        }
+        self.next += 1;
+        let mut ids = Vec::new();
+        for layer in self.layers {
+            let mut runs = layer.stream();
+            while let Some(run) = runs.next_run()? {
+                if let RunContent::Data(more) = &run.content {
+                    let ours = |id: &&BlockId| self.of(**id) == part;
+                    ids.extend(more.as_slice().iter().filter(ours).copied());
+                }
+            }
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(Some((part, ids)))
+    }
+}
+
+impl Verify<'_> {
+    /// Reads every distinct block of the layers.
+    pub(super) fn blocks(
+        &mut self,
+        layers: &[Arc<Layer>],
+        report: &mut VerifyReport,
+    ) -> Result<()> {
+        let mut parts = Parts::new(layers);
+        while let Some((_, ids)) = parts.next()? {
+            let mut ids = ids;
+            for _ in 0..TRIES {
+                let places = self.locate(&ids)?;
+                ids = self.read_places(&places, report)?;
+                if ids.is_empty() {
+                    break;
+                }
+                // Their packs were repacked meanwhile.
+                self.repo.index().refresh()?;
+            }
+            for id in ids {
+                for (location, _) in self.repo.index().locate_all(id)? {
+                    if self.repo.is_missing(location.pack)? {
+                        self.found.push(missing(id, location.pack));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Where blocks are, in the order of the packs.
+    fn locate(&mut self, ids: &[BlockId]) -> Result<Vec<Place>> {
+        let repo = self.repo;
+        let found = Mutex::new(Vec::with_capacity(ids.len()));
+        let lost = Mutex::new(Vec::new());
+        in_parallel(self.threads, CHUNK, ids, &|| false, &|ids| {
+            let mut some = Vec::with_capacity(ids.len());
+            for id in ids {
+                match repo.index().locate_stored(*id) {
+                    Ok(location) => some.push((*id, location)),
+                    Err(error) => lock(&lost).push((*id, as_damage(error)?)),
+                }
+            }
+            lock(&found).append(&mut some);
+            Ok(())
+        })?;
+        self.lost.extend(lost.into_inner().unwrap_or_default());
+        let mut found = found.into_inner().unwrap_or_default();
+        found.sort_unstable_by_key(|(_, location)| (location.pack, location.offset));
+        Ok(found)
+    }
+
+    /// Reads places that are in order; gives the blocks whose packs are gone.
+    fn read_places(&mut self, places: &[Place], report: &mut VerifyReport) -> Result<Vec<BlockId>> {
+        let repo = self.repo;
+        let pace = self.options.pace.as_deref();
+        let gone = Mutex::new(Vec::new());
+        let found = Mutex::new(Vec::new());
+        let counted = Mutex::new((0, 0));
+        let late = || self.deadline.is_some_and(Deadline::passed);
+        let done = in_parallel(self.threads, CHUNK, places, &late, &|places| {
+            let mut reader = Places::new(repo, pace);
+            for one in places.chunk_by(|(_, a), (_, b)| a.pack == b.pack) {
+                match reader.read(one) {
+                    Ok(mut bad) => lock(&found).append(&mut bad),
+                    Err(Error::NotFound { .. }) => {
+                        lock(&gone).extend(one.iter().map(|(id, _)| *id));
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            let mut counted = lock(&counted);
+            counted.0 += reader.blocks;
+            counted.1 += reader.bytes;
+            Ok(())
+        })?;
+        let (blocks, bytes) = counted.into_inner().unwrap_or_default();
+        report.checked_blocks += blocks;
+        report.checked_bytes += bytes;
+        report.complete &= done;
+        self.found
+            .append(&mut found.into_inner().unwrap_or_default());
+        Ok(gone.into_inner().unwrap_or_default())
+    }
+}

@@ -1,0 +1,475 @@
+//! Verification and checking: what is damaged is named together with the points and disks that it hurts, and blocks that are bad
+//! where they are stored go into quarantine, so that the next backup stores them anew while the VM still has them.
+//!
+//! ```text
+//! check           points -> layers -> sessions -> index against the packs' footers             structure.rs
+//! verify          all that, then whole packs, those not looked at for longest first            packs.rs, checks.rs
+//! verify POINT    points -> layers -> exactly their blocks                                     blocks.rs
+//! all of them     known bad blocks are looked at again                                         known.rs
+//! ```
+//!
+//! A bad place hurts a point when no other place has the block; that is found out by reading it, as a restore would.
+
+mod blocks;
+mod checks;
+mod known;
+mod packs;
+mod places;
+mod structure;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use super::error::{Error, Result};
+use super::ids::{BlockId, ObjectId, PointId};
+use super::manifest::Manifest;
+use super::map::{Layer, LayerRef, MAP, MapReader, RunContent};
+use super::pack;
+use super::quarantine::{Bad, Quarantine};
+use super::repo::Repository;
+use super::session::{Item, Session};
+use crate::clock::Deadline;
+
+/// What asks before so many bytes are read, and waits.
+pub type Pace = Arc<dyn Fn(u64) + Send + Sync>;
+
+/// What to verify.
+#[derive(Clone, Default)]
+pub struct VerifyOptions {
+    /// Only these points, and not the objects that none of them needs.
+    pub points: Option<Vec<PointId>>,
+    /// Threads that read and hash; 0 counts as 1.
+    pub threads: usize,
+    /// No pack is begun after this time.
+    pub max_duration: Option<Duration>,
+    /// Only this share of the stored bytes, in percent: the packs that were not checked for longest.
+    pub share: Option<f64>,
+    /// Only packs that were not checked for so long.
+    pub older_than: Option<Duration>,
+    /// How fast to read; `None` for as fast as it goes.
+    pub pace: Option<Pace>,
+    /// How often what was checked is written down; `None` for every minute.
+    pub save_every: Option<Duration>,
+}
+
+/// A damaged or missing object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    /// Its name.
+    pub object: String,
+    /// How it is damaged.
+    pub what: String,
+    /// The points it hurts, each with the disk; no disk when the point itself is damaged.
+    pub hurts: BTreeSet<(PointId, Option<String>)>,
+}
+
+/// What was verified and found.
+#[derive(Debug, Clone, Default)]
+pub struct VerifyReport {
+    /// Points chosen.
+    pub points: u64,
+    /// Blocks that were read and are what their ids say.
+    pub checked_blocks: u64,
+    /// Their plain bytes.
+    pub checked_bytes: u64,
+    /// What was read in whole packs; `None` when points were chosen.
+    pub packs: Option<PackReport>,
+    /// Whether all that was chosen was checked.
+    pub complete: bool,
+    /// What is damaged.
+    pub damage: Vec<Damage>,
+    /// Blocks that are bad somewhere and were stored anew since.
+    pub healed: u64,
+    /// Blocks that had been found bad and can be read again where they are.
+    pub sound_again: u64,
+    /// What could not be written down, for the operator.
+    pub notes: Vec<String>,
+}
+
+/// How far the round through all packs has come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PackReport {
+    /// Packs that were read.
+    pub checked: u64,
+    /// Their bytes.
+    pub checked_bytes: u64,
+    /// Packs that there are.
+    pub all: u64,
+    /// Their bytes.
+    pub all_bytes: u64,
+    /// How many of them were never checked.
+    pub never: u64,
+    /// When the one was checked that was not looked at for longest.
+    pub oldest: Option<Timestamp>,
+}
+
+/// What a check of the structure found.
+#[derive(Debug, Clone, Default)]
+pub struct CheckReport {
+    /// Points chosen.
+    pub points: u64,
+    /// Their layers.
+    pub layers: u64,
+    /// Sessions.
+    pub sessions: u64,
+    /// Packs.
+    pub packs: u64,
+    /// Distinct blocks that the points need.
+    pub blocks: u64,
+    /// Entries of the index.
+    pub entries: u64,
+    /// What is damaged.
+    pub damage: Vec<Damage>,
+    /// What could not be written down, for the operator.
+    pub notes: Vec<String>,
+}
+
+type Hurts = BTreeSet<(PointId, Option<String>)>;
+
+impl Repository {
+    /// Verifies points, or everything.
+    pub fn verify(&self, options: &VerifyOptions) -> Result<VerifyReport> {
+        let mut verify = Verify::new(self, options)?;
+        let points = verify.choose(options.points.as_deref())?;
+        let layers = verify.layers(&points)?;
+        let mut report = VerifyReport {
+            points: points.len() as u64,
+            complete: true,
+            ..VerifyReport::default()
+        };
+        if options.points.is_some() {
+            verify.blocks(&layers, &mut report)?;
+        } else {
+            verify.sessions()?;
+            let structure = verify.structure(&layers)?;
+            verify.look_at_known(&mut report)?;
+            verify.loose(&structure)?;
+            verify.packs(&structure, &mut report)?;
+        }
+        verify.settle()?;
+        if report.complete && report.packs.is_some() {
+            // Whatever they said was found anew.
+            let deleted = self.store().delete(&verify.worthless);
+            verify.note("damaged records of bad blocks stay", deleted);
+        }
+        verify.attribute(&points)?;
+        report.damage = verify.damage.into_values().collect();
+        report.notes = verify.notes;
+        Ok(report)
+    }
+
+    /// Checks what can be told without reading the blocks: of all points, or of these.
+    pub fn check(&self, points: Option<&[PointId]>, threads: usize) -> Result<CheckReport> {
+        let options = VerifyOptions {
+            threads,
+            ..VerifyOptions::default()
+        };
+        let mut verify = Verify::new(self, &options)?;
+        let points = verify.choose(points)?;
+        let layers = verify.layers(&points)?;
+        let sessions = verify.sessions()?;
+        let structure = verify.structure(&layers)?;
+        verify.look_at_known(&mut VerifyReport::default())?;
+        verify.loose(&structure)?;
+        verify.settle()?;
+        verify.attribute(&points)?;
+        Ok(CheckReport {
+            points: points.len() as u64,
+            layers: layers.len() as u64,
+            sessions,
+            packs: structure.packs.len() as u64,
+            blocks: structure.blocks,
+            entries: structure.entries,
+            damage: verify.damage.into_values().collect(),
+            notes: verify.notes,
+        })
+    }
+}
+
+struct Verify<'a> {
+    repo: &'a Repository,
+    threads: usize,
+    options: &'a VerifyOptions,
+    deadline: Option<Deadline>,
+    /// By object.
+    damage: BTreeMap<String, Damage>,
+    notes: Vec<String>,
+    /// What is known to be bad since before.
+    quarantine: Quarantine,
+    /// Damaged records of bad places.
+    worthless: Vec<String>,
+    /// Bad places that were found now.
+    found: Vec<Bad>,
+    /// Blocks that cannot be read anywhere: the object and how.
+    lost: BTreeMap<BlockId, (String, String)>,
+}
+
+/// The object and the fault of an error that is damage; other errors end the verification.
+fn as_damage(error: Error) -> Result<(String, String)> {
+    match error.missing_is_corrupt() {
+        Error::Corrupt { object, what } => Ok((object, what)),
+        Error::Unsupported(what) => Ok(("a point".into(), what)),
+        other => Err(other),
+    }
+}
+
+impl<'a> Verify<'a> {
+    fn new(repo: &'a Repository, options: &'a VerifyOptions) -> Result<Self> {
+        Ok(Self {
+            repo,
+            threads: options.threads.max(1),
+            options,
+            deadline: options.max_duration.map(Deadline::after),
+            damage: BTreeMap::new(),
+            notes: Vec::new(),
+            quarantine: Quarantine::read(repo.store())?,
+            worthless: Vec::new(),
+            found: Vec::new(),
+            lost: BTreeMap::new(),
+        })
+    }
+
+    fn damage(&mut self, object: String, what: &str, hurts: Hurts) {
+        let known = self.damage.entry(object.clone()).or_insert_with(|| Damage {
+            object,
+            what: what.to_owned(),
+            hurts: Hurts::new(),
+        });
+        known.hurts.extend(hurts);
+        if known.what.len() < 4096 && !known.what.contains(what) {
+            known.what = format!("{}; {what}", known.what);
+        }
+    }
+
+    fn damaged(&mut self, error: Error, hurts: Hurts) -> Result<()> {
+        let (object, what) = as_damage(error)?;
+        self.damage(object, &what, hurts);
+        Ok(())
+    }
+
+    /// What could not be written: no failure, since what was found is told all the same.
+    fn note(&mut self, what: &str, written: Result<()>) {
+        if let Err(error) = written {
+            self.notes.push(format!("{what}: {error}"));
+        }
+    }
+
+    /// The manifests of the chosen points; damaged ones go into the report.
+    fn choose(&mut self, chosen: Option<&[PointId]>) -> Result<Vec<Manifest>> {
+        let Some(chosen) = chosen else {
+            let points = self.repo.points()?;
+            for error in points.damaged {
+                let (object, what) = as_damage(error)?;
+                let id = object
+                    .strip_prefix("points/")
+                    .and_then(|id| id.parse().ok());
+                self.damage(object, &what, id.map(|id| (id, None)).into_iter().collect());
+            }
+            return Ok(points.points);
+        };
+        let mut points = Vec::new();
+        for id in chosen {
+            match self.repo.point(*id) {
+                Ok(point) => points.push(point),
+                Err(error) => self.damaged(error, [(*id, None)].into())?,
+            }
+        }
+        Ok(points)
+    }
+
+    /// The distinct layers of the points that can be read, each opened; the damaged ones go into the report.
+    fn layers(&mut self, points: &[Manifest]) -> Result<Vec<Arc<Layer>>> {
+        let mut users: HashMap<ObjectId, (&LayerRef, Hurts)> = HashMap::new();
+        for point in points {
+            for disk in &point.disks {
+                for layer in &disk.map.layers {
+                    let (_, hurts) = users.entry(layer.id).or_insert((layer, Hurts::new()));
+                    hurts.insert((point.id, Some(disk.key.clone())));
+                }
+            }
+        }
+        let mut layers = Vec::new();
+        for (layer, hurts) in users.into_values() {
+            match self.read_layer(layer) {
+                Ok(layer) => layers.push(layer),
+                Err(error) => {
+                    let hurts = self.that_are_there(hurts)?;
+                    if !hurts.is_empty() {
+                        self.damaged(error, hurts)?;
+                    }
+                }
+            }
+        }
+        Ok(layers)
+    }
+
+    fn read_layer(&self, layer: &LayerRef) -> Result<Arc<Layer>> {
+        let store = self.repo.store_arc();
+        let opened = Layer::open(store, &layer.object(), MAP, Some(layer.digest))?;
+        let opened = Arc::new(opened);
+        let mut runs = opened.stream();
+        while runs.next_run()?.is_some() {}
+        Ok(opened)
+    }
+
+    /// Without the points that were forgotten meanwhile.
+    fn that_are_there(&self, mut hurts: Hurts) -> Result<Hurts> {
+        let points: BTreeSet<PointId> = hurts.iter().map(|(point, _)| *point).collect();
+        for point in points {
+            match self.repo.point(point) {
+                Err(error) if error.is_not_found() => hurts.retain(|(other, _)| *other != point),
+                Err(error @ (Error::Corrupt { .. } | Error::Unsupported(_))) => {
+                    tracing::debug!(%error, "a point is damaged since it was read");
+                }
+                Err(error) => return Err(error),
+                Ok(_) => {}
+            }
+        }
+        Ok(hurts)
+    }
+
+    /// Reads the logs of all sessions; gives how many there are.
+    fn sessions(&mut self) -> Result<u64> {
+        let sessions = Session::list(self.repo)?;
+        let count = sessions.sessions.len() + sessions.damaged.len();
+        for (_, error) in sessions.damaged {
+            self.damaged(error, Hurts::new())?;
+        }
+        for session in sessions.sessions {
+            let read = session.items().and_then(|items| {
+                for item in items {
+                    if let Item::Segment(segment) = item {
+                        for run in session.segment_runs(&segment)? {
+                            run?;
+                        }
+                    }
+                }
+                Ok(())
+            });
+            match read {
+                Ok(()) => {}
+                // Only one that is still there can be damaged.
+                Err(error) => {
+                    let now = Session::list(self.repo)?.sessions;
+                    if now.iter().any(|other| other.id() == session.id()) {
+                        self.damaged(error, Hurts::new())?;
+                    }
+                }
+            }
+        }
+        Ok(count as u64)
+    }
+
+    /// Writes down the bad places that were found, and finds out which blocks cannot be read anywhere.
+    fn settle(&mut self) -> Result<()> {
+        let mut found = std::mem::take(&mut self.found);
+        found.sort_unstable_by_key(|bad| (bad.id, bad.pack));
+        found.dedup_by_key(|bad| (bad.id, bad.pack));
+        if found.is_empty() {
+            return Ok(());
+        }
+        let added = self.repo.quarantine(&found);
+        self.note("the bad blocks are not in quarantine", added);
+        self.repo.index().refresh()?;
+        for bad in found {
+            let object = pack::name(bad.pack);
+            let what = format!("block {}: {}", bad.id, bad.what);
+            match self.repo.read_block(bad.id) {
+                Ok(_) => self.damage(object, &what, Hurts::new()),
+                Err(error @ (Error::Corrupt { .. } | Error::Io { .. })) => {
+                    tracing::debug!(%error, "no place has a block");
+                    self.lost.insert(bad.id, (object, what));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Names the points that lost blocks hurt, and finds maps with holes.
+    fn attribute(&mut self, points: &[Manifest]) -> Result<()> {
+        let lost = std::mem::take(&mut self.lost);
+        let mut hurts: HashMap<BlockId, Hurts> = HashMap::new();
+        for point in points {
+            for disk in &point.disks {
+                let who = (point.id, Some(disk.key.clone()));
+                let walked = MapReader::open(self.repo, &disk.map).and_then(|map| {
+                    for run in map.runs() {
+                        if let RunContent::Data(ids) = &run?.content {
+                            for id in ids.as_slice().iter().filter(|id| lost.contains_key(id)) {
+                                hurts.entry(*id).or_default().insert(who.clone());
+                            }
+                        }
+                    }
+                    Ok(())
+                });
+                if let Err(error) = walked {
+                    let there = self.that_are_there([who].into())?;
+                    if !there.is_empty() {
+                        self.damaged(error, there)?;
+                    }
+                }
+            }
+        }
+        for (id, (object, what)) in lost {
+            let hurts = self.that_are_there(hurts.remove(&id).unwrap_or_default())?;
+            self.damage(object, &what, hurts);
+        }
+        Ok(())
+    }
+}
+
+/// Does something with every item, a few at a time, on several threads, in order as far as they allow. `false` when `late` said
+/// so before the end.
+fn in_parallel<T: Sync>(
+    threads: usize,
+    chunk: usize,
+    items: &[T],
+    late: &(dyn Fn() -> bool + Sync),
+    work: &(dyn Fn(&[T]) -> Result<()> + Sync),
+) -> Result<bool> {
+    let next = AtomicUsize::new(0);
+    let worker = || -> Result<bool> {
+        loop {
+            if next.load(Ordering::Relaxed) < items.len() && late() {
+                return Ok(false);
+            }
+            let start = next.fetch_add(chunk, Ordering::Relaxed);
+            let Some(rest) = items.get(start..).filter(|rest| !rest.is_empty()) else {
+                return Ok(true);
+            };
+            let done = work(&rest[..rest.len().min(chunk)]);
+            if done.is_err() {
+                // The others end with what they have.
+                next.store(items.len(), Ordering::Relaxed);
+            }
+            done?;
+        }
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+        let mut all = true;
+        let mut failure = None;
+        for worker in workers {
+            match worker.join() {
+                Ok(Ok(done)) => all &= done,
+                Ok(Err(error)) => {
+                    failure.get_or_insert(error);
+                }
+                Err(_) => {
+                    failure.get_or_insert(Error::Invalid("a verify worker panicked".into()));
+                }
+            }
+        }
+        failure.map_or(Ok(all), Err)
+    })
+}
+
+/// What several threads gather.
+fn lock<T>(shared: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,73 @@
+//! How fast a prune marks: a session with 30 million references (`FORERUN_REFERENCES`) in a directory, and a dry run over it. A
+//! measurement and no test of a rule, so it runs when it is asked for:
+//! `cargo test --release --test gc_speed -- --ignored --nocapture`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation,
+    reason = "a measurement prints what it measured"
+)]
+
+mod image_common;
+
+use forerun::image::{BlockId, Content, PruneOptions, Session};
+use image_common::{Bench, segment_header};
+
+/// References in one segment.
+const SEGMENT: u64 = 1 << 20;
+
+/// Ids are spread evenly, as hashes are.
+fn id(number: u64) -> BlockId {
+    let mut bytes = [0; 32];
+    for (place, part) in bytes.chunks_mut(8).zip(1_u64..) {
+        let mut mixed = number
+            .wrapping_mul(4)
+            .wrapping_add(part)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        place.copy_from_slice(&(mixed ^ (mixed >> 31)).to_le_bytes());
+    }
+    BlockId::from_bytes(bytes)
+}
+
+/// The most memory that this process has had, KiB.
+fn peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let digits = line.unwrap().chars().filter(char::is_ascii_digit);
+    digits.collect::<String>().parse().unwrap()
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn marking() {
+    let asked = std::env::var("FORERUN_REFERENCES").ok();
+    let references: u64 = asked.map_or(30_000_000, |text| text.parse().unwrap());
+    let bench = Bench::new(65536);
+    let session = Session::create(&bench.repo, "speed", &serde_json::Value::Null).unwrap();
+    let mut made = 0;
+    while made < references {
+        let end = references.min(made + SEGMENT);
+        let blocks: Vec<(u64, Content)> = (made..end)
+            .map(|block| (block, Content::Data(id(block))))
+            .collect();
+        session.append_segment(&segment_header(), &blocks).unwrap();
+        made = end;
+    }
+    let before = peak();
+    let start = forerun::clock::now();
+    let options = PruneOptions {
+        dry_run: true,
+        ..PruneOptions::default()
+    };
+    let report = bench.repo.prune(&options, &|_, _, _| ()).unwrap();
+    println!(
+        "{} references marked in {:.1?}; peak memory {} MiB, before {} MiB",
+        report.references,
+        start.elapsed(),
+        peak() >> 10,
+        before >> 10
+    );
+    assert_eq!(report.references, references);
+}
