@@ -120,7 +120,7 @@ fn libvirt_s_daemon_and_its_own_backup_come_and_go() {
 
     // The daemon is restarted in the middle of a batch.
     clock::sleep(Duration::from_secs(2));
-    let run = lab.start(&["precopy", &name, "--once", "--rate", "512KiB/s"], "");
+    let run = lab.start(&["precopy", &name, "--once", "--rate", "2MiB/s"], "");
     wait_for("no batch began", || {
         !lab.ask("query-block-exports").is_empty()
     });
@@ -135,19 +135,11 @@ fn libvirt_s_daemon_and_its_own_backup_come_and_go() {
 
     // The operator's own backup: ours waits for its end, or says that it cannot.
     let job = lab.path("job.xml");
-    let socket = format!(
-        "/tmp/forerun-libvirt-{}/lib/qemu/pull.sock",
-        std::process::id()
-    );
     let disks = ["vda", "vdb", "sda"].map(|disk| {
         format!("<disk name='{disk}' backup='yes' type='file'><scratch file='/var/lib/libvirt/qemu/{disk}.scratch'/></disk>")
     });
     let text = format!(
-        "<domainbackup mode='pull'><server transport='unix' socket='{}'/><disks>{}</disks></domainbackup>",
-        socket.replace(
-            &format!("/tmp/forerun-libvirt-{}/lib", std::process::id()),
-            "/var/lib/libvirt"
-        ),
+        "<domainbackup mode='pull'><server transport='unix' socket='/var/lib/libvirt/qemu/pull.sock'/><disks>{}</disks></domainbackup>",
         disks.concat()
     );
     std::fs::write(&job, text).unwrap();

@@ -20,6 +20,23 @@ use crate::vm_common::{Ended, Started, UUID, WAIT, wait_for};
 /// The one libvirtd of this process's tests; it goes with the last of them.
 static SHARED: Mutex<Weak<Mutex<Libvirtd>>> = Mutex::new(Weak::new());
 
+/// Where files go: into memory where there is room for them, else to the temporary directory.
+fn base() -> PathBuf {
+    let memory = Path::new("/dev/shm");
+    let room =
+        rustix::fs::statvfs(memory).is_ok_and(|stat| stat.f_bavail * stat.f_frsize > 2 << 30);
+    if room {
+        memory.to_path_buf()
+    } else {
+        std::env::temp_dir()
+    }
+}
+
+/// The private libvirtd's directory.
+pub(crate) fn home() -> PathBuf {
+    base().join(format!("forerun-libvirt-{}", std::process::id()))
+}
+
 /// Held by a test that ends the daemon under the feet of others.
 pub(crate) static ALONE: Mutex<()> = Mutex::new(());
 
@@ -29,7 +46,7 @@ pub(crate) fn libvirtd() -> Arc<Mutex<Libvirtd>> {
     if let Some(running) = shared.upgrade() {
         return running;
     }
-    let home = PathBuf::from(format!("/tmp/forerun-libvirt-{}", std::process::id()));
+    let home = home();
     std::fs::remove_dir_all(&home).ok();
     std::fs::create_dir(&home).unwrap();
     std::fs::set_permissions(&home, PermissionsExt::from_mode(0o755)).unwrap();
@@ -65,7 +82,10 @@ impl Lab {
         name: &str,
         build: impl FnOnce(forerun_rig::guest::Builder) -> forerun_rig::guest::Builder,
     ) -> Self {
-        let directory = tempfile::Builder::new().prefix("dom").tempdir().unwrap();
+        let directory = tempfile::Builder::new()
+            .prefix("dom")
+            .tempdir_in(base())
+            .unwrap();
         // QEMU's user passes through.
         std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let libvirtd = libvirtd();
@@ -181,10 +201,7 @@ impl Lab {
                 left.push(format!("node {name}"));
             }
         }
-        let place = PathBuf::from(format!(
-            "/tmp/forerun-libvirt-{}/lib/qemu",
-            std::process::id()
-        ));
+        let place = home().join("lib/qemu");
         for domain in std::fs::read_dir(place).unwrap() {
             let path = domain.unwrap().path();
             let own = path.file_name().unwrap().to_str().unwrap();
