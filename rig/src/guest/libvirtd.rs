@@ -21,6 +21,7 @@ const PLACES: [(&str, &str); 5] = [
     ("/var/cache/libvirt", "cache"),
     ("/var/log/libvirt", "log"),
 ];
+/// Without KVM, whose probing takes libvirt minutes on a machine where it is there and does not work.
 /// Holds the namespace until its standard input ends, and then ends everything in it.
 const HOLDER: &str = r#"set -eu
 home=$1
@@ -29,6 +30,7 @@ while [ $# -gt 0 ]; do
 	mount --bind "$home/$2" "$1"
 	shift 2
 done
+if [ -e /dev/kvm ]; then mount --bind /dev/null /dev/kvm; fi
 echo ready
 cat >/dev/null
 for file in "$home/libvirtd.pid" "$home"/run/qemu/*.pid; do
