@@ -1,5 +1,6 @@
 #!/bin/bash
 # Fuzzes every parser of bytes that come from elsewhere: repository objects, an NBD server's and a QEMU's answers.
+# Leaks are not looked for: threads that are just ending look like some.
 # Needs a nightly compiler and cargo-fuzz (cargo install cargo-fuzz); a crash, a hang of 10 s or an allocation of 256 MiB ends it.
 set -euo pipefail
 cd "$(dirname "$0")/../fuzz"
@@ -29,7 +30,7 @@ for target in "${targets[@]}"; do
     echo "== $target, $seconds s"
     log=target/$target.log
     if ! cargo +nightly fuzz run "$target" -- -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 \
-        -malloc_limit_mb=256 -print_final_stats=1 > "$log" 2>&1; then
+        -malloc_limit_mb=256 -detect_leaks=0 -print_final_stats=1 > "$log" 2>&1; then
         tail -40 "$log" >&2
         echo "$target failed: the input is under fuzz/artifacts/$target" >&2
         exit 1

@@ -261,6 +261,9 @@ fn a_run_that_hangs_is_ended_by_its_guard() {
         lab.progresses();
         let held = wait_for("the guard does not release", || lab.leftovers().is_empty());
         println!("{method}: released {held:?} after the run began to hang");
+        wait_for("the guard keeps its journal", || {
+            lab.host_state().is_empty()
+        });
         let ended = run.end();
         assert_eq!(ended.status.signal(), Some(9), "{ended:#?}");
         lab.is_clean();

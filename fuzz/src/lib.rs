@@ -108,6 +108,10 @@ impl Store for Memory {
         Ok(())
     }
 
+    fn held(&self, _: &str) -> Result<Vec<(String, String)>, Error> {
+        Ok(Vec::new())
+    }
+
     fn lock(&self, _: &str, _: &str) -> Result<StoreLock, Error> {
         Ok(StoreLock::new(()))
     }

@@ -77,25 +77,29 @@ impl Repository {
 /// Which packs there are, past any cache.
 #[derive(Default)]
 pub(super) struct Present {
-    listed: HashMap<String, HashSet<String>>,
+    listed: HashMap<String, HashSet<ObjectId>>,
 }
 
 impl Present {
     /// Whether a pack is there.
     pub(super) fn has(&mut self, repo: &Repository, pack: ObjectId) -> Result<bool> {
         let object = pack::name(pack);
-        let directory = object
-            .rsplit_once('/')
-            .map_or("packs/", |(directory, _)| directory);
-        let prefix = format!("{}/", directory.trim_end_matches('/'));
-        if !self.listed.contains_key(&prefix) {
-            let names = repo.store().list_fresh(&prefix)?;
-            self.listed
-                .insert(prefix.clone(), names.into_iter().collect());
+        let (directory, _) = object.rsplit_once('/').unwrap_or_default();
+        if let Some(listed) = self.listed.get(directory) {
+            return Ok(listed.contains(&pack));
         }
-        Ok(self
-            .listed
-            .get(&prefix)
-            .is_some_and(|names| names.contains(&object)))
+        let listed = beside(repo, pack)?;
+        let is_there = listed.contains(&pack);
+        self.listed.insert(directory.to_owned(), listed);
+        Ok(is_there)
     }
+}
+
+/// The packs whose names begin as this one's does, past any cache.
+pub(super) fn beside(repo: &Repository, pack: ObjectId) -> Result<HashSet<ObjectId>> {
+    let object = pack::name(pack);
+    let (directory, _) = object.rsplit_once('/').unwrap_or_default();
+    let names = repo.store().list_fresh(&format!("{directory}/"))?;
+    let id = |name: &String| name.rsplit('/').next()?.parse().ok();
+    Ok(names.iter().filter_map(id).collect())
 }

@@ -1,7 +1,8 @@
 //! The repository: its configuration, and what every other part of it reaches the store through.
 
+use std::collections::HashSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -12,9 +13,10 @@ use super::codec::Compression;
 use super::envelope;
 use super::error::{Error, Result};
 use super::hasher::Hasher;
-use super::ids::{BlockId, RepoId};
+use super::ids::{BlockId, ObjectId, RepoId};
 use super::index::{Index, Rebuilt};
 use super::keys::KeyRing;
+use super::look::beside;
 use super::pack::PackWriter;
 use super::secret::Secret;
 use super::store::{DirStore, Store};
@@ -84,6 +86,8 @@ struct Inner {
     config: Config,
     index: Index,
     hasher: Hasher,
+    /// Packs that were there, at one generation.
+    there: Mutex<(u64, HashSet<ObjectId>)>,
 }
 
 /// A block on its way into the repository.
@@ -160,6 +164,7 @@ impl Repository {
                 config,
                 index,
                 hasher,
+                there: Mutex::default(),
             }),
         }
     }
@@ -252,14 +257,8 @@ impl Repository {
         if expected == Some(id) && !self.index().is_quarantined(id)? {
             return Ok(Encoded::Known(id));
         }
-        match self.index().locate(id) {
-            Ok(Some(_)) => return Ok(Encoded::Known(id)),
-            Ok(None) => {}
-            // Stored twice is safe; a backup that cannot go on is not.
-            Err(error @ Error::Corrupt { .. }) => {
-                tracing::debug!(%error, "a block is stored without looking for it");
-            }
-            Err(error) => return Err(error),
+        if self.has_block(id)? {
+            return Ok(Encoded::Known(id));
         }
         NewBlock::encode(id, plain, self.compression).map(Encoded::New)
     }
@@ -267,10 +266,35 @@ impl Repository {
     /// Whether a block of this id need not be stored: it is here, as far as [`Repository::encode`] would say.
     pub fn has_block(&self, id: BlockId) -> Result<bool> {
         match self.index().locate(id) {
-            Ok(found) => Ok(found.is_some()),
-            Err(Error::Corrupt { .. }) => Ok(false),
+            Ok(Some(location)) => self.is_there(location.pack),
+            Ok(None) => Ok(false),
+            // Stored twice is safe; a backup that cannot go on is not.
+            Err(error @ Error::Corrupt { .. }) => {
+                tracing::debug!(%error, "a block is stored without looking for it");
+                Ok(false)
+            }
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether a pack that the index names is there. A writer who was held up for long may publish entries of a pack that a prune
+    /// has deleted meanwhile; one that is there is deleted only in a later generation.
+    fn is_there(&self, pack: ObjectId) -> Result<bool> {
+        let generation = self.index().generation()?;
+        let mut there = self
+            .inner
+            .there
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if there.0 != generation {
+            *there = (generation, HashSet::new());
+        }
+        if there.1.contains(&pack) {
+            return Ok(true);
+        }
+        let beside = beside(self, pack)?;
+        there.1.extend(beside);
+        Ok(there.1.contains(&pack))
     }
 
     /// Whether equal blocks have equal ids here and there.
