@@ -12,8 +12,8 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/lib/packages.sh
 . scripts/lib/packages.sh
 
-# Measurements and makers of golden files, run by hand.
-BENCHES='^(against_nbdcopy|make)$'
+# Measurements, makers of golden files and what replays a history, run by hand.
+BENCHES='^(image::speed::[a-z]+|against_(nbdcopy|hashing_alone)|figures|increments|metadata_of_data|a_second_vm|marking|make(_encrypted)?|replay)$'
 LOG=target/test.log
 CORES=$(nproc)
 

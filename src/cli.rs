@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::backup::Quiesce;
 use crate::exit::{Failure, Kind};
 use crate::image::Compression;
-use crate::target::Target;
+use crate::target::{Target, absolute_name};
 use crate::units::{parse_duration, parse_rate, parse_share, parse_size};
 
 /// Backs up running KVM/QEMU virtual machines ahead of schedule.
@@ -105,6 +105,7 @@ pub enum Command {
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// Only those of this target.
+        #[arg(value_parser = absolute_name)]
         target: Option<String>,
     },
     /// Show a recovery point.
@@ -113,6 +114,7 @@ pub enum Command {
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        #[arg(value_parser = absolute_name)]
         point: String,
     },
     /// Show which extents differ between two points.
@@ -121,8 +123,10 @@ pub enum Command {
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// The one.
+        #[arg(value_parser = absolute_name)]
         a: String,
         /// The other.
+        #[arg(value_parser = absolute_name)]
         b: String,
     },
     /// Show what points cost: what they refer to, and what would be freed without them.
@@ -131,6 +135,7 @@ pub enum Command {
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// Only this target, or this point.
+        #[arg(value_parser = absolute_name)]
         of: Option<String>,
     },
     /// Read and re-hash everything that is stored, or what these points need.
@@ -142,6 +147,7 @@ pub enum Command {
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// Only these points.
+        #[arg(value_parser = absolute_name)]
         points: Vec<String>,
         /// Begin nothing after this time.
         #[arg(long, value_parser = parse_duration)]
@@ -162,6 +168,7 @@ pub enum Command {
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// Only these points.
+        #[arg(value_parser = absolute_name)]
         points: Vec<String>,
     },
     /// Write a point's disks to new images.
@@ -170,6 +177,7 @@ pub enum Command {
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        #[arg(value_parser = absolute_name)]
         point: String,
         /// All disks, as files in this directory.
         #[arg(long, required_unless_present = "disk", conflicts_with = "disk")]
@@ -201,13 +209,13 @@ pub enum Command {
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
-        #[arg(required_unless_present = "all", conflicts_with = "all")]
+        #[arg(required_unless_present = "all", conflicts_with = "all", value_parser = absolute_name)]
         points: Vec<String>,
         /// All points.
         #[arg(long)]
         all: bool,
         /// Of these targets only. May be repeated.
-        #[arg(long, requires = "all")]
+        #[arg(long, requires = "all", value_parser = absolute_name)]
         target: Vec<String>,
         #[command(flatten)]
         #[allow(missing_docs)]
@@ -222,6 +230,7 @@ pub enum Command {
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        #[arg(value_parser = absolute_name)]
         point: String,
         /// Why; `list` and `show` tell it.
         #[arg(long, value_name = "TEXT")]
@@ -233,6 +242,7 @@ pub enum Command {
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+        #[arg(value_parser = absolute_name)]
         point: String,
     },
     /// Put right what can be put right.
@@ -408,13 +418,13 @@ pub struct SecretArgs {
 #[derive(Debug, Args)]
 pub struct ForgetArgs {
     /// The targets whose points the policy is for: a key or one of its spellings.
-    #[arg(conflicts_with_all = ["all_targets", "point"])]
+    #[arg(conflicts_with_all = ["all_targets", "point"], value_parser = absolute_name)]
     pub targets: Vec<String>,
     /// The policy is for all targets, each by itself.
     #[arg(long, conflicts_with = "point")]
     pub all_targets: bool,
     /// These points, and no policy. A damaged one by its full id.
-    #[arg(long, num_args = 1.., value_name = "POINT")]
+    #[arg(long, num_args = 1.., value_name = "POINT", value_parser = absolute_name)]
     pub point: Vec<String>,
     #[command(flatten)]
     #[allow(missing_docs)]

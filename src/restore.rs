@@ -15,7 +15,7 @@ use rustix::fs::{Advice, FallocateFlags};
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
 use crate::image::{BlockSink, DiskPoint, Repository};
-use crate::nbd::{Endpoint, Writer, ZeroMode};
+use crate::nbd::{Client, Endpoint, Writer, ZeroMode};
 use crate::progress::Progress;
 use crate::units::{Bytes, Extent};
 
@@ -318,8 +318,7 @@ fn apply_qcow2(repo: &Repository, task: &Task, path: &Path, progress: &Progress)
         "qemu-img create: {}",
         String::from_utf8_lossy(&created.stderr).trim()
     );
-    let server = ImageServer::start(path)?;
-    let client = Endpoint::new(&server.socket, "").connect()?;
+    let (server, client) = ImageServer::start(path)?;
     let writer = Writer::new(client, IN_FLIGHT)?;
     let mut sink = NbdSink { writer, progress };
     repo.read_disk(&task.disk, threads(), &mut sink)?;
@@ -356,12 +355,12 @@ impl BlockSink for NbdSink<'_> {
 /// A private `qemu-nbd` over one image.
 struct ImageServer {
     child: Child,
-    socket: PathBuf,
     directory: PathBuf,
 }
 
 impl ImageServer {
-    fn start(image: &Path) -> Result<Self> {
+    /// Starts it and connects once it listens; its socket is there a moment before that.
+    fn start(image: &Path) -> Result<(Self, Client)> {
         let directory =
             std::env::temp_dir().join(format!("forerun-{}", crate::qmp::names::random_hex(8)));
         std::fs::DirBuilder::new().mode(0o700).create(&directory)?;
@@ -376,21 +375,18 @@ impl ImageServer {
             .stderr(Stdio::piped())
             .spawn()
             .context("start qemu-nbd")?;
-        let mut server = Self {
-            child,
-            socket,
-            directory,
-        };
+        let mut server = Self { child, directory };
         let deadline = Deadline::after(Duration::from_secs(20));
-        while !server.socket.exists() {
-            anyhow::ensure!(
-                server.child.try_wait()?.is_none(),
-                "qemu-nbd does not serve the image"
-            );
-            anyhow::ensure!(!deadline.passed(), "qemu-nbd does not start");
-            clock::sleep(Duration::from_millis(2));
+        let endpoint = Endpoint::new(&socket, "");
+        loop {
+            match endpoint.connect() {
+                Ok(client) => return Ok((server, client)),
+                Err(error) if server.child.try_wait()?.is_some() || deadline.passed() => {
+                    return Err(error).context("qemu-nbd does not serve the image");
+                }
+                Err(_) => clock::sleep(Duration::from_millis(2)),
+            }
         }
-        Ok(server)
     }
 
     /// Waits for its end: it ends when its client has gone, with the image complete.

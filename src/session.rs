@@ -68,6 +68,10 @@ impl Session {
     /// Opens the session of a target, or what it would begin from.
     pub fn open(repo: &Repository, key: &str) -> Result<Self> {
         let mut session = Self::find(repo, key)?;
+        // What is the same as in the base counts as stored without a look.
+        if !session.bases.is_empty() {
+            repo.expect_index()?;
+        }
         session.read_log()?;
         Ok(session)
     }

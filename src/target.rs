@@ -89,6 +89,15 @@ impl fmt::Display for Target {
     }
 }
 
+/// The name of a target, also one that `@` and a time follow, as the repository writes it: the path of a `qmp:` or `disk:`
+/// spelling is made absolute, as it was when the point was made.
+pub fn absolute_name(text: &str) -> Result<String, String> {
+    if !text.starts_with("qmp:") && !text.starts_with("disk:") {
+        return Ok(text.to_owned());
+    }
+    text.parse::<Target>().map(|target| target.to_string())
+}
+
 /// The key of a target without a UUID: the name that it was given, else one made of this machine's id and the path.
 pub fn key_without_uuid(path: &Path, given: Option<&str>) -> anyhow::Result<String> {
     if let Some(name) = given {
@@ -240,6 +249,11 @@ mod tests {
         assert_eq!("web-1".parse(), Ok(Target::Name("web-1".into())));
         assert!("qmp:".parse::<Target>().is_err());
         assert_eq!(Target::Qmp("/x".into()).to_string(), "qmp:/x");
+        let here = std::env::current_dir().unwrap();
+        let there = format!("disk:vda={}/a.raw@latest", here.display());
+        assert_eq!(absolute_name("disk:vda=a.raw@latest"), Ok(there));
+        assert_eq!(absolute_name("web-1@latest"), Ok("web-1@latest".into()));
+        assert!(absolute_name("qmp:").is_err());
     }
 
     #[test]

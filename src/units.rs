@@ -203,7 +203,10 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 
 /// Reads a rate as people write it: a size, with or without `/s`.
 pub fn parse_rate(text: &str) -> Result<u64, String> {
-    parse_size(text.trim().strip_suffix("/s").unwrap_or(text))
+    match parse_size(text.trim().strip_suffix("/s").unwrap_or(text))? {
+        0 => Err("with a rate of 0 nothing would ever be read".to_owned()),
+        rate => Ok(rate),
+    }
 }
 
 /// Reads a share in percent: `10%`, `2.5`.
@@ -220,7 +223,7 @@ pub fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
-    let bad = || format!("`{text}` is not a duration such as 250ms, 30s, 5m or 2h");
+    let bad = || format!("`{text}` is not a duration such as 250ms, 30s, 5m, 2h, 14d or 8w");
     let number: u64 = number.parse().map_err(|_| bad())?;
     let millis = match unit.trim() {
         "ms" => 1,
@@ -262,6 +265,7 @@ mod tests {
         }
         assert_eq!(Bytes(3 << 29).to_string(), "1.5 GiB");
         assert_eq!(parse_rate("100MiB/s"), Ok(100 << 20));
+        assert!(parse_rate("0").is_err() && parse_rate("0.0MiB/s").is_err());
     }
 
     #[test]

@@ -10,26 +10,11 @@
 
 mod image_common;
 
-use forerun::image::{BlockId, Content, PruneOptions, Session};
-use image_common::{Bench, segment_header};
+use forerun::image::{Content, PruneOptions, Session};
+use image_common::{Bench, made_up_id, segment_header};
 
 /// References in one segment.
 const SEGMENT: u64 = 1 << 20;
-
-/// Ids are spread evenly, as hashes are.
-fn id(number: u64) -> BlockId {
-    let mut bytes = [0; 32];
-    for (place, part) in bytes.chunks_mut(8).zip(1_u64..) {
-        let mut mixed = number
-            .wrapping_mul(4)
-            .wrapping_add(part)
-            .wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        place.copy_from_slice(&(mixed ^ (mixed >> 31)).to_le_bytes());
-    }
-    BlockId::from_bytes(bytes)
-}
 
 /// The most memory that this process has had, KiB.
 fn peak() -> u64 {
@@ -50,7 +35,7 @@ fn marking() {
     while made < references {
         let end = references.min(made + SEGMENT);
         let blocks: Vec<(u64, Content)> = (made..end)
-            .map(|block| (block, Content::Data(id(block))))
+            .map(|block| (block, Content::Data(made_up_id(block))))
             .collect();
         session.append_segment(&segment_header(), &blocks).unwrap();
         made = end;

@@ -14,10 +14,8 @@ mod image_common;
 use std::collections::BTreeSet;
 
 use forerun::clock;
-use forerun::image::{
-    BlockId, Content, DiskPoint, Manifest, MapReader, Repository, Session, build_map,
-};
-use image_common::{BLOCK, Bench, backup_of, segment_header, segments};
+use forerun::image::{Content, DiskPoint, Manifest, MapReader, Repository, Session, build_map};
+use image_common::{BLOCK, Bench, backup_of, made_up_id, mixed, segment_header, segments};
 
 /// Blocks of the disk whose increments are made: 256 GiB of 64 KiB.
 const BLOCKS: u64 = 4 << 20;
@@ -25,21 +23,6 @@ const BLOCKS: u64 = 4 << 20;
 const INCREMENTS: u64 = 1000;
 /// Changed blocks of each.
 const CHANGED: u64 = 2000;
-
-fn mixed(number: u64) -> u64 {
-    let mut mixed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    mixed ^ (mixed >> 31)
-}
-
-fn id(number: u64) -> BlockId {
-    let mut bytes = [0; 32];
-    for (place, part) in bytes.chunks_mut(8).zip(1_u64..) {
-        place.copy_from_slice(&mixed(number.wrapping_mul(4).wrapping_add(part)).to_le_bytes());
-    }
-    BlockId::from_bytes(bytes)
-}
 
 fn bytes(repo: &Repository, prefix: &str) -> u64 {
     let names = repo.store().list(prefix).unwrap();
@@ -87,7 +70,7 @@ fn increments() {
     let (bench, template) = template();
     let repo = &bench.repo;
     let full: Vec<(u64, Content)> = (0..BLOCKS)
-        .map(|block| (block, Content::Data(id(block))))
+        .map(|block| (block, Content::Data(made_up_id(block))))
         .collect();
     let mut first = template.clone();
     first.disks[0].map.layers.clear();
@@ -102,7 +85,12 @@ fn increments() {
             .collect();
         let changed: Vec<(u64, Content)> = changed
             .into_iter()
-            .map(|block| (block, Content::Data(id(BLOCKS + round * BLOCKS + block))))
+            .map(|block| {
+                (
+                    block,
+                    Content::Data(made_up_id(BLOCKS + round * BLOCKS + block)),
+                )
+            })
             .collect();
         let made = increment(repo, &last, &changed);
         if round == 0 {

@@ -92,6 +92,24 @@ fn policy(keep: &KeepArgs) -> Policy {
     }
 }
 
+/// No point is of a target of this name; the hint tells the names that there are.
+pub(super) fn no_target(points: &[Manifest], name: &str) -> anyhow::Error {
+    let known: BTreeMap<&str, &str> = points
+        .iter()
+        .map(|point| (point.target.key.as_str(), name_of(point)))
+        .collect();
+    let known: Vec<String> = known
+        .into_iter()
+        .map(|(key, name)| format!("{name} ({key})"))
+        .collect();
+    let hint = match known.as_slice() {
+        [] => "the repository has no points".to_owned(),
+        known => format!("targets: {}", known.join(", ")),
+    };
+    let message = format!("no point that can be read is of a target `{name}`");
+    Failure::hinted(Kind::Failed, message, hint)
+}
+
 /// The keys of the targets of these names, each of which is that of one target.
 pub(super) fn keys(repo: &Repository, names: &[String]) -> Result<BTreeSet<String>> {
     let points = repo.points()?.points;
@@ -101,20 +119,7 @@ pub(super) fn keys(repo: &Repository, names: &[String]) -> Result<BTreeSet<Strin
         let found: BTreeSet<&str> = called.map(|point| point.target.key.as_str()).collect();
         let list = |keys: &BTreeSet<&str>| keys.iter().copied().collect::<Vec<_>>().join(", ");
         match found.len() {
-            0 => {
-                let known: BTreeMap<&str, &str> = points
-                    .iter()
-                    .map(|point| (point.target.key.as_str(), name_of(point)))
-                    .collect();
-                let known = known
-                    .into_iter()
-                    .map(|(key, name)| format!("{name} ({key})"));
-                return Err(Failure::hinted(
-                    Kind::Failed,
-                    format!("no point that can be read is of a target `{name}`"),
-                    format!("targets: {}", known.collect::<Vec<_>>().join(", ")),
-                ));
-            }
+            0 => return Err(no_target(&points, name)),
             1 => all.extend(found.into_iter().map(str::to_owned)),
             _ => {
                 return Err(Failure::hinted(

@@ -10,7 +10,7 @@ use super::secret;
 use crate::cli::RepoArgs;
 use crate::clock;
 use crate::exit::Kind;
-use crate::image::{Damage, PackReport, PointId, Repository, VerifyOptions};
+use crate::image::{Damage, NOT_INDEXED, PackReport, PointId, Repository, VerifyOptions};
 use crate::report::Outcome;
 use crate::throttle::Throttle;
 use crate::units::Bytes;
@@ -162,6 +162,9 @@ fn tell(outcome: &mut Outcome, found: &[Damage]) -> Vec<Value> {
             .map(|(point, disk)| json!({ "point": point, "disk": disk }))
             .collect();
         damage.push(json!({ "object": found.object, "what": found.what, "hurts": hurts }));
+    }
+    if found.iter().any(|found| found.what.contains(NOT_INDEXED)) {
+        outcome.line("`forerun repair index` finds blocks that only the index has lost".to_owned());
     }
     if !found.is_empty() {
         outcome.kind = Some(Kind::Corrupt);

@@ -23,6 +23,8 @@ use super::store::{Holder, StoreLock};
 const PREFIX: &str = "leases/";
 const LOCK: &str = "lease-";
 const KIND: &str = "lease";
+/// How often another name is tried.
+const TRIES: u32 = 10;
 
 #[derive(Serialize, Deserialize)]
 struct Record {
@@ -58,10 +60,18 @@ impl Repository {
     }
 
     fn lease_maps(&self, maps: Vec<MapRef>, who: &str) -> Result<Lease> {
-        let id = ObjectId::random()?;
-        let lock = format!("{LOCK}{id}");
+        let mut tries = 0;
+        let (id, lock, held) = loop {
+            let id = ObjectId::random()?;
+            let lock = format!("{LOCK}{id}");
+            match self.store().lock(&lock, who) {
+                Ok(held) => break (id, lock, held),
+                // A prune that looks who is alive had it in its hands.
+                Err(Error::Busy { .. }) if tries < TRIES => tries += 1,
+                Err(error) => return Err(error),
+            }
+        };
         let object = format!("{PREFIX}{id}");
-        let held = self.store().lock(&lock, who)?;
         self.store()
             .put(&object, &envelope::seal(KIND, &Record { maps })?)?;
         Ok(Lease {

@@ -15,7 +15,6 @@ mod block;
 mod bytes;
 mod closed;
 mod codec;
-#[allow(dead_code, reason = "prune and verify use it")]
 mod condemned;
 mod envelope;
 mod error;
@@ -24,7 +23,6 @@ mod gc;
 mod hasher;
 mod heal;
 mod ids;
-#[allow(dead_code, reason = "prune and verify use it")]
 mod index;
 mod keys;
 mod lease;
@@ -45,13 +43,13 @@ mod memory;
 mod pack;
 mod pins;
 mod points;
-#[allow(dead_code, reason = "prune and verify use it")]
 mod quarantine;
 mod read;
 mod repo;
 mod retention;
 mod sealed;
 mod secret;
+mod segment;
 mod session;
 #[cfg(test)]
 mod speed;
@@ -66,7 +64,7 @@ pub use error::{Error, Result};
 pub use forget::{ForgetPlan, Selection, TargetPlan};
 pub use gc::{Packs, PruneOptions, PruneReport};
 pub use ids::{BlockId, Digest, KeyId, ObjectId, PointId, RepoId, SessionId};
-pub use index::Rebuilt;
+pub use index::{NOT_INDEXED, Rebuilt};
 pub use keys::{KeyInfo, KeyRing, Keys};
 pub use lease::Lease;
 pub use manifest::{DiskPoint, Manifest, Origin, Quiesce, RetiredBitmap, Target, Tracking};

@@ -69,10 +69,10 @@ impl Repository {
         Ok(pinned)
     }
 
-    /// All pins.
+    /// All pins, past any cache: another host may have pinned what this one is about to forget.
     pub fn pins(&self) -> Result<Pins> {
         let mut pins = Pins::default();
-        for object in self.store().list(PREFIX)? {
+        for object in self.store().list_fresh(PREFIX)? {
             let Some(Ok(point)) = object.strip_prefix(PREFIX).map(str::parse) else {
                 let error = Error::corrupt(&*object, "its name is no point's");
                 pins.damaged.push(error);

@@ -80,10 +80,10 @@ impl Repository {
         }
     }
 
-    /// All points.
+    /// All points, past any cache: the newest one is what is restored, gone on from and kept by a policy.
     pub fn points(&self) -> Result<Points> {
         let mut points = Points::default();
-        for object in self.store().list("points/")? {
+        for object in self.store().list_fresh("points/")? {
             let id = object.strip_prefix("points/").map(str::parse);
             let point = match id {
                 Some(Ok(id)) => self.point(id),
@@ -114,7 +114,7 @@ impl Repository {
     }
 
     fn resolve_prefix(&self, prefix: &str) -> Result<Manifest> {
-        let names = self.store().list("points/")?;
+        let names = self.store().list_fresh("points/")?;
         let matching: Vec<PointId> = names
             .iter()
             .filter_map(|name| name.strip_prefix("points/"))

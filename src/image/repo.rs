@@ -297,6 +297,15 @@ impl Repository {
         Ok(there.1.contains(&pack))
     }
 
+    /// Refuses a repository whose index is gone: nothing in it can be restored before it is made anew.
+    pub fn expect_index(&self) -> Result<()> {
+        if !self.index().is_empty()? || self.store().list("packs/")?.is_empty() {
+            return Ok(());
+        }
+        let what = "all of it is missing; `forerun repair index` makes it anew from the packs";
+        Err(Error::corrupt("the index", what))
+    }
+
     /// Whether equal blocks have equal ids here and there.
     #[must_use]
     pub fn shares_ids_with(&self, other: &Repository) -> bool {

@@ -12,7 +12,9 @@
 //! The first half of an id is a hash of the key, so a key is found by a listing and a damaged session of another target is in
 //! nobody's way. A session is a root for garbage collection until it is removed by decision.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -21,9 +23,17 @@ use super::envelope;
 use super::error::{Error, Result};
 use super::ids::{BlockId, SessionId, hex, random};
 use super::manifest::Manifest;
-use super::map::{BlockIds, Layer, LayerWriter, MapRef, Run, RunContent, RunSource, SEGMENT};
+use super::map::{Layer, LayerWriter, MapRef, Run, RunContent, RunSource, SEGMENT};
 use super::repo::Repository;
+use super::segment::{joined, runs_of};
+use super::store::StoreLock;
+use crate::clock::{self, Deadline};
 use crate::units::BlockRun;
+
+/// How long another process is waited for that begins, publishes or drops a session of the same key.
+const LOCK_WAIT: Duration = Duration::from_secs(60);
+/// How often the lock is tried meanwhile.
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// What a block holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,6 +123,8 @@ pub struct Session {
     next: Mutex<Option<u64>>,
     /// The maps that are known to be roots by its records.
     rooted: Mutex<Vec<MapRef>>,
+    /// The log ends with a segment of which it is not known whether it may be relied on.
+    unsettled: AtomicBool,
 }
 
 /// The sessions of a repository.
@@ -136,11 +148,28 @@ fn removed_object(id: SessionId) -> String {
     format!("{}removed", prefix(id))
 }
 
+/// The lock of the sessions of a key, by the key's hash.
+fn lock_name(hash: &[u8]) -> String {
+    format!("session-{}", hex(hash))
+}
+
+/// Takes the lock of the sessions of the key of this one; who holds it does so for a few writes.
+fn lock_key(repo: &Repository, id: SessionId, who: &str) -> Result<StoreLock> {
+    let hash = id.as_bytes().get(..8).unwrap_or_default();
+    let deadline = Deadline::after(LOCK_WAIT);
+    loop {
+        match repo.store().lock(&lock_name(hash), who) {
+            Err(Error::Busy { .. }) if !deadline.passed() => clock::sleep(LOCK_PAUSE),
+            other => return other,
+        }
+    }
+}
+
 impl Session {
     /// Begins the session of a key; [`Error::Exists`] when it has one.
     pub fn create(repo: &Repository, key: &str, header: &Value) -> Result<Self> {
         // Other keys' sessions may begin at the same time.
-        let lock = format!("session-{}", hex(&repo.hasher().session(key)));
+        let lock = lock_name(&repo.hasher().session(key));
         let _lock = repo.store().lock(&lock, "beginning a session")?;
         if let Some(session) = Self::find(repo, key)? {
             return Err(Error::Exists {
@@ -164,6 +193,7 @@ impl Session {
             header,
             next: Mutex::new(Some(1)),
             rooted: Mutex::default(),
+            unsettled: AtomicBool::new(false),
         })
     }
 
@@ -227,6 +257,7 @@ impl Session {
             header,
             next: Mutex::default(),
             rooted: Mutex::default(),
+            unsettled: AtomicBool::new(false),
         })
     }
 
@@ -327,8 +358,19 @@ impl Session {
         since: u64,
     ) -> Result<SegmentRef> {
         let segment = self.append_runs(header, runs)?;
-        self.look(&segment.object, segment.seq, Some(since))?;
-        Ok(segment)
+        match self.look(&segment.object, segment.seq, Some(since)) {
+            Ok(()) => Ok(segment),
+            Err(error @ Error::Condemned { .. }) => Err(error),
+            // Whether it may be relied on is not known: what is appended behind it would hide that from who goes on.
+            Err(error) => match self.take_back(&segment.object, segment.seq) {
+                Ok(()) => Err(error),
+                Err(stays) => {
+                    tracing::debug!(%stays, "a segment is at the end of the log that nobody has looked at");
+                    self.unsettled.store(true, Ordering::Relaxed);
+                    Err(error)
+                }
+            },
+        }
     }
 
     /// Looks again at the end of the log when that is a segment: whoever wrote it may have died before it did. One that cannot be
@@ -337,11 +379,13 @@ impl Session {
         let Some(last) = self.entries()?.pop().filter(|last| last.is_segment) else {
             return Ok(None);
         };
-        match self.look(&last.object, last.seq, None) {
-            Ok(()) => Ok(None),
-            Err(Error::Condemned { .. }) => Ok(Some(last.seq)),
-            Err(error) => Err(error),
-        }
+        let gone = match self.look(&last.object, last.seq, None) {
+            Ok(()) => None,
+            Err(Error::Condemned { .. }) => Some(last.seq),
+            Err(error) => return Err(error),
+        };
+        self.unsettled.store(false, Ordering::Relaxed);
+        Ok(gone)
     }
 
     fn look(&self, object: &str, seq: u64, since: Option<u64>) -> Result<()> {
@@ -353,31 +397,43 @@ impl Session {
         if self.repo.look(since, &runs)? {
             return Ok(());
         }
-        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
-        self.repo.store().delete(&[object.to_owned()])?;
-        *next = Some(seq);
+        self.take_back(object, seq)?;
         Err(Error::Condemned {
             object: object.to_owned(),
         })
     }
 
+    /// Deletes the segment that ends the log.
+    fn take_back(&self, object: &str, seq: u64) -> Result<()> {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        self.repo.store().delete(&[object.to_owned()])?;
+        *next = Some(seq);
+        Ok(())
+    }
+
     /// Publishes the point that the session was for: from then on it exists. Not when another host has dropped the session
-    /// meanwhile: then nothing keeps its blocks.
+    /// meanwhile: then nothing keeps its blocks. Dropping takes the same lock, so there is no moment, and no crash, at which such a
+    /// point exists.
     pub fn publish(&self, manifest: &Manifest) -> Result<()> {
-        self.repo.publish(manifest)?;
-        if standing(&self.repo, self.id)?.is_some() {
-            return Ok(());
+        let _no_drop = lock_key(&self.repo, self.id, "publishing a point")?;
+        if standing(&self.repo, self.id)?.is_none() {
+            return Err(Error::NotFound {
+                object: format!(
+                    "session {} (it was dropped while its point was made)",
+                    self.id
+                ),
+            });
         }
-        self.repo.withdraw(manifest.id)?;
-        Err(Error::NotFound {
-            object: format!(
-                "session {} (it was dropped while its point was made)",
-                self.id
-            ),
-        })
+        self.repo.publish(manifest).map(drop)
     }
 
     fn add(&self, kind: &str, put: impl FnOnce(&str) -> Result<()>) -> Result<u64> {
+        if self.unsettled.load(Ordering::Relaxed) {
+            return Err(Error::Invalid(format!(
+                "session {} ends with a segment that may not be relied on: begin the run anew",
+                self.id
+            )));
+        }
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let seq = match *next {
             Some(seq) => seq,
@@ -458,7 +514,10 @@ impl Session {
 
     /// Removes a session by its name, also one that cannot be read.
     pub fn remove_damaged(repo: &Repository, id: SessionId) -> Result<()> {
-        match repo.store().put(&removed_object(id), b"") {
+        let no_publication = lock_key(repo, id, "removing a session")?;
+        let marked = repo.store().put(&removed_object(id), b"");
+        drop(no_publication);
+        match marked {
             Ok(()) | Err(Error::Exists { .. }) => remove(repo, id),
             Err(error) => Err(error),
         }
@@ -598,63 +657,6 @@ impl LogEntry {
             object: object.to_owned(),
         })
     }
-}
-
-/// Sorts blocks and joins neighbours of one kind to runs.
-fn runs_of(blocks: &[(u64, Content)]) -> Vec<Run> {
-    let mut sorted: Vec<(u64, Content)> = blocks.to_vec();
-    sorted.sort_by_key(|(block, _)| *block);
-    // The sort keeps the order of equal ones: of those the last stays.
-    sorted.reverse();
-    sorted.dedup_by_key(|(block, _)| *block);
-    sorted.reverse();
-    let mut runs = Vec::new();
-    for group in sorted.chunk_by(|(a, left), (b, right)| {
-        *b == *a + 1 && std::mem::discriminant(left) == std::mem::discriminant(right)
-    }) {
-        let Some((first, content)) = group.first() else {
-            continue;
-        };
-        let count = group.len() as u64;
-        let ids = group.iter().filter_map(|(_, content)| match content {
-            Content::Data(id) => Some(*id),
-            _ => None,
-        });
-        let content = match content {
-            Content::Zero => RunContent::Zero(count),
-            Content::Same => RunContent::Same(count),
-            Content::Data(_) => RunContent::Data(BlockIds::new(ids.collect())),
-        };
-        runs.push(Run {
-            first: *first,
-            content,
-        });
-    }
-    runs
-}
-
-/// Neighbouring data blocks as one run.
-fn joined(runs: &[(BlockRun, Content)]) -> impl Iterator<Item = Run> + '_ {
-    let groups = runs.chunk_by(|(a, left), (b, right)| {
-        let data = matches!((left, right), (Content::Data(_), Content::Data(_)));
-        data && a.end() == b.first
-    });
-    groups.filter_map(|group| {
-        let (first, content) = group.first()?;
-        let ids = group.iter().filter_map(|(_, content)| match content {
-            Content::Data(id) => Some(*id),
-            _ => None,
-        });
-        let content = match content {
-            Content::Zero => RunContent::Zero(first.count),
-            Content::Same => RunContent::Same(first.count),
-            Content::Data(_) => RunContent::Data(BlockIds::new(ids.collect())),
-        };
-        Some(Run {
-            first: first.first,
-            content,
-        })
-    })
 }
 
 /// The runs of a segment with what they hold.

@@ -176,9 +176,11 @@ impl Player {
             writer.seal()?;
             match session.prove(&segment_header(), &proofs, since) {
                 Err(Error::Condemned { .. }) => {}
+                // Who dies before the look has nothing: it looks again when it goes on.
                 done => {
+                    done?;
                     self.world.promise(&session.id().to_string(), &ids);
-                    return done.map(drop);
+                    return Ok(());
                 }
             }
         }

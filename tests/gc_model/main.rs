@@ -182,3 +182,15 @@ fn a_prune_that_lists_points_before_sessions_is_noticed() {
 fn a_writer_that_does_not_look_for_its_base_is_noticed() {
     noticed(Broken::NoBaseCheck);
 }
+
+#[test]
+#[ignore = "replays a history: FORERUN_MODEL_SEED, with FORERUN_MODEL_TRACE what happened in it"]
+fn replay() {
+    let seed = std::env::var("FORERUN_MODEL_SEED").unwrap();
+    let seed = seed.parse().unwrap();
+    for _ in 0..cases(200) {
+        if let Err(what) = run(seed, Broken::Not) {
+            panic!("{what}");
+        }
+    }
+}

@@ -11,7 +11,7 @@ use super::super::error::{Error, Result};
 use super::super::ids::{BlockId, ObjectId, SessionId};
 use super::super::look::Present;
 use super::super::pack;
-use super::super::quarantine::Quarantine;
+use super::super::quarantine::{Bad, Quarantine};
 use super::super::repo::Repository;
 use super::PruneReport;
 use super::mark::Mark;
@@ -138,6 +138,24 @@ pub(super) fn make(
     plan.missing = gone.into_keys().collect();
     plan.missing.retain(|pack| !plan.lost.contains(pack));
     Ok(plan)
+}
+
+/// Puts all that lost packs should hold into quarantine: who backs up must neither refer to it there nor take it for stored.
+pub(super) fn quarantine(repo: &Repository, lost: &HashSet<ObjectId>) -> Result<()> {
+    if lost.is_empty() {
+        return Ok(());
+    }
+    let mut bad = Vec::new();
+    repo.index().sweep(&mut |id, locations| {
+        let places = locations.iter().filter(|place| lost.contains(&place.pack));
+        bad.extend(places.map(|place| Bad {
+            id,
+            pack: place.pack,
+            what: "its pack is missing".to_owned(),
+        }));
+        Ok(())
+    })?;
+    repo.quarantine(&bad)
 }
 
 /// Which packs to repack: those with the most dead bytes for each byte that is copied.

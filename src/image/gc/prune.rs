@@ -102,6 +102,7 @@ fn prune(
     let packs: HashSet<ObjectId> = plan::list(repo)?.intersection(&packs).copied().collect();
     watch.begin("read the index", 0);
     let plan = plan::make(repo, &mark, &packs, options.max_repack, report)?;
+    plan::quarantine(repo, &plan.lost)?;
     let repacked = repack::repack(repo, &mark, &packs, &plan.repack, watch, report)?;
     for pack in &repacked {
         report.repacked.add(repo.store().size(&pack::name(*pack))?);

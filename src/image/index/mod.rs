@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use super::block::Location;
 use super::bytes::wide;
+use super::condemned::Condemned;
 use super::error::{Error, Result};
 use super::ids::{BlockId, ObjectId};
 use super::pack;
@@ -33,6 +34,8 @@ use run::{KnownPacks, PackTable, Run, RunWriter};
 use snapshot::Snapshot;
 use spill::Spill;
 
+/// What is said of a block that is referred to and not in the index.
+pub const NOT_INDEXED: &str = "no index run has it";
 /// So many groups of runs are looked at, beyond them some are merged.
 const GROUPS: usize = 8;
 /// What a writer merges on its way at most, some ten seconds of work; prune merges the rest.
@@ -139,6 +142,12 @@ impl Index {
         known.unwrap_or_else(PoisonError::into_inner).published += 1;
     }
 
+    /// Whether there is not even a damaged run.
+    pub(super) fn is_empty(&self) -> Result<bool> {
+        let snapshot = self.snapshot()?;
+        Ok(snapshot.runs.is_empty() && snapshot.broken.is_empty())
+    }
+
     /// Takes a new snapshot, past any cache.
     pub(super) fn refresh(&self) -> Result<()> {
         self.fresh().map(|_| ())
@@ -204,7 +213,7 @@ impl Index {
         self.locate_all(id)?
             .first()
             .map(|(location, _)| *location)
-            .ok_or_else(|| Error::corrupt(format!("block {id}"), "no index run has it"))
+            .ok_or_else(|| Error::corrupt(format!("block {id}"), NOT_INDEXED))
     }
 
     /// Whether a block was found bad somewhere; quick, for every block of a backup.
@@ -336,37 +345,39 @@ impl Index {
     }
 
     /// Makes the index anew from the footers of all packs; the runs there were, damaged ones too, go at the end. What they know
-    /// of packs whose footers are damaged is kept.
+    /// of packs whose footers are damaged is kept, and of packs that are lost: as long as they are named it is known that their
+    /// blocks are bad, and who has those heals them.
     pub(super) fn rebuild(&self) -> Result<Rebuilt> {
         let _lock = self.lock("rebuilding the index")?;
         let before = self.store.list_fresh(run::PREFIX)?;
         let mut rebuilt = Rebuilt::default();
         let mut spill = Spill::new(&*self.store, self.part);
+        // Packs that told themselves, and those that prune has taken away and will take out of the index.
+        let mut told = HashSet::new();
         let mut left_out = HashSet::new();
         for object in self.store.list_fresh("packs/")? {
             match pack::open(&*self.store, &object) {
                 Ok(pack) => {
                     rebuilt.packs += 1;
+                    told.insert(pack.id);
                     spill.add(pack.entries)?;
                 }
                 // Pruned meanwhile.
                 Err(error) if error.is_not_found() => {}
                 Err(error @ Error::Corrupt { .. }) => {
                     tracing::warn!(%error, "a pack is left out of the index");
-                    left_out.extend(
-                        object
-                            .rsplit('/')
-                            .next()
-                            .and_then(|id| id.parse::<ObjectId>().ok()),
-                    );
+                    let id = object.rsplit('/').next();
+                    left_out.extend(id.and_then(|id| id.parse::<ObjectId>().ok()));
                     rebuilt.damaged.push(error);
                 }
                 Err(error) => return Err(error),
             }
         }
-        if !left_out.is_empty() {
-            self.keep_known(&before, &left_out, &mut spill)?;
+        // Read after the packs: what prune took away meanwhile is in it until this lock is let go.
+        if let (_, Ok(condemned)) = Condemned::read_head(&*self.store)? {
+            told.extend(condemned.packs.difference(&left_out));
         }
+        self.keep_known(&before, &told, &mut spill)?;
         rebuilt.blocks = spill.finish()?;
         self.store.delete(&before)?;
         self.mark_stale();
@@ -392,7 +403,7 @@ impl Index {
     fn keep_known(
         &self,
         runs: &[String],
-        packs: &HashSet<ObjectId>,
+        told: &HashSet<ObjectId>,
         spill: &mut Spill<'_>,
     ) -> Result<()> {
         let mut known = KnownPacks::new();
@@ -402,10 +413,13 @@ impl Index {
                 Err(Error::Corrupt { .. } | Error::NotFound { .. }) => continue,
                 Err(error) => return Err(error),
             };
+            if run.packs.iter().all(|pack| told.contains(pack)) {
+                continue;
+            }
             let mut stream = run.stream();
             loop {
                 match stream.next(&*self.store) {
-                    Ok(Some(entry)) if packs.contains(&entry.1.pack) => spill.add(vec![entry])?,
+                    Ok(Some(entry)) if !told.contains(&entry.1.pack) => spill.add(vec![entry])?,
                     Ok(Some(_)) => {}
                     // What comes after damage in a run cannot be told from it.
                     Ok(None) | Err(Error::Corrupt { .. }) => break,

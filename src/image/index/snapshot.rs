@@ -106,13 +106,6 @@ impl Snapshot {
         groups.into_iter().map(|(_, group)| group).collect()
     }
 
-    /// Whether a pack is about to be deleted: an entry that names it although it is gone is no damage.
-    pub(super) fn is_condemned(&self, pack: ObjectId) -> bool {
-        self.condemned
-            .as_ref()
-            .is_ok_and(|condemned| condemned.packs.contains(&pack))
-    }
-
     /// Whether nobody may deduplicate against a location.
     fn excludes(&self, id: BlockId, location: &Location) -> bool {
         let condemned = match &self.condemned {

@@ -64,6 +64,7 @@ pub fn build_map(
     merged.remove(repo)?;
     let mut layers = base.map(|base| base.layers.clone()).unwrap_or_default();
     let mut stats = MapStats::default();
+    let newest_is_new = layer.is_some();
     if let Some((layer, totals)) = layer {
         stats = MapStats {
             changed_blocks: totals.blocks(),
@@ -73,7 +74,7 @@ pub fn build_map(
         layers.insert(0, layer);
     }
     let map = MapRef { size, layers };
-    Ok((compact(repo, map, &meta)?, stats))
+    Ok((compact(repo, map, newest_is_new, &meta)?, stats))
 }
 
 /// The segments as one stream. When there are too many, earlier merges are kept as objects of the session meanwhile.
@@ -211,7 +212,7 @@ impl<'a> Build<'a> {
 
 /// Merges the newest layers when there are too many. The inputs stay, other points have them; the layer that was only just
 /// written goes when it became part of another.
-fn compact(repo: &Repository, map: MapRef, meta: &[u8]) -> Result<MapRef> {
+fn compact(repo: &Repository, map: MapRef, newest_is_new: bool, meta: &[u8]) -> Result<MapRef> {
     let sizes: Vec<u64> = map.layers.iter().map(|layer| layer.blocks).collect();
     let count = choose_count(&sizes);
     let Some((inputs, kept)) = map.layers.split_at_checked(count).filter(|_| count > 0) else {
@@ -232,7 +233,7 @@ fn compact(repo: &Repository, map: MapRef, meta: &[u8]) -> Result<MapRef> {
         writer.push(run)?;
     }
     let (digest, totals, _) = writer.finish(meta)?;
-    if let Some(newest) = inputs.first() {
+    if let Some(newest) = inputs.first().filter(|_| newest_is_new) {
         repo.store().delete(&[newest.object()])?;
     }
     let mut layers = vec![LayerRef {

@@ -181,8 +181,12 @@ impl Inner {
             return;
         };
         for path in entries.flatten().map(|entry| entry.path()) {
-            let dead = File::open(&path)
-                .is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok());
+            // Network file systems lock exclusively only what is open for writing. The lock is held until the file is gone: a
+            // writer that has it only just made sees that, and makes another one.
+            let Ok(file) = OpenOptions::new().read(true).write(true).open(&path) else {
+                continue;
+            };
+            let dead = flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
             if dead && let Err(error) = std::fs::remove_file(&path) {
                 tracing::debug!(path = %path.display(), %error, "a stale temporary file stays");
             }
