@@ -46,9 +46,13 @@ impl Domain {
         let uri = connection.uri.clone();
         let wanted = name.to_owned();
         let found = asked("look up a domain", connection, move |connect| {
-            let found = connect
-                .lookup_domain_by_name(&wanted)
-                .or_else(|_| connect.lookup_domain_by_uuid_string(&wanted))?;
+            let found = match connect.lookup_domain_by_name(&wanted) {
+                // libvirt calls what is no UUID an error of its own.
+                Err(error) => connect
+                    .lookup_domain_by_uuid_string(&wanted)
+                    .map_err(|_| error)?,
+                found => found?,
+            };
             Ok((found.name()?, found.uuid_string()?))
         });
         match found {

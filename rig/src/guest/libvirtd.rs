@@ -21,7 +21,9 @@ const PLACES: [(&str, &str); 5] = [
     ("/var/cache/libvirt", "cache"),
     ("/var/log/libvirt", "log"),
 ];
-/// Without KVM, whose probing takes libvirt minutes on a machine where it is there and does not work.
+/// Without KVM, whose probing takes libvirt minutes on a machine where it is there and does not work; in its place is a
+/// file that QEMU's user may not open. (Were it `/dev/null`, libvirt would think it usable, find QEMU without it, and
+/// probe again at every use.)
 /// Holds the namespace until its standard input ends, and then ends everything in it.
 const HOLDER: &str = r#"set -eu
 home=$1
@@ -30,7 +32,11 @@ while [ $# -gt 0 ]; do
 	mount --bind "$home/$2" "$1"
 	shift 2
 done
-if [ -e /dev/kvm ]; then mount --bind /dev/null /dev/kvm; fi
+if [ -e /dev/kvm ]; then
+	: >"$home/nokvm"
+	chmod 0 "$home/nokvm"
+	mount --bind "$home/nokvm" /dev/kvm
+fi
 echo ready
 cat >/dev/null
 for file in "$home/libvirtd.pid" "$home"/run/qemu/*.pid; do
