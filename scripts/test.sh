@@ -25,7 +25,7 @@ fail() {
 }
 
 step "packages"
-need_packages rust-check qemu guest test || fail "packages are missing"
+need_packages rust-check qemu guest test libvirt || fail "packages are missing"
 for tool in cargo qemu-system-x86_64 qemu-img qemu-storage-daemon nbdcopy fio shellcheck; do
 	command -v "$tool" >/dev/null || fail "$tool is not there"
 done
