@@ -1,7 +1,11 @@
 //! libvirt domains: every recovery point is exactly the state after one of the guest's writes, whatever happens to the
 //! domain and to libvirt between and during the passes.
 #![cfg(feature = "libvirt")]
-#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test fails by it, and needs no durable writes"
+)]
 #![expect(clippy::print_stdout, reason = "numbers for who reads the log")]
 
 mod domain_common;

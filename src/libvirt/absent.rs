@@ -5,7 +5,7 @@ use crate::qmp::{Error, Monitor, Result};
 use crate::target::Image;
 
 /// No domain.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub enum Domain {}
 
 fn absent<T>() -> Result<T> {
