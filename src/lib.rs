@@ -51,6 +51,7 @@ pub mod libvirt;
 pub mod libvirt;
 pub mod nbd;
 mod offline;
+mod owner;
 pub mod progress;
 mod prompt;
 pub mod qmp;

@@ -44,6 +44,8 @@ pub struct Point {
     pub freeze: String,
     /// The disks with their sizes.
     pub disks: Vec<PointDisk>,
+    /// What of the VM is held besides its disks.
+    pub files: Vec<PointFile>,
     /// The transaction, milliseconds.
     pub freeze_ms: u64,
     /// From the transaction to the guest released, milliseconds.
@@ -67,6 +69,30 @@ pub struct PointDisk {
     pub size: u64,
     /// Bytes of blocks that differ from the point before.
     pub changed_bytes: u64,
+}
+
+/// A file of a point, for reports.
+#[derive(Debug, Clone, Serialize)]
+pub struct PointFile {
+    /// Its name.
+    pub name: String,
+    /// What it is for.
+    pub role: String,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl PointFile {
+    /// A stored one that is a file.
+    #[must_use]
+    pub fn of(stored: &DiskPoint) -> Option<Self> {
+        let file = stored.file.as_ref()?;
+        Some(Self {
+            name: file.name.clone(),
+            role: file.role.clone(),
+            size: stored.size,
+        })
+    }
 }
 
 impl Runner {
@@ -201,7 +227,8 @@ impl Runner {
         let Residual {
             instant,
             spool,
-            machine,
+            mut machine,
+            configuration,
         } = residual;
         self.progress.begin("store the residual", spool.bytes());
         self.session.next_pass();
@@ -221,7 +248,14 @@ impl Runner {
         let so_far = self.session.read_so_far();
         self.bytes.precopied = so_far.read.saturating_sub(self.bytes.residual);
         self.bytes.superseded = so_far.again;
-        let (disks, reported) = self.point_disks(&keys)?;
+        let (mut disks, reported) = self.point_disks(&keys)?;
+        let mut files = Vec::new();
+        if let Some(configuration) = configuration {
+            let (stored, record) = self.store_configuration(configuration)?;
+            files = stored.iter().filter_map(PointFile::of).collect();
+            disks.extend(stored);
+            machine["domain"] = record;
+        }
         let quiesce = match (self.vm.offline(), instant.quiesced) {
             (true, _) => image::Quiesce::Offline,
             (_, true) => image::Quiesce::Quiesced,
@@ -238,6 +272,7 @@ impl Runner {
             quiesce,
             freeze: freeze.to_owned(),
             disks: reported,
+            files,
             freeze_ms: instant.freeze_ms,
             released_ms: instant.released_ms,
             quiesced_ms: instant.quiesced_ms,
@@ -323,6 +358,7 @@ impl Runner {
                     identity: tracked.identity.clone(),
                 }),
                 rescanned: tracked.rescanned(),
+                file: None,
             });
             let changed_bytes = stats.changed_blocks * self.repo.block_size().bytes();
             reported.push(PointDisk {

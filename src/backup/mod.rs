@@ -10,6 +10,7 @@
 
 mod changed;
 mod commit;
+mod configuration;
 mod freeze;
 mod pass;
 mod spool;
@@ -24,7 +25,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 pub use changed::Changed;
-pub use commit::Point;
+pub use commit::{Point, PointFile};
 
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::Proofs;

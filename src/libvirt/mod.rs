@@ -6,10 +6,14 @@
 //! ```text
 //! Domain    name, UUID, URI: active? XML?        xml      disks and agent, read from the XML
 //! monitor   qmp::Monitor over the passthrough    disks    a disk's key is its target dev; what is refused
+//! definition   what a domain is besides its disks      redefine   its XML for a restored copy, by edit
 //! ```
 
+pub mod definition;
 mod disks;
+mod edit;
 mod monitor;
+mod redefine;
 mod xml;
 
 use std::time::Duration;
@@ -17,6 +21,9 @@ use std::time::Duration;
 use virt::connect::Connect;
 use virt::error::{ErrorNumber, clear_error_callback};
 
+pub use self::redefine::{identity, redefine};
+
+use self::definition::Definition;
 use self::xml::Description;
 use crate::clock::{self, Deadline};
 use crate::qmp::machine::{LeftOut, Machine};
@@ -27,6 +34,8 @@ use crate::target::Image;
 const ANSWER: Duration = Duration::from_secs(30);
 /// How long a daemon that is being restarted is waited for.
 const RESTART: Duration = Duration::from_secs(20);
+/// `VIR_DOMAIN_XML_SECURE` (libvirt-domain.h): with passwords.
+const XML_SECURE: u32 = 1;
 /// `VIR_DOMAIN_XML_INACTIVE` (libvirt-domain.h).
 const XML_INACTIVE: u32 = 2;
 
@@ -133,6 +142,41 @@ impl Domain {
     /// Whether a guest agent is connected; `None` when the domain has no channel for one.
     pub fn agent_connected(&self) -> Result<Option<bool>> {
         Ok(self.description(0)?.agent_connected)
+    }
+
+    /// What it is besides its disks. Passwords of its consoles are in it only when `secrets` says so.
+    pub fn definition(&self, secrets: bool) -> Result<Definition> {
+        let facts = self.ask("read the domain's definition", move |domain| {
+            let active = domain.is_active()?;
+            let inactive = domain.xml_desc(XML_INACTIVE)?;
+            let secure = domain.xml_desc(XML_INACTIVE | XML_SECURE)?;
+            let live = if secrets { XML_SECURE } else { 0 };
+            let live = active.then(|| domain.xml_desc(live)).transpose()?;
+            let lasting = (domain.is_persistent()?, domain.is_persistent()? && domain.autostart()?);
+            Ok((inactive, secure, live, lasting))
+        })?;
+        let (inactive, secure, live, (persistent, autostart)) = facts;
+        Ok(Definition {
+            parts: redefine::parts(&inactive, &self.uri)?,
+            uri: self.uri.clone(),
+            live,
+            without_secrets: !secrets && secure != inactive,
+            inactive: if secrets { secure } else { inactive },
+            persistent,
+            autostart,
+        })
+    }
+
+    /// Defines a domain.
+    pub fn define(connect: Option<&str>, xml: &str) -> Result<Self> {
+        let connection = open(connect)?;
+        let uri = connection.uri.clone();
+        let xml = xml.to_owned();
+        let (name, uuid) = asked("define the domain", connection, move |connect| {
+            let domain = connect.define_domain_xml(&xml)?;
+            Ok((domain.name()?, domain.uuid_string()?))
+        })?;
+        Ok(Self { uri, name, uuid })
     }
 
     fn description(&self, flags: u32) -> Result<Description> {
@@ -248,6 +292,11 @@ fn open_patiently(uri: &str) -> Result<Connection> {
             opened => return opened,
         }
     }
+}
+
+/// The URI that domains are reached by.
+pub fn uri(connect: Option<&str>) -> Result<String> {
+    Ok(open(connect)?.uri)
 }
 
 /// Disks are read over a UNIX socket, so the domains must be of this host.

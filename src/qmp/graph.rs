@@ -94,6 +94,8 @@ pub struct Disk {
     pub direct: bool,
     /// Whether QEMU decrypts it: a backup would hold plain text.
     pub decrypted: bool,
+    /// Whether a qcow2 image updates its reference counts lazily.
+    pub lazy_refcounts: bool,
     /// The job filters above the node that are not ours.
     pub foreign_filters: Vec<String>,
 }
@@ -360,6 +362,8 @@ impl Graph {
             decrypted: format == "luks"
                 || flag(value, "encrypted")
                 || image.pointer("/format-specific/data/encrypt").is_some(),
+            lazy_refcounts: image.pointer("/format-specific/data/lazy-refcounts")
+                == Some(&Value::Bool(true)),
             format,
             size,
             filters,

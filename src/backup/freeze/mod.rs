@@ -15,6 +15,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use self::quiesce::THAW;
+use super::configuration::Configuration;
 use super::pass::start_server;
 use super::spool::Spool;
 use super::{Quiesce, Runner, is_lost};
@@ -62,6 +63,8 @@ pub(in crate::backup) struct Residual {
     pub(in crate::backup) instant: Cut,
     pub(in crate::backup) spool: Spool,
     pub(in crate::backup) machine: Value,
+    /// What of the VM is to be held besides its disks.
+    pub(in crate::backup) configuration: Option<Configuration>,
 }
 
 /// A freeze that was given up; nothing is lost and another may be tried.
@@ -193,6 +196,7 @@ impl Runner {
         self.refuse_unknown_overlay(hold)?;
         let directory = self.scratch_directory();
         let was_running = hold.machine_seen()?.state == "running";
+        let mut configuration = self.configuration();
         let rotation = self.intend_freeze(hold)?;
         // What the rotation was planned with is what must still be there at the end.
         let before = hold.machine_seen()?.clone();
@@ -227,6 +231,9 @@ impl Runner {
         let (monitor, journal) = (&hold.monitor, hold.journal.path());
         *guard = Some(Guard::start(monitor, journal, &hold.lock, guard_after)?);
         let (mut instant, begin) = self.cut(hold, &freeze, agent)?;
+        if let Some(configuration) = &mut configuration {
+            configuration.take();
+        }
         // The guest has said that it is thawed: no release needs to ask it again.
         let left = hold.journal.left().iter();
         let left = left
@@ -266,6 +273,7 @@ impl Runner {
             instant,
             spool,
             machine,
+            configuration,
         })
     }
 
@@ -425,6 +433,7 @@ fn machine_record(machine: &Machine) -> Value {
         "left_out": machine.left_out,
         "disks": machine.disks.iter().map(|disk| json!({
             "key": disk.key, "device": disk.device, "chain": disk.chain, "filters": disk.filters,
+            "lazy_refcounts": disk.lazy_refcounts,
         })).collect::<Vec<_>>(),
     })
 }

@@ -26,6 +26,10 @@ impl Runner {
         }
         hold.look()?;
         let at = clock::utc_now();
+        let mut configuration = self.configuration();
+        if let Some(configuration) = &mut configuration {
+            configuration.take();
+        }
         let begin = clock::now();
         let directory = self.scratch_directory();
         let mut spool = Spool::new(&directory)?;
@@ -60,6 +64,7 @@ impl Runner {
             instant,
             spool,
             machine: machine_record(&before),
+            configuration,
         })
     }
 }
