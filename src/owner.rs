@@ -10,7 +10,7 @@ const USERS: &str = "/etc/passwd";
 const GROUPS: &str = "/etc/group";
 
 /// `user:group` of a file, where both have names on this host.
-pub fn of(meta: &Metadata) -> Option<String> {
+pub(crate) fn of(meta: &Metadata) -> Option<String> {
     let name = |file: &str, number: u32| {
         let text = std::fs::read_to_string(file).ok()?;
         let found = entries(&text).find(|(_, id)| *id == number)?;
@@ -21,7 +21,7 @@ pub fn of(meta: &Metadata) -> Option<String> {
 }
 
 /// Gives a file to a `user:group`.
-pub fn give(path: &Path, owner: &str) -> Result<()> {
+pub(crate) fn give(path: &Path, owner: &str) -> Result<()> {
     let number = |file: &str, name: &str| -> Result<u32> {
         let text = std::fs::read_to_string(file).with_context(|| format!("read {file}"))?;
         let found = entries(&text).find(|(known, _)| *known == name);

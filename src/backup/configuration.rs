@@ -130,7 +130,7 @@ impl Configuration {
             found.warnings.push(format!("the point is without {what}"));
         }
         if let Some(loader) = parts.loader {
-            match hash(&loader) {
+            match checksum(&loader) {
                 Ok((size, sha256)) => {
                     found.record["loader"] =
                         json!({ "path": loader, "size": size, "sha256": sha256 });
@@ -238,7 +238,8 @@ fn open(path: &Path) -> std::io::Result<(File, u64, Option<String>)> {
     Ok((file, meta.len(), owner::of(&meta)))
 }
 
-fn hash(path: &Path) -> std::io::Result<(u64, String)> {
+/// The size of a file and the SHA-256 of its content.
+pub fn checksum(path: &Path) -> std::io::Result<(u64, String)> {
     let (mut file, ..) = open(path)?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];

@@ -26,6 +26,7 @@ use serde::Serialize;
 
 pub use changed::Changed;
 pub use commit::{Point, PointFile};
+pub use configuration::checksum;
 
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::Proofs;

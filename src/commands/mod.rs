@@ -2,6 +2,7 @@
 
 mod backup;
 mod copy;
+mod define;
 mod forget;
 mod key;
 mod prune;
@@ -152,23 +153,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             verify::verify(&repo, &points, &limits)
         }
         Command::Check { repo, points } => verify::check(&repo, &points),
-        Command::Restore {
-            repo,
-            point,
-            output,
-            disk,
-            format,
-            force,
-        } => {
-            let request = restore::Request {
-                point,
-                output,
-                disks: disk,
-                format,
-                force,
-            };
-            restore::restore(&repo, &request, style)
-        }
+        Command::Restore(args) => restore::restore(&args, style),
         Command::Prune(args) => prune::prune(&args, style, &interrupted),
         Command::Copy {
             repo,
