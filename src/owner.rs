@@ -49,7 +49,8 @@ mod tests {
 
     #[test]
     fn the_names_of_both_files_are_read() {
-        let text = "root:x:0:0:root:/root:/bin/sh\nbroken\nswtpm:x:110:119::/x:/bin/false\ntss:!:111:\n";
+        let text =
+            "root:x:0:0:root:/root:/bin/sh\nbroken\nswtpm:x:110:119::/x:/bin/false\ntss:!:111:\n";
         let found: Vec<(&str, u32)> = entries(text).collect();
         assert_eq!(found, [("root", 0), ("swtpm", 110), ("tss", 111)]);
         let own = std::fs::metadata("/").unwrap();

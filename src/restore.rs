@@ -186,9 +186,7 @@ impl BlockSink for MemorySink {
     fn data(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         let start = usize::try_from(offset).map_err(io::Error::other)?;
         let place = self.0.get_mut(start..start + data.len());
-        place
-            .ok_or(ErrorKind::UnexpectedEof)?
-            .copy_from_slice(data);
+        place.ok_or(ErrorKind::UnexpectedEof)?.copy_from_slice(data);
         Ok(())
     }
 
@@ -230,13 +228,7 @@ pub fn apply(repo: &Repository, task: &Task, force: bool, progress: &Progress) -
         }
         done
     };
-    done.with_context(|| {
-        format!(
-            "restore {} to {}",
-            task.what(),
-            task.path.display()
-        )
-    })
+    done.with_context(|| format!("restore {} to {}", task.what(), task.path.display()))
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

@@ -112,6 +112,7 @@ need_packages() {
 		demo) list+=(jq) ;;
 		libvirt)
 			list+=(libvirt0 libvirt-dev libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu pkg-config)
+			list+=(ovmf swtpm swtpm-tools)
 			# In Debian 12's backports and later these are packages of their own.
 			if [ "$(packages_codename)" = bookworm ]; then
 				list+=(libvirt-common libvirt-daemon-common libvirt-daemon-log)

@@ -260,7 +260,9 @@ fn read_steady(path: &Path) -> std::io::Result<(Vec<u8>, Option<String>)> {
     let read = || {
         let (file, size, owner) = open(path)?;
         if size > SMALL {
-            return Err(std::io::Error::other("it is too large to be read at the freeze"));
+            return Err(std::io::Error::other(
+                "it is too large to be read at the freeze",
+            ));
         }
         let mut bytes = Vec::new();
         file.take(SMALL).read_to_end(&mut bytes)?;
@@ -299,8 +301,10 @@ impl Runner {
         mut configuration: Configuration,
     ) -> Result<(Vec<DiskPoint>, Value)> {
         let files = std::mem::take(&mut configuration.files);
-        self.progress
-            .begin("store the configuration", files.iter().map(Held::size).sum());
+        self.progress.begin(
+            "store the configuration",
+            files.iter().map(Held::size).sum(),
+        );
         let keys: Vec<String> = files.iter().map(Held::key).collect();
         self.session.ground(&keys)?;
         let mut tries = 0;

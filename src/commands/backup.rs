@@ -294,6 +294,11 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
         point.released_ms,
         seconds(point.window_ms)
     ));
+    if !point.files.is_empty() {
+        let names = point.files.iter().map(|file| file.name.as_str());
+        let names: Vec<&str> = names.collect();
+        outcome.line(format!("  of the domain: {}", names.join(", ")));
+    }
     for disk in &point.rescanned {
         outcome.line(format!("  {} was read in full: {}", disk.disk, disk.reason));
     }

@@ -48,7 +48,9 @@ pub(super) fn plan(
 ) -> Result<Planned> {
     let output = args.output.as_deref().context("no output directory")?;
     let directory = std::path::absolute(output).context("the output directory")?;
-    let definition = point.files().find(|(_, file)| file.role == image::DEFINITION);
+    let definition = point
+        .files()
+        .find(|(_, file)| file.role == image::DEFINITION);
     let Some((definition, _)) = definition else {
         return Err(Failure::hinted(
             Kind::Usage,
@@ -61,7 +63,12 @@ pub(super) fn plan(
     let (old_name, old_uuid) = libvirt::identity(&text)?;
     let uri = libvirt::uri(args.connect.as_deref())?;
     let name = args.name.clone().unwrap_or(old_name);
-    refuse_taken(args, &uri, &name, "name the restored one with `--name NAME`, or undefine that one")?;
+    refuse_taken(
+        args,
+        &uri,
+        &name,
+        "name the restored one with `--name NAME`, or undefine that one",
+    )?;
     let uuid = if args.same_identity {
         let hint = "undefine it first, or restore without `--same-identity`";
         refuse_taken(args, &uri, &old_uuid, hint)?;
@@ -147,7 +154,11 @@ fn refuse_taken(args: &RestoreArgs, uri: &str, name: &str, hint: &str) -> Result
         Err(error) => Err(error.into()),
         Ok(found) => Err(Failure::hinted(
             Kind::Failed,
-            format!("libvirt ({uri}) has a domain `{}` ({}) already", found.name(), found.uuid()),
+            format!(
+                "libvirt ({uri}) has a domain `{}` ({}) already",
+                found.name(),
+                found.uuid()
+            ),
             hint,
         )),
     }
@@ -197,7 +208,10 @@ impl Planned {
     pub(super) fn make_directories(&self) -> Result<()> {
         let Some(tpm) = &self.tpm else { return Ok(()) };
         let make = |path: &Path, mode| {
-            let made = std::fs::DirBuilder::new().recursive(true).mode(mode).create(path);
+            let made = std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(mode)
+                .create(path);
             made.with_context(|| format!("create {}", path.display()))
         };
         if let Some(parent) = tpm.parent() {
@@ -218,7 +232,10 @@ impl Planned {
         outcome.warnings.extend(self.notes);
         if let (Some(tpm), Some(owner)) = (&self.tpm, &self.tpm_owner) {
             let files = tasks.iter().map(|task| task.path.as_path());
-            for path in files.filter(|path| path.starts_with(tpm)).chain([tpm.as_path()]) {
+            for path in files
+                .filter(|path| path.starts_with(tpm))
+                .chain([tpm.as_path()])
+            {
                 if let Err(error) = owner::give(path, owner) {
                     outcome.warnings.push(format!(
                         "the state of the TPM: {error:#}; it must be the user's that runs swtpm"
@@ -227,7 +244,8 @@ impl Planned {
             }
         }
         let places = tasks.iter().map(|task| &task.path);
-        let places = places.filter(|path| self.tpm.as_ref().is_none_or(|tpm| !path.starts_with(tpm)));
+        let places =
+            places.filter(|path| self.tpm.as_ref().is_none_or(|tpm| !path.starts_with(tpm)));
         if !self.uri.contains(":///session")
             && let Some(closed) = impassable(places)?
         {
@@ -307,7 +325,10 @@ mod tests {
     #[test]
     fn a_directory_that_is_closed_to_others_is_found() {
         let directory = tempfile::tempdir().unwrap();
-        let (open, file) = (directory.path().join("open"), directory.path().join("open/file"));
+        let (open, file) = (
+            directory.path().join("open"),
+            directory.path().join("open/file"),
+        );
         std::fs::create_dir(&open).unwrap();
         let mode = |path: &Path, mode| {
             std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();

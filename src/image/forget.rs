@@ -279,12 +279,12 @@ fn lost_disks(found: &Found, target: &TargetPlan) -> Vec<String> {
         .kept
         .iter()
         .filter(|(point, _)| !found.holed.contains_key(&point.id))
-        .flat_map(|(point, _)| &point.disks)
+        .flat_map(|(point, _)| point.guest_disks())
         .map(|disk| disk.key.as_str())
         .collect();
     let mut last: BTreeMap<&str, PointId> = BTreeMap::new();
     for point in &target.forgotten {
-        let gone = point.disks.iter().map(|disk| disk.key.as_str());
+        let gone = point.guest_disks().map(|disk| disk.key.as_str());
         last.extend(
             gone.filter(|disk| !kept.contains(disk))
                 .map(|disk| (disk, point.id)),

@@ -49,7 +49,10 @@ impl<'a> Edits<'a> {
             self.edits
                 .push((open - 1..end, format!(">{text}</{name}>")));
         } else {
-            let close = self.slice(open..end).rfind("</").map_or(end, |at| open + at);
+            let close = self
+                .slice(open..end)
+                .rfind("</")
+                .map_or(end, |at| open + at);
             self.edits.push((open + 1..close, text));
         }
     }
@@ -176,7 +179,10 @@ mod tests {
             ("<a><b/></a>", "<a><b>x&amp;&lt;y</b></a>"),
             ("<a><b k='1>2' /></a>", "<a><b k='1>2' >x&amp;&lt;y</b></a>"),
             ("<a><b></b></a>", "<a><b>x&amp;&lt;y</b></a>"),
-            ("<a><b\n k=\"v\"> o &amp; <c/> </b ></a>", "<a><b\n k=\"v\">x&amp;&lt;y</b ></a>"),
+            (
+                "<a><b\n k=\"v\"> o &amp; <c/> </b ></a>",
+                "<a><b\n k=\"v\">x&amp;&lt;y</b ></a>",
+            ),
         ] {
             let made = edited(before, |edits, document| {
                 edits.set_text(find(document, "b"), "x&<y");
@@ -200,12 +206,15 @@ mod tests {
 
     #[test]
     fn what_is_in_something_that_goes_goes_with_it() {
-        let made = edited("<a>\n  <b><c k='1'/></b>\n  <d/>\n</a>", |edits, document| {
-            edits.set_attribute(find(document, "c"), "k", "2");
-            edits.remove(find(document, "b"));
-            edits.insert_before(find(document, "d"), "<e/>");
-            edits.replace(find(document, "d"), "<f/>");
-        });
+        let made = edited(
+            "<a>\n  <b><c k='1'/></b>\n  <d/>\n</a>",
+            |edits, document| {
+                edits.set_attribute(find(document, "c"), "k", "2");
+                edits.remove(find(document, "b"));
+                edits.insert_before(find(document, "d"), "<e/>");
+                edits.replace(find(document, "d"), "<f/>");
+            },
+        );
         assert_eq!(made, "<a>\n  <e/><f/>\n</a>");
         let made = edited("<a><b k='1'>x<c/></b></a>", |edits, document| {
             edits.clear(find(document, "b"));

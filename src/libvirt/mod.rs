@@ -152,7 +152,10 @@ impl Domain {
             let secure = domain.xml_desc(XML_INACTIVE | XML_SECURE)?;
             let live = if secrets { XML_SECURE } else { 0 };
             let live = active.then(|| domain.xml_desc(live)).transpose()?;
-            let lasting = (domain.is_persistent()?, domain.is_persistent()? && domain.autostart()?);
+            let lasting = (
+                domain.is_persistent()?,
+                domain.is_persistent()? && domain.autostart()?,
+            );
             Ok((inactive, secure, live, lasting))
         })?;
         let (inactive, secure, live, (persistent, autostart)) = facts;

@@ -11,6 +11,9 @@ use super::{
     BOOT, Builder, Bus, Disk, Format, Libvirtd, UP, initramfs, kernel, last_line, line_with,
 };
 
+/// OVMF, as Debian's package has it.
+const FIRMWARE: &str = "<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader><nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'/>";
+
 /// A guest under libvirt. Dropped, it is destroyed.
 #[derive(Debug)]
 pub struct Domain {
@@ -70,19 +73,31 @@ impl Builder {
             .uuid
             .as_deref()
             .map(|uuid| format!("<uuid>{uuid}</uuid>"));
+        let firmware = if self.uefi { FIRMWARE } else { "" };
+        let tpm = if self.tpm {
+            "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+        } else {
+            ""
+        };
+        let interface = self.mac.as_deref().map(|mac| {
+            format!(
+                "<interface type='user'><mac address='{mac}'/><model type='virtio'/></interface>"
+            )
+        });
         format!(
             "<domain type='qemu'><name>{name}</name>{uuid}<memory unit='MiB'>{memory}</memory><vcpu>{vcpus}</vcpu>
 <iothreads>2</iothreads>
-<os><type arch='x86_64' machine='q35'>hvm</type><kernel>{dir}/vmlinuz</kernel><initrd>{dir}/initrd</initrd>
+<os><type arch='x86_64' machine='q35'>hvm</type>{firmware}<kernel>{dir}/vmlinuz</kernel><initrd>{dir}/initrd</initrd>
 <cmdline>console=ttyS0 quiet panic=-1</cmdline></os><features><acpi/></features><cpu mode='maximum'/>
 <on_reboot>restart</on_reboot><on_crash>destroy</on_crash>
 <devices><emulator>{binary}</emulator>
 {disks}
 <controller type='scsi' index='0' model='virtio-scsi'><driver iothread='2'/></controller>
 <serial type='file'><source path='{dir}/serial.log'/></serial>
-{agent}<memballoon model='none'/></devices></domain>
+{agent}{tpm}{interface}<memballoon model='none'/></devices></domain>
 ",
             uuid = uuid.unwrap_or_default(),
+            interface = interface.unwrap_or_default(),
             memory = self.memory_mib,
             vcpus = self.vcpus,
             binary = emulator(&self.binary),

@@ -70,9 +70,33 @@ pub struct Builder {
     uuid: Option<String>,
     extra: Vec<String>,
     binary: PathBuf,
+    uefi: bool,
+    tpm: bool,
+    mac: Option<String>,
 }
 
 impl Builder {
+    /// Of a domain: with UEFI firmware and variables of its own.
+    #[must_use]
+    pub fn uefi(mut self) -> Self {
+        self.uefi = true;
+        self
+    }
+
+    /// Of a domain: with an emulated TPM.
+    #[must_use]
+    pub fn tpm(mut self) -> Self {
+        self.tpm = true;
+        self
+    }
+
+    /// Of a domain: with a network interface of this address.
+    #[must_use]
+    pub fn interface(mut self, mac: &str) -> Self {
+        self.mac = Some(mac.into());
+        self
+    }
+
     /// Virtual CPUs, 1 unless set.
     #[must_use]
     pub fn vcpus(mut self, vcpus: u32) -> Self {
@@ -261,6 +285,9 @@ impl Guest {
             uuid: None,
             extra: Vec::new(),
             binary: "qemu-system-x86_64".into(),
+            uefi: false,
+            tpm: false,
+            mac: None,
         }
     }
 
