@@ -555,6 +555,7 @@ pub enum FreezeMethod {
 }
 
 /// What to restore, and to where.
+#[expect(clippy::struct_excessive_bools, reason = "switches of a command line")]
 #[derive(Debug, Args)]
 pub struct RestoreArgs {
     #[command(flatten)]

@@ -108,7 +108,6 @@ fn a_whole_domain_comes_back_as_another_and_as_the_same() {
     let backup = lab.backup(&[]).done();
     lab.is_clean();
     let point = backup.point();
-    assert_eq!(backup.json["targets"][0]["point"]["quiesce"], "quiesced");
     let files = [
         "domain-live.xml",
         "domain.xml",
@@ -138,7 +137,7 @@ fn a_whole_domain_comes_back_as_another_and_as_the_same() {
     assert_eq!(std::fs::read(plain.join("nvram")).unwrap(), nvram);
     assert_eq!(std::fs::read(plain.join("tpm2-00.permall")).unwrap(), state);
     let xml = std::fs::read_to_string(plain.join("domain.xml")).unwrap();
-    assert_eq!(xml, show(&lab, &name));
+    assert_eq!(xml.trim_end(), show(&lab, &name).trim_end());
     std::fs::remove_dir_all(&plain).unwrap();
     lab.run(&["restore", &point, "--output", &to, "--disk-only"])
         .done();

@@ -22,10 +22,10 @@ pub(super) fn restore(args: &RestoreArgs, style: Style) -> Result<Outcome> {
     let mut tasks = disks(args, &point)?;
     // From here on a forget and a prune take nothing of it away.
     let _lease = repo.lease(&[&point], "forerun restore")?;
-    let domain = match args.define {
-        true => Some(define::plan(args, &repo, &point, &tasks)?),
-        false => None,
-    };
+    let domain = args
+        .define
+        .then(|| define::plan(args, &repo, &point, &tasks));
+    let domain = domain.transpose()?;
     if let Some(directory) = args.output.as_deref().filter(|_| !args.disk_only) {
         for (stored, file) in point.files() {
             let path = match &domain {

@@ -67,12 +67,11 @@ impl<'a> Edits<'a> {
 
     pub(super) fn set_attribute(&mut self, node: Node<'_, '_>, name: &str, value: &str) {
         let value = escape(value);
-        match attribute(node, name) {
-            Some(found) => self.edits.push((found.range_value(), value)),
-            None => {
-                let at = node.range().start + 1 + self.name(node).len();
-                self.edits.push((at..at, format!(" {name}='{value}'")));
-            }
+        if let Some(found) = attribute(node, name) {
+            self.edits.push((found.range_value(), value));
+        } else {
+            let at = node.range().start + 1 + self.name(node).len();
+            self.edits.push((at..at, format!(" {name}='{value}'")));
         }
     }
 

@@ -290,7 +290,7 @@ impl Work<'_> {
                 "drive {dev} is empty: its medium {} is not there",
                 path.unwrap_or_default()
             ));
-        } else if !removable && !(readonly && is_there) {
+        } else if !(removable || readonly && is_there) {
             // The original's own image is no place for another's writes.
             self.edits.remove(disk);
             self.notes.push(format!(
