@@ -88,7 +88,7 @@ impl Builder {
             "<domain type='qemu'><name>{name}</name>{uuid}<memory unit='MiB'>{memory}</memory><vcpu>{vcpus}</vcpu>
 <iothreads>2</iothreads>
 <os><type arch='x86_64' machine='q35'>hvm</type>{firmware}<kernel>{dir}/vmlinuz</kernel><initrd>{dir}/initrd</initrd>
-<cmdline>console=ttyS0 quiet panic=-1</cmdline></os><features><acpi/></features><cpu mode='maximum'/>
+<cmdline>console=ttyS0 quiet panic=-1 no_timer_check</cmdline></os><features><acpi/></features><cpu mode='maximum'/>
 <on_reboot>restart</on_reboot><on_crash>destroy</on_crash>
 <devices><emulator>{binary}</emulator>
 {disks}
