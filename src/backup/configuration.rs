@@ -425,3 +425,74 @@ fn hand_on(
     }
     Ok(failed)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn configuration(directory: &Path, running: bool) -> Configuration {
+        Configuration {
+            record: json!({}),
+            files: Vec::new(),
+            nvram: Some(directory.join("VARS.fd")),
+            tpm: vec![directory.join("tpm2"), directory.join("tpm1.2")],
+            running,
+            warnings: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_a_running_vm_must_have_and_cannot_be_read_is_a_warning() {
+        let directory = tempfile::tempdir().unwrap();
+        for (running, warnings) in [(true, 2), (false, 0)] {
+            let mut found = configuration(directory.path(), running);
+            found.take();
+            assert!(found.files.is_empty());
+            assert_eq!(found.warnings.len(), warnings, "{:?}", found.warnings);
+        }
+        // A directory is no file to be read, whoever asks.
+        std::fs::create_dir(directory.path().join("VARS.fd")).unwrap();
+        let mut found = configuration(directory.path(), false);
+        found.take();
+        assert!(
+            found.warnings[0].contains("VARS.fd"),
+            "{:?}",
+            found.warnings
+        );
+    }
+
+    #[test]
+    fn variables_and_tpm_state_are_held_and_locks_are_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("tpm1.2");
+        std::fs::create_dir(&state).unwrap();
+        for (path, text) in [
+            (directory.path().join("VARS.fd"), "variables"),
+            (state.join("tpm-00.permall"), "state"),
+            (state.join("empty"), ""),
+            (state.join(".lock"), "lock"),
+        ] {
+            use std::io::Write as _;
+            File::create(path)
+                .unwrap()
+                .write_all(text.as_bytes())
+                .unwrap();
+        }
+        let mut found = configuration(directory.path(), true);
+        found.take();
+        assert_eq!(found.warnings, Vec::<String>::new());
+        let keys: Vec<String> = found.files.iter().map(Held::key).collect();
+        assert_eq!(keys, ["file:nvram", "file:tpm-00.permall"]);
+        let extent = Extent {
+            offset: 2,
+            length: 3,
+        };
+        assert_eq!(found.files[0].read(extent).unwrap(), b"ria");
+        let beyond = Extent {
+            offset: 8,
+            length: 3,
+        };
+        assert!(found.files[0].read(beyond).is_err());
+        assert!(found.record["taken"].is_string());
+    }
+}
