@@ -566,8 +566,8 @@ pub enum Format {
 }
 
 impl Command {
-    /// Whether a signal must not end it at once: a VM is released first, a prune ends where the next one goes on best. The
-    /// others are ended by one at once.
+    /// Whether a signal must not end it at once: a VM is released first, and what is long ends where the next one goes on best, and
+    /// lets go of its locks and leases. The others are ended by one at once.
     #[must_use]
     pub fn ends_in_order(&self) -> bool {
         matches!(
@@ -578,6 +578,10 @@ impl Command {
                 | Self::Backup { .. }
                 | Self::Run { .. }
                 | Self::Prune(_)
+                | Self::Verify { .. }
+                | Self::Check { .. }
+                | Self::Copy { .. }
+                | Self::Restore { .. }
         )
     }
 

@@ -123,9 +123,9 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 older_than,
                 rate,
             };
-            verify::verify(&repo, &points, &limits)
+            verify::verify(&repo, &points, &limits, style, interrupted)
         }
-        Command::Check { repo, points } => verify::check(&repo, &points),
+        Command::Check { repo, points } => verify::check(&repo, &points, style, interrupted),
         Command::Restore {
             repo,
             point,
@@ -141,7 +141,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 format,
                 force,
             };
-            restore::restore(&repo, &request, style)
+            restore::restore(&repo, &request, style, &interrupted)
         }
         Command::Prune(args) => prune::prune(&args, style, &interrupted),
         Command::Copy {
@@ -151,7 +151,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             target,
             to,
             rate,
-        } => copy::copy(&repo, &to, &points, &target, rate, style),
+        } => copy::copy(&repo, &to, &points, &target, rate, style, interrupted),
         Command::Forget { repo, forget } => forget::forget(&repo, &forget),
         Command::Pin {
             repo,

@@ -103,7 +103,7 @@ fn prune(
     watch.begin("read the index", 0);
     let plan = plan::make(repo, &mark, &packs, options.max_repack, report)?;
     plan::quarantine(repo, &plan.lost)?;
-    let repacked = repack::repack(repo, &mark, &packs, &plan.repack, watch, report)?;
+    let repacked = repack::repack(repo, &mark, &packs, &plan, watch, report)?;
     for pack in &repacked {
         report.repacked.add(repo.store().size(&pack::name(*pack))?);
     }
