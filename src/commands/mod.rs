@@ -19,7 +19,6 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::Parser;
 
 use crate::cli::{Cli, Command, TargetArgs};
 use crate::report::{self, Outcome, Style};
@@ -29,7 +28,7 @@ use crate::vm::Vm;
 /// The whole program.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::read();
     let style = Style {
         json: cli.json,
         quiet: cli.quiet,

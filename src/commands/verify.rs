@@ -37,7 +37,7 @@ pub(super) struct Limits {
     pub(super) rate: Option<u64>,
 }
 
-fn threads() -> usize {
+pub(super) fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
@@ -122,6 +122,7 @@ pub(super) fn verify(
         ));
     }
     let damage = tell(&mut outcome, &report.damage);
+    hint_repair(&mut outcome, &damage);
     outcome.warnings.extend(report.notes);
     outcome.more.insert(
         "verify".to_owned(),
@@ -185,6 +186,7 @@ pub(super) fn check(
         took_ms % 1000
     ));
     let damage = tell(&mut outcome, &report.damage);
+    hint_repair(&mut outcome, &damage);
     outcome.warnings.extend(report.notes);
     outcome.more.insert(
         "check".to_owned(),
@@ -199,24 +201,39 @@ pub(super) fn check(
 }
 
 /// Damage as JSON tells of it.
-struct Told {
-    list: Vec<Value>,
-    count: usize,
+pub(super) struct Told {
+    pub(super) list: Vec<Value>,
+    pub(super) count: usize,
     /// How many are left out of the list.
-    truncated: usize,
+    pub(super) truncated: usize,
+    /// Blocks that are needed and that the index lacks.
+    pub(super) not_indexed: usize,
 }
+
+/// Blocks that the index does not know.
+const LACKS: &str = "blocks that the index lacks";
 
 /// What one kind of damage is called: a directory of the repository, or blocks that are nowhere.
 fn kind(damage: &Damage) -> &str {
     if damage.what.contains(NOT_INDEXED) {
-        return "blocks that the index lacks";
+        return LACKS;
     }
     damage.object.split(['/', ' ']).next().unwrap_or_default()
 }
 
+/// The way out when the index lacks what is needed.
+fn hint_repair(outcome: &mut Outcome, damage: &Told) {
+    if damage.not_indexed > 0 {
+        outcome.line(format!(
+            "the index lacks {} blocks that are needed: `forerun repair index` finds all that only the index has lost",
+            damage.not_indexed
+        ));
+    }
+}
+
 /// Tells of damage: of what somebody needs as an error, which makes the exit code, of the rest as a warning. Of each kind only
 /// some is told in full.
-fn tell(outcome: &mut Outcome, found: &[Damage]) -> Told {
+pub(super) fn tell(outcome: &mut Outcome, found: &[Damage]) -> Told {
     let (needed, others): (Vec<&Damage>, Vec<&Damage>) =
         found.iter().partition(|found| found.need == Need::Somebody);
     let mut kinds: BTreeMap<&str, Vec<&Damage>> = BTreeMap::new();
@@ -233,12 +250,6 @@ fn tell(outcome: &mut Outcome, found: &[Damage]) -> Told {
     if needed.len() > 1 && !hurt.is_empty() {
         let names: Vec<String> = hurt.iter().map(PointId::to_string).collect();
         outcome.line(format!("hurt in all: {}", some_of(&names)));
-    }
-    if let Some(lost) = kinds.get("blocks that the index lacks") {
-        outcome.line(format!(
-            "the index lacks {} blocks that are needed: `forerun repair index` finds all that only the index has lost",
-            lost.len()
-        ));
     }
     if !needed.is_empty() {
         outcome.kind = Some(Kind::Corrupt);
@@ -285,6 +296,7 @@ fn tell(outcome: &mut Outcome, found: &[Damage]) -> Told {
         count: found.len(),
         truncated: found.len() - list.len(),
         list,
+        not_indexed: kinds.get(LACKS).map_or(0, Vec::len),
     }
 }
 
