@@ -122,6 +122,15 @@ fn prune(
         };
         sweep::finish(repo, &mark, head, watch, report)?;
     }
+    watch.go_on()?;
+    watch.begin("merge the index", 0);
+    match repo.index().merge_all() {
+        // Everything is found without the merge.
+        Err(error @ (Error::Busy { .. } | Error::NoSpace { .. })) => {
+            tracing::warn!(%error, "the index runs are not merged");
+        }
+        other => other?,
+    }
     // A prune that was cut off at its very end leaves some.
     Condemned::drop_older(repo.store(), u64::MAX)?;
     report.references = mark.references;
