@@ -164,6 +164,8 @@ impl Verify<'_> {
             Err(Error::Interrupted) => return Ok(()),
             Err(error) => return Err(error),
         };
+        // Its list and its frame.
+        self.options.done(size.saturating_sub(reader.told));
         let mut round = lock(round);
         round.bad.append(&mut bad);
         round.blocks += reader.blocks;

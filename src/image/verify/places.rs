@@ -24,6 +24,8 @@ pub(super) struct Places<'a> {
     options: Option<&'a VerifyOptions>,
     stored: Vec<u8>,
     plain: Vec<u8>,
+    /// Stored bytes that were told of as done.
+    pub(super) told: u64,
     /// Blocks that were sound.
     pub(super) blocks: u64,
     /// Their plain bytes.
@@ -37,6 +39,7 @@ impl<'a> Places<'a> {
             options,
             stored: Vec::new(),
             plain: Vec::new(),
+            told: 0,
             blocks: 0,
             bytes: 0,
         }
@@ -55,7 +58,9 @@ impl<'a> Places<'a> {
             };
             if let Some(options) = self.options {
                 options.go_on()?;
-                options.done(group.iter().map(|(_, location)| location.length()).sum());
+                let bytes = group.iter().map(|(_, location)| location.length()).sum();
+                self.told += bytes;
+                options.done(bytes);
             }
             match self.fetch(&first.1, end) {
                 Ok(()) => {
