@@ -36,7 +36,7 @@ while getopts s:n:r:d:b:k option; do
 	*) exit 2 ;;
 	esac
 done
-need_packages qemu test bench
+need_packages qemu test bench libvirt
 if [ ${#binaries[@]} -eq 0 ]; then
 	need_packages rust-check
 	cargo build --quiet --release --bin forerun

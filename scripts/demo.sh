@@ -92,7 +92,7 @@ backup() {
 mib() { awk -v bytes="$1" 'BEGIN { printf "%.1f MiB", bytes / 1048576 }'; }
 
 bold "0. What is needed: packages, the program, a guest"
-need_packages rust-check qemu guest demo || fail "packages are missing"
+need_packages rust-check qemu guest demo libvirt || fail "packages are missing"
 # DEMO_BINARIES names a directory with programs that are built already.
 BINARIES=${DEMO_BINARIES:-$ROOT/target/release}
 [ -n "${DEMO_BINARIES:-}" ] || cargo build --quiet --locked --release --workspace --bins

@@ -25,7 +25,7 @@ fail() {
 }
 
 step "packages"
-need_packages rust-check qemu guest test || fail "packages are missing"
+need_packages rust-check qemu guest test libvirt || fail "packages are missing"
 for tool in cargo qemu-system-x86_64 qemu-img qemu-storage-daemon nbdcopy fio shellcheck; do
 	command -v "$tool" >/dev/null || fail "$tool is not there"
 done
@@ -35,6 +35,8 @@ cargo fmt --all --check
 
 step "lints"
 cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+# Without libvirt it must build, too.
+cargo clippy --quiet --locked --no-default-features -- -D warnings
 cargo clippy --quiet --locked --workspace --all-targets --features fault-injection -- -D warnings
 
 step "documentation"

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::backup::Quiesce;
+use crate::exit::{Failure, Kind};
 use crate::image::Compression;
 use crate::target::{Target, absolute_name};
 use crate::units::{parse_duration, parse_rate, parse_share, parse_size};
@@ -45,7 +46,7 @@ pub enum Command {
         #[allow(missing_docs)]
         command: KeyCommand,
     },
-    /// Show a VM's disks, how each can be followed, and what stands in the way.
+    /// Show a VM's disks, how each can be followed, and what stands in the way; without a target, all domains of the host.
     Inspect(TargetArgs),
     /// Start following a VM's changes (`precopy` and `backup` do it too).
     Track(RepoTargetArgs),
@@ -289,6 +290,12 @@ pub enum Command {
         /// The run's process id.
         #[arg(long)]
         main: i32,
+        /// The hypervisor of the domain that it holds.
+        #[arg(long, requires = "domain")]
+        connect: Option<String>,
+        /// That domain.
+        #[arg(long)]
+        domain: Option<String>,
     },
 }
 
@@ -377,7 +384,7 @@ pub enum Repair {
 }
 
 /// Where the repository is.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct RepoArgs {
     /// The repository.
     #[arg(long, env = "FORERUN_REPO")]
@@ -402,7 +409,7 @@ pub struct ToArgs {
 }
 
 /// What opens an encrypted repository. Without either, the environment is asked, then the terminal.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct SecretArgs {
     /// The key file of an encrypted repository (or `FORERUN_KEY_FILE`).
     #[arg(long, value_name = "FILE", conflicts_with = "passphrase_file")]
@@ -480,12 +487,19 @@ pub struct PruneArgs {
 }
 
 /// Which VM.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct TargetArgs {
-    /// qmp:SOCKET of a running QEMU, or disk:PATH of an image of a VM that is off. disk:DISK=PATH says which of the VM's
-    /// disks the image is (`disk:vda=/images/web.qcow2`); with the VM's UUID or name as `--as`, backups go on from those
+    /// A libvirt domain by its name or UUID (`'web-*'` for several), qmp:SOCKET of a running QEMU without libvirt, or disk:PATH
+    /// of an image of a VM that is off. disk:DISK=PATH says which of the VM's disks the image is (`disk:vda=/images/web.qcow2`); with the VM's UUID or name as `--as`, backups go on from those
     /// made while it ran. An image is held for at most 10 s at a time (`--deadline`), so that the VM can start.
-    pub target: Target,
+    pub target: Option<Target>,
+    /// All domains of the host, one after the other.
+    #[arg(long, conflicts_with = "target")]
+    pub all: bool,
+    /// The hypervisor of domains; by default as virsh has it (`LIBVIRT_DEFAULT_URI`, then `qemu:///system` for root). It must
+    /// be on this host.
+    #[arg(long, value_name = "URI")]
+    pub connect: Option<String>,
     /// The name of a target without a UUID, the same wherever it runs; of an image, the UUID of its VM will do, too.
     #[arg(long = "as", value_name = "NAME")]
     pub name: Option<String>,
@@ -501,7 +515,7 @@ pub struct TargetArgs {
 }
 
 /// Which VM and which repository.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct RepoTargetArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -535,7 +549,10 @@ pub struct FreezeArgs {
     /// Freeze the guest's file systems around the instant.
     #[arg(long, value_enum, default_value_t = Quiesce::Auto)]
     pub quiesce: Quiesce,
-    /// The guest agent's socket.
+    /// How long the guest's file systems may take to freeze.
+    #[arg(long, default_value = "10s", value_parser = parse_duration)]
+    pub freeze_timeout: Duration,
+    /// The guest agent's socket; a domain's is known.
     #[arg(long, value_name = "SOCKET")]
     pub agent: Option<PathBuf>,
     /// Where scratches, overlays and the spool go; by default in the host state directory.
@@ -588,7 +605,7 @@ const MISSING: [(&str, &str); 6] = [
     ),
     (
         "<TARGET>",
-        "qmp:SOCKET of a running QEMU, or disk:PATH of an image of a VM that is off",
+        "a libvirt domain, qmp:SOCKET of a running QEMU, or disk:PATH of an image of a VM that is off",
     ),
 ];
 
@@ -614,6 +631,15 @@ fn explained(mut error: clap::Error) -> clap::Error {
         error.insert(ContextKind::InvalidArg, ContextValue::Strings(missing));
     }
     error
+}
+
+impl TargetArgs {
+    /// The one target that was named.
+    pub fn named(&self) -> anyhow::Result<&Target> {
+        let hint = "name a domain, qmp:SOCKET or disk:PATH; `--all` is for precopy, backup, run, status and inspect";
+        let nothing = || Failure::hinted(Kind::Usage, "no target is named", hint);
+        self.target.as_ref().ok_or_else(nothing)
+    }
 }
 
 impl Command {

@@ -6,26 +6,26 @@ use serde::Serialize;
 
 use crate::{hoststate, image, nbd, qmp};
 
-/// What kind of end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+/// What kind of end; the last is the worst, where there are several targets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// Done, with warnings.
     Warned,
-    /// Something failed.
-    Failed,
-    /// The command line is wrong.
-    Usage,
     /// A limit of the window or the residual was missed.
     Missed,
-    /// Stored data is not what it was.
-    Corrupt,
     /// Somebody else holds the target.
     Busy,
     /// The target needs an operator.
     Attention,
     /// No space, or out of quota.
     NoSpace,
+    /// The command line is wrong.
+    Usage,
+    /// Something failed.
+    Failed,
+    /// Stored data is not what it was.
+    Corrupt,
     /// A signal asked for the end.
     Interrupted,
 }
@@ -137,6 +137,19 @@ fn of_qmp(error: &qmp::Error) -> Option<(Kind, Option<String>)> {
         qmp::Error::Busy { .. } => (
             Kind::Busy,
             "a QMP socket serves one client: give forerun a socket of its own (`-qmp unix:PATH,server=on,wait=off`)",
+        ),
+        qmp::Error::DomainBusy { .. } => (
+            Kind::Busy,
+            "wait for the end of what libvirt does with the domain (`virsh domjobinfo`)",
+        ),
+        qmp::Error::NoDomain { .. } => (
+            Kind::Usage,
+            "`virsh list --all` has their names; a QEMU without libvirt is named `qmp:SOCKET`, an image of a VM that is off `disk:PATH`",
+        ),
+        qmp::Error::Foreign { .. } => (Kind::Usage, "name another with `--connect URI`"),
+        qmp::Error::Unconnected { .. } => (
+            Kind::Failed,
+            "is libvirt's daemon running, and may you use it? Name another with `--connect URI`; a QEMU without libvirt is named `qmp:SOCKET`",
         ),
         qmp::Error::CannotReopen { .. } => (
             Kind::Attention,

@@ -1,8 +1,8 @@
 //! The guard: a small process of the same binary that frees the guest when the main one dies, or hangs past its deadline,
 //! between the freeze and the release.
 //!
-//! It inherits the monitor's connection (a QMP socket serves one client, and the dead one's is it), the target's lock,
-//! and one end of a socket pair. A byte `D` on that pair is the dismissal; its end without one is the main process's
+//! It inherits the monitor's connection (a QMP socket serves one client, and the dead one's is it; libvirt serves many, so
+//! for a domain the guard connects by itself), the target's lock, and one end of a socket pair. A byte `D` on that pair is the dismissal; its end without one is the main process's
 //! death. The guard runs in a process session of its own, in a systemd scope of its own where systemd runs, so that what
 //! ends the main process does not end it.
 
@@ -19,9 +19,10 @@ use rustix::process::{Pid, Signal};
 
 use crate::clock::{self, Deadline};
 use crate::hoststate::{Journal, Lock};
-use crate::qmp::Monitor;
+use crate::libvirt;
 use crate::qmp::agent::THAW_FOR;
 use crate::qmp::socket::QmpSocket;
+use crate::qmp::{Handover, Monitor};
 use crate::settle;
 
 /// How long a new guard may take to say that it is there. The guest is not held yet, so a slow host gets its time.
@@ -64,10 +65,16 @@ impl Guard {
         deadline: Duration,
     ) -> Result<Self> {
         let (pair, theirs) = UnixStream::pair().context("make the guard's socket pair")?;
-        let inherited = monitor
-            .descriptor()
-            .try_clone_to_owned()
-            .context("share the monitor")?;
+        let mut domain = Vec::new();
+        let inherited = match monitor.handover() {
+            Handover::Descriptor(monitor) => {
+                Stdio::from(monitor.try_clone_to_owned().context("share the monitor")?)
+            }
+            Handover::Domain { uri, uuid } => {
+                domain.extend(["--connect", uri, "--domain", uuid]);
+                Stdio::null()
+            }
+        };
         let held = lock.file().try_clone().context("share the target's lock")?;
         // The only descriptor that the child gets without being told: the lock, held until it ends.
         let flags = fcntl_getfd(&held).context("share the target's lock")?;
@@ -82,7 +89,8 @@ impl Guard {
             .arg("--main")
             .arg(std::process::id().to_string())
             .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::from(inherited))
+            .args(domain)
+            .stdout(inherited)
             .spawn()
             .context("start the guard");
         drop(held);
@@ -147,18 +155,37 @@ fn scope_command(binary: &Path) -> Option<Command> {
     Some(command)
 }
 
+/// What a guard watches.
+#[derive(Debug)]
+pub struct Watched<'a> {
+    /// What the run has in the VM.
+    pub journal: &'a Path,
+    /// After so long the run counts as hung.
+    pub deadline: Duration,
+    /// The run's process id.
+    pub main: i32,
+    /// URI and UUID of a domain; without them standard output is the monitor.
+    pub domain: Option<(&'a str, &'a str)>,
+}
+
 /// The guard's own life.
-pub fn run(journal: &Path, deadline: Duration, main: i32) -> Result<()> {
+pub fn run(watched: &Watched<'_>) -> Result<()> {
+    let (journal, main) = (watched.journal, watched.main);
     rustix::process::setsid().ok();
-    let mut deadline = Deadline::after(deadline);
+    let mut deadline = Deadline::after(watched.deadline);
     let pair = std::io::stdin()
         .as_fd()
         .try_clone_to_owned()
         .context("take the socket pair")?;
-    let monitor = std::io::stdout()
-        .as_fd()
-        .try_clone_to_owned()
-        .context("take the monitor")?;
+    let mut monitor: Box<dyn Monitor> = if let Some((uri, uuid)) = watched.domain {
+        libvirt::monitor(uri, uuid)?
+    } else {
+        let monitor = std::io::stdout()
+            .as_fd()
+            .try_clone_to_owned()
+            .context("take the monitor")?;
+        Box::new(QmpSocket::inherit(UnixStream::from(monitor))?)
+    };
     let mut pair = UnixStream::from(pair);
     let own = std::process::id().to_be_bytes();
     // A main process that died meanwhile hears nothing; its end is seen below.
@@ -173,7 +200,6 @@ pub fn run(journal: &Path, deadline: Duration, main: i32) -> Result<()> {
         // The main process had released everything.
         return Ok(());
     }
-    let mut monitor = QmpSocket::inherit(UnixStream::from(monitor))?;
     let mut journal = Journal::load(journal.to_path_buf())?;
     let taken = settle::take_back(&mut journal, Some(&mut monitor), THAW_FOR)?;
     tracing::warn!(removed = ?taken.removed, "the guard released the VM for a dead run");

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::{self, Deadline};
 use crate::qmp::Process;
+use crate::qmp::agent::Address;
 use crate::qmp::release::{Leftover, Released};
 use crate::qmp::{self, Monitor};
 
@@ -351,7 +352,8 @@ impl Journal {
     ) -> anyhow::Result<Released> {
         if monitor.process() != &self.content.process {
             // That QEMU is gone, and with it everything but files: nothing is committed, and a socket is not its server.
-            let frozen = |item: &&Leftover| matches!(item, Leftover::Frozen { .. });
+            // A domain's agent goes with it; at a socket another guest may answer, and a thaw harms none.
+            let frozen = |item: &&Leftover| matches!(item, Leftover::Frozen { agent } if *agent != Address::Domain);
             let left: Vec<_> = self.content.left.iter().filter(frozen).cloned().collect();
             return Ok(qmp::release::release(monitor, &left, patience)?);
         }

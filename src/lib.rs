@@ -11,6 +11,7 @@
 //! a VM in hand      target -> vm, offline -> hoststate  guard, settle: what if we die
 //! what changed      bitmap: names, trust, rotation, proofs
 //! QEMU              qmp: monitor, graph, exports, freeze, agent, release
+//! domains           libvirt: found, described, and their monitors
 //! the data plane    nbd: an NBD client
 //! the repository    image: packs, index, maps, points, sessions
 //! the way back      restore                              replicate: to a second repository
@@ -43,6 +44,11 @@ pub mod fault;
 pub mod guard;
 pub mod hoststate;
 pub mod image;
+#[cfg(feature = "libvirt")]
+pub mod libvirt;
+#[cfg(not(feature = "libvirt"))]
+#[path = "libvirt/absent.rs"]
+pub mod libvirt;
 pub mod nbd;
 mod offline;
 pub mod progress;

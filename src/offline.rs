@@ -1,5 +1,5 @@
-//! An image of a VM that is off: a private `qemu-storage-daemon` over it for the length of a hold, and what carries a
-//! proof from one hold to the next where the image holds no bitmaps.
+//! The images of a VM that is off: a private `qemu-storage-daemon` over them for the length of a hold, and what carries a
+//! proof from one hold to the next where an image holds no bitmaps.
 //!
 //! ```text
 //! hold 1          bitmaps live in the daemon      nothing holds the image       hold 2
@@ -11,6 +11,7 @@
 //! its times are [`SETTLED`] old, so that a later write cannot leave it as it is. A device has no version: it can only be
 //! read in one hold.
 
+use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -23,7 +24,7 @@ use crate::exit::{Failure, Kind};
 use crate::hoststate::TargetState;
 use crate::qmp::Monitor;
 use crate::qmp::command::{action_add_bitmap, action_disable_bitmap, transaction};
-use crate::qmp::graph::{Bitmap, Graph};
+use crate::qmp::graph::{Bitmap, Disk, Graph};
 use crate::qmp::machine::Machine;
 use crate::qmp::overlay::FileVersion;
 use crate::qmp::socket::QmpSocket;
@@ -31,56 +32,44 @@ use crate::target::Image;
 
 /// How long the daemon may take to start.
 const START_WAIT: Duration = Duration::from_secs(20);
-/// The image's node in the daemon.
-const NODE: &str = "forerun-image";
-/// The node that holds the image's lock.
-const LOCK: &str = "forerun-lock";
 /// Times younger than this may be those of a later write, too: file systems count in up to 2 s.
 const SETTLED: Duration = Duration::from_secs(2);
 /// How long an image that somebody just wrote to is waited for.
 const SETTLE_WAIT: Duration = Duration::from_secs(10);
 
-/// A private `qemu-storage-daemon` over an image. It holds the image's lock while it lives.
+/// A private `qemu-storage-daemon` over images. It holds their locks while it lives.
 #[derive(Debug)]
 pub(crate) struct Daemon {
     child: Child,
     socket: PathBuf,
-    key: String,
-    device: bool,
+    images: Vec<Image>,
+}
+
+/// An image's node in the daemon.
+fn node(index: usize) -> String {
+    format!("forerun-image-{index}")
 }
 
 impl Daemon {
-    /// Opens an image for reading and, for its bitmaps, writing.
-    pub(crate) fn open(image: &Image, state: &TargetState, run: &str) -> Result<(QmpSocket, Self)> {
-        let path = &image.path;
-        let format = image_format(path)?;
+    /// Opens images for reading and, for their bitmaps, writing.
+    pub(crate) fn open(
+        images: &[Image],
+        state: &TargetState,
+        run: &str,
+    ) -> Result<(QmpSocket, Self)> {
         let socket = state.directory().join(format!("{run}.qsd"));
         std::fs::remove_file(&socket).ok();
-        let device = !std::fs::metadata(path)?.is_file();
-        if format == "raw" {
-            // Not under the image's lock, which keeps the VM from starting.
-            settled(path)?;
-        }
-        let protocol = if device { "host_device" } else { "file" };
-        let node = serde_json::json!({
-            "driver": format, "node-name": NODE, "read-only": false,
-            "file": { "driver": protocol, "filename": path, "locking": "on" },
-        });
         // A comma in a value is written twice (QEMU docs, "Options parsing").
         let shown = socket.display().to_string().replace(',', ",,");
         let chardev = format!("socket,id=qmp,server=on,wait=off,path={shown}");
-        // A raw node that nobody uses locks nothing; this one keeps writers out, and is refused where there is one.
-        let lock = serde_json::json!({
-            "driver": "blkdebug", "node-name": LOCK, "image": NODE,
-            "take-child-perms": ["write"], "unshare-child-perms": ["write"],
-        });
         let mut command = dying_with_us("qemu-storage-daemon");
+        command.args(["--chardev", &chardev, "--monitor", "chardev=qmp"]);
+        for (index, image) in images.iter().enumerate() {
+            for blockdev in blockdevs(index, image)? {
+                command.arg("--blockdev").arg(blockdev.to_string());
+            }
+        }
         command
-            .args(["--chardev", &chardev, "--monitor", "chardev=qmp"])
-            .arg("--blockdev")
-            .arg(node.to_string())
-            .arg("--blockdev")
-            .arg(lock.to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -88,16 +77,15 @@ impl Daemon {
         let mut daemon = Self {
             child: command.spawn().context("start qemu-storage-daemon")?,
             socket,
-            key: image.key(),
-            device,
+            images: images.to_vec(),
         };
         let deadline = Deadline::after(START_WAIT);
         loop {
             match QmpSocket::connect(&daemon.socket) {
                 Ok(monitor) => return Ok((monitor, daemon)),
-                // The monitor comes up before the image is opened: one that is refused ends the daemon.
+                // The monitor comes up before the images are opened: one that is refused ends the daemon.
                 Err(_) if daemon.child.try_wait()?.is_some() => {
-                    return Err(refused(path, &mut daemon.child));
+                    return Err(refused(images, &mut daemon.child));
                 }
                 Err(error) if deadline.passed() => return Err(error.into()),
                 Err(_) => clock::sleep(Duration::from_millis(2)),
@@ -105,31 +93,64 @@ impl Daemon {
         }
     }
 
-    /// Whether it is over a device.
-    pub(crate) fn device(&self) -> bool {
-        self.device
-    }
-
-    /// The image as if it were a VM with one disk.
-    pub(crate) fn machine(&self, monitor: &mut QmpSocket) -> Result<Machine> {
+    /// The images as if they were a VM with these disks.
+    pub(crate) fn machine(&self, monitor: &mut dyn Monitor) -> Result<Machine> {
         let graph = Graph::read(monitor)?;
-        let mut disk = graph
-            .disk(&self.key, NODE, Vec::new())
-            .map_err(|why| Failure::plain(Kind::Attention, why))?;
-        disk.qdev.clone_from(&self.key);
-        "image".clone_into(&mut disk.device);
+        let mut disks = Vec::new();
+        for (index, image) in self.images.iter().enumerate() {
+            let key = image.key();
+            let mut disk = graph
+                .disk(&key, &node(index), Vec::new())
+                .map_err(|why| Failure::plain(Kind::Attention, why))?;
+            disk.qdev = key;
+            "image".clone_into(&mut disk.device);
+            disks.push(disk);
+        }
+        disks.sort_by(|a, b| a.key.cmp(&b.key));
         Ok(Machine {
             uuid: None,
             name: None,
             state: "off".to_owned(),
             version: String::new(),
             process: monitor.process().clone(),
-            disks: vec![disk],
+            disks,
             left_out: Vec::new(),
             jobs: Vec::new(),
             exports: Vec::new(),
         })
     }
+}
+
+/// The nodes of an image: its data, and what holds its lock.
+fn blockdevs(index: usize, image: &Image) -> Result<[serde_json::Value; 2]> {
+    let path = &image.path;
+    let format = match &image.format {
+        Some(format) => format.as_str(),
+        None => image_format(path)?,
+    };
+    let device = is_device(path)?;
+    if format == "raw" {
+        // Not under the image's lock, which keeps the VM from starting.
+        settled(path)?;
+    }
+    let protocol = if device { "host_device" } else { "file" };
+    let data = serde_json::json!({
+        "driver": format, "node-name": node(index), "read-only": false,
+        "file": { "driver": protocol, "filename": path, "locking": "on" },
+    });
+    // A raw node that nobody uses locks nothing; this one keeps writers out, and is refused where there is one.
+    let lock = serde_json::json!({
+        "driver": "blkdebug", "node-name": format!("forerun-lock-{index}"), "image": node(index),
+        "take-child-perms": ["write"], "unshare-child-perms": ["write"],
+    });
+    Ok([data, lock])
+}
+
+/// Whether an image is a device.
+pub(crate) fn is_device(path: &Path) -> Result<bool> {
+    let meta =
+        std::fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?;
+    Ok(!meta.is_file())
 }
 
 impl Drop for Daemon {
@@ -161,18 +182,22 @@ fn dying_with_us(program: &str) -> Command {
     command
 }
 
-fn refused(path: &Path, child: &mut Child) -> anyhow::Error {
+fn refused(images: &[Image], child: &mut Child) -> anyhow::Error {
     use std::io::Read;
     let mut words = String::new();
     if let Some(stderr) = &mut child.stderr {
         stderr.read_to_string(&mut words).ok();
     }
-    let message = format!("cannot open {}: {}", path.display(), words.trim());
+    let paths: Vec<String> = images
+        .iter()
+        .map(|image| image.path.display().to_string())
+        .collect();
+    let message = format!("cannot open {}: {}", paths.join(", "), words.trim());
     if words.contains("lock") {
         return Failure::hinted(
             Kind::Busy,
             message,
-            "a running VM uses the image: name the VM by its `qmp:SOCKET`",
+            "a running VM uses the image: name the domain, or the VM by its `qmp:SOCKET`",
         );
     }
     Failure::plain(Kind::Failed, message)
@@ -190,46 +215,67 @@ fn image_format(path: &Path) -> Result<&'static str> {
     })
 }
 
-/// The bitmaps of an image that holds none, as they were in the last hold, and the image's version then.
+/// The bitmaps of images that hold none, as they were in the last hold, and the images' versions then.
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
+    images: BTreeMap<String, Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    path: PathBuf,
     version: Option<FileVersion>,
     bitmaps: Vec<Bitmap>,
 }
 
 impl Memory {
-    /// The begin of a hold: puts the bitmaps of the last one back when nobody has written since.
-    pub(crate) fn resume(&mut self, path: &Path, monitor: &mut QmpSocket) -> Result<()> {
+    /// The begin of a hold: puts the bitmaps of the last one back on a disk when nobody has written since.
+    pub(crate) fn resume(
+        &mut self,
+        disk: &Disk,
+        path: &Path,
+        monitor: &mut dyn Monitor,
+    ) -> Result<()> {
+        let kept = self.images.entry(disk.key.clone()).or_default();
         let version = settled(path)?;
-        if version.is_none() || version != self.version {
-            self.version = version;
-            self.bitmaps.clear();
+        if version.is_none() || version != kept.version || kept.path != path {
+            *kept = Kept {
+                path: path.to_path_buf(),
+                version,
+                bitmaps: Vec::new(),
+            };
             return Ok(());
         }
         let mut actions = Vec::new();
-        for bitmap in &self.bitmaps {
+        for bitmap in &kept.bitmaps {
             actions.push(action_add_bitmap(
-                NODE,
+                &disk.node,
                 &bitmap.name,
                 bitmap.granularity,
                 false,
             ));
             if !bitmap.recording {
-                actions.push(action_disable_bitmap(NODE, &bitmap.name));
+                actions.push(action_disable_bitmap(&disk.node, &bitmap.name));
             }
         }
         transaction(monitor, &actions)?;
         Ok(())
     }
 
-    /// What the bitmaps are now.
-    pub(crate) fn keep(&mut self, bitmaps: &[Bitmap]) {
-        self.bitmaps = bitmaps.to_vec();
+    /// What the bitmaps of these disks are now.
+    pub(crate) fn keep(&mut self, disks: &[Disk]) {
+        for disk in disks {
+            if let Some(kept) = self.images.get_mut(&disk.key) {
+                kept.bitmaps.clone_from(&disk.bitmaps);
+            }
+        }
     }
 
-    /// Whether nobody has written to the image since the hold began.
-    pub(crate) fn unchanged(&self, path: &Path) -> bool {
-        self.version.is_none() || FileVersion::of(path) == self.version
+    /// Whether nobody has written to the images since the hold began.
+    pub(crate) fn unchanged(&self) -> bool {
+        self.images
+            .values()
+            .all(|kept| kept.version.is_none() || FileVersion::of(&kept.path) == kept.version)
     }
 }
 
@@ -252,7 +298,7 @@ fn settled(path: &Path) -> Result<Option<FileVersion>> {
             return Err(Failure::hinted(
                 Kind::Busy,
                 format!("{} is being written to", path.display()),
-                "end who writes to it; a running VM is named by its `qmp:SOCKET`",
+                "end who writes to it; a running VM is named as a domain or by its `qmp:SOCKET`",
             ));
         }
         clock::sleep(Duration::from_millis(100));

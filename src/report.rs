@@ -37,7 +37,7 @@ pub struct Outcome {
     /// How it ended when it did not end well.
     pub kind: Option<Kind>,
     /// Why it failed, for commands that have something to warn of all the same.
-    pub error: Option<anyhow::Error>,
+    pub errors: Vec<anyhow::Error>,
 }
 
 impl Outcome {
@@ -45,30 +45,48 @@ impl Outcome {
     pub fn line(&mut self, line: impl Into<String>) {
         self.lines.push(line.into());
     }
+
+    /// Takes in how the command ended on one of several targets.
+    pub fn join(&mut self, target: &str, ended: Result<Self, anyhow::Error>) {
+        let one = ended.unwrap_or_else(|error| Self {
+            errors: vec![error],
+            ..Self::default()
+        });
+        self.targets.extend(one.targets);
+        self.lines.extend(one.lines);
+        self.more.extend(one.more);
+        let warnings = one.warnings.into_iter();
+        self.warnings
+            .extend(warnings.map(|warning| format!("{target}: {warning}")));
+        self.kind = self.kind.into_iter().chain(one.kind).max();
+        let errors = one.errors.into_iter();
+        self.errors
+            .extend(errors.map(|error| error.context(target.to_owned())));
+    }
 }
+
+/// How a command failed: the kind, the words and the way out.
+type Failed = (Kind, String, Option<String>);
 
 /// Prints the end of a command and gives its exit code.
 #[must_use]
 pub fn finish(command: &str, style: Style, result: Result<Outcome, anyhow::Error>) -> ExitCode {
-    let (outcome, error) = match result {
-        Ok(mut outcome) => {
-            let error = outcome.error.take();
-            (outcome, error)
-        }
-        Err(error) => (Outcome::default(), Some(error)),
-    };
-    let failed = error.as_ref().map(|error| {
-        let (kind, hint) = classify(error);
-        (kind, format!("{error:#}"), hint)
+    let mut outcome = result.unwrap_or_else(|error| Outcome {
+        errors: vec![error],
+        ..Outcome::default()
     });
+    let failed: Vec<Failed> = std::mem::take(&mut outcome.errors)
+        .iter()
+        .map(|error| {
+            let (kind, hint) = classify(error);
+            (kind, format!("{error:#}"), hint)
+        })
+        .collect();
     let warned = (!outcome.warnings.is_empty()).then_some(Kind::Warned);
-    let kind = failed
-        .as_ref()
-        .map(|(kind, ..)| *kind)
-        .or(outcome.kind)
-        .or(warned);
+    let kinds = failed.iter().map(|(kind, ..)| *kind);
+    let kind = kinds.chain(outcome.kind).max().or(warned);
     if style.json {
-        print_json(command, &outcome, failed.as_ref());
+        print_json(command, &outcome, &failed);
     } else if !style.quiet || outcome.kind.is_some() {
         for line in &outcome.lines {
             out(line);
@@ -79,7 +97,7 @@ pub fn finish(command: &str, style: Style, result: Result<Outcome, anyhow::Error
             words(&format!("warning: {warning}"));
         }
     }
-    if let Some((_, message, hint)) = &failed {
+    for (_, message, hint) in &failed {
         words(&format!("forerun: {message}"));
         if let Some(hint) = hint {
             words(&format!("  {hint}"));
@@ -88,7 +106,7 @@ pub fn finish(command: &str, style: Style, result: Result<Outcome, anyhow::Error
     kind.map_or(ExitCode::SUCCESS, |kind| ExitCode::from(kind.code()))
 }
 
-fn print_json(command: &str, outcome: &Outcome, failed: Option<&(Kind, String, Option<String>)>) {
+fn print_json(command: &str, outcome: &Outcome, failed: &[Failed]) {
     let errors: Vec<Value> = failed
         .iter()
         .map(|(kind, message, hint)| json!({ "kind": kind, "message": message, "hint": hint }))

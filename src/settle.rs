@@ -1,6 +1,6 @@
 //! Settling what a dead run left: through the VM's monitor while its QEMU lives, and what is on the file system after.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use crate::exit::{Failure, Kind};
 use crate::hoststate::Journal;
 use crate::qmp::Monitor;
+use crate::qmp::agent::Address;
 use crate::qmp::overlay::{FileVersion, Overlay};
 use crate::qmp::release::Leftover;
 
@@ -21,7 +22,7 @@ pub struct TakenBack {
     /// What was found and taken back.
     pub removed: Vec<String>,
     /// Agents that do not say that their guests' file systems are thawed. The journal stays for them.
-    pub unthawed: Vec<PathBuf>,
+    pub unthawed: Vec<Address>,
 }
 
 /// Takes back what a journal lists, then removes the journal. Without a monitor the VM is off. An agent that does not
@@ -59,8 +60,8 @@ pub fn take_back(
             .push(format!("overlay file {}", overlay.file.display()));
     }
     for item in journal.left() {
-        if let Leftover::Server { socket, .. } = item {
-            std::fs::remove_file(socket).ok();
+        if let Leftover::Server { socket: path, .. } | Leftover::File { path } = item {
+            std::fs::remove_file(path).ok();
         }
     }
     if taken.unthawed.is_empty() {

@@ -28,6 +28,8 @@ pub struct Image {
     pub path: PathBuf,
     /// The disk that it is in the VM, so that it goes on from what was made while the VM ran.
     pub disk: Option<String>,
+    /// Its format where somebody says so; else it is told from its beginning.
+    pub format: Option<String>,
 }
 
 impl Image {
@@ -61,7 +63,11 @@ impl FromStr for Target {
                 _ => (None, rest),
             };
             let path = path(rest)?;
-            Ok(Self::Disk(Image { path, disk }))
+            Ok(Self::Disk(Image {
+                path,
+                disk,
+                format: None,
+            }))
         } else if text.is_empty() {
             Err("an empty target".to_owned())
         } else {
@@ -74,7 +80,7 @@ impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Qmp(path) => write!(f, "qmp:{}", path.display()),
-            Self::Disk(Image { path, disk }) => match disk {
+            Self::Disk(Image { path, disk, .. }) => match disk {
                 Some(disk) => write!(f, "disk:{disk}={}", path.display()),
                 None => write!(f, "disk:{}", path.display()),
             },

@@ -1,7 +1,8 @@
 //! A target in our hands: for the length of a batch or a freeze, under its lock, with its monitor, after whatever a dead
 //! run left in it has been taken back.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,23 +10,27 @@ use anyhow::{Context, Result};
 
 use crate::bitmap::rotate::Port;
 use crate::bitmap::track::Seen;
+use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
 use crate::hoststate::{self, Journal, Lock, TargetState};
-use crate::offline::{Daemon, Memory};
-use crate::qmp::agent::THAW_FOR;
+use crate::libvirt::Domain;
+use crate::offline::{self, Daemon, Memory};
+use crate::qmp::agent::{Address, THAW_FOR};
 use crate::qmp::command::{
     action_add_bitmap, action_disable_bitmap, action_remove_bitmap, transaction,
 };
 use crate::qmp::graph::Disk;
-use crate::qmp::machine::{self, Machine};
+use crate::qmp::machine::{self, LeftOut, Machine};
 use crate::qmp::names::{PREFIX, RunName};
 use crate::qmp::socket::QmpSocket;
 use crate::qmp::{Monitor, Process};
 use crate::settle::{self, TakenBack};
-use crate::target::{Choice, Chosen, Target, key_without_uuid};
+use crate::target::{Choice, Chosen, Image, Target, key_without_uuid};
 
 /// How long the agent of a dead run is asked for a thaw before the command goes on with its own work.
 const THAW_PATIENCE: Duration = Duration::from_secs(4);
+/// How long a chain of images that libvirt is changing is waited for.
+const CHAIN_WAIT: Duration = Duration::from_secs(3);
 /// How long we wait for another run's batch on the same target.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
 /// Run states in which the disks are not this QEMU's to read.
@@ -42,13 +47,23 @@ pub struct Vm {
     pub state: TargetState,
     /// Which of its disks.
     pub choice: Choice,
-    /// Of an image that holds no bitmaps.
+    /// The libvirt domain that it is.
+    pub domain: Option<Domain>,
+    /// Of images that hold no bitmaps.
     memory: Arc<Mutex<Memory>>,
+    /// Whether it was off when it was last held.
+    off: Arc<AtomicBool>,
 }
 
 impl Vm {
-    /// Finds a target and its key.
-    pub fn find(target: &Target, given: Option<&str>, choice: Choice) -> Result<Self> {
+    /// Finds a target and its key. `connect` is the URI of the hypervisor of domains.
+    pub fn find(
+        target: &Target,
+        connect: Option<&str>,
+        given: Option<&str>,
+        choice: Choice,
+    ) -> Result<Self> {
+        let mut domain = None;
         let key = match target {
             Target::Qmp(socket) => {
                 let mut monitor = match QmpSocket::connect(socket) {
@@ -68,19 +83,18 @@ impl Vm {
                     .with_context(|| format!("cannot open {}", image.path.display()))?;
                 key_without_uuid(&image.path, given)?
             }
-            Target::Name(name) => {
-                let hint = if name.contains('/') {
-                    format!(
-                        "name it `qmp:{name}` when it is a QMP socket, `disk:{name}` when it is an image of a VM that is off"
-                    )
-                } else {
-                    "libvirt domains cannot be reached yet: give the VM a QMP socket and name it `qmp:SOCKET`, or `disk:PATH` for an image of a VM that is off".to_owned()
-                };
+            Target::Name(name) if name.contains('/') => {
                 return Err(Failure::hinted(
                     Kind::Usage,
                     format!("`{name}` is no target that can be reached"),
-                    hint,
+                    format!(
+                        "name it `qmp:{name}` when it is a QMP socket, `disk:{name}` when it is an image of a VM that is off"
+                    ),
                 ));
+            }
+            Target::Name(name) => {
+                let found = Domain::find(connect, name)?;
+                domain.insert(found).uuid().to_owned()
             }
         };
         let state = TargetState::open(&key)?;
@@ -89,7 +103,9 @@ impl Vm {
             key,
             state,
             choice,
+            domain,
             memory: Arc::default(),
+            off: Arc::new(AtomicBool::new(matches!(target, Target::Disk(_)))),
         })
     }
 
@@ -97,14 +113,7 @@ impl Vm {
     pub fn hold(&self, run: &RunName, doing: &str) -> Result<Hold> {
         let doing = format!("{doing} {}", self.target);
         let lock = self.state.lock_target(&doing, LOCK_WAIT)?;
-        let (mut monitor, daemon) = match &self.target {
-            Target::Qmp(socket) => (QmpSocket::connect(socket)?, None),
-            Target::Disk(image) => {
-                let (monitor, daemon) = Daemon::open(image, &self.state, &run.run)?;
-                (monitor, Some(daemon))
-            }
-            Target::Name(name) => anyhow::bail!("`{name}` is no target that can be reached"),
-        };
+        let (mut monitor, off) = self.connect(run)?;
         self.state.remove_unwritten()?;
         let mut recovered = Vec::new();
         let mut unthawed = Vec::new();
@@ -120,14 +129,17 @@ impl Vm {
             .state
             .journal(&run.run, self.monitor_path(), monitor.process());
         let mut memory = None;
-        if let (Target::Disk(image), Some(daemon)) = (&self.target, &daemon) {
-            let without = daemon.machine(&mut monitor)?.disks;
-            if without.iter().any(|disk| disk.transient.is_some()) {
-                let mut kept = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-                kept.resume(&image.path, &mut monitor)?;
-                memory = Some(Arc::clone(&self.memory));
+        if let Some(off) = &off {
+            for disk in off.daemon.machine(&mut monitor)?.disks {
+                let image = off.images.iter().find(|image| image.key() == disk.key);
+                if let (Some(image), Some(_)) = (image, &disk.transient) {
+                    let mut kept = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+                    kept.resume(&disk, &image.path, &mut monitor)?;
+                    memory = Some(Arc::clone(&self.memory));
+                }
             }
         }
+        self.off.store(off.is_some(), Ordering::Relaxed);
         Ok(Hold {
             monitor,
             journal,
@@ -138,8 +150,51 @@ impl Vm {
             choice: self.choice.clone(),
             granularity: 0,
             memory,
-            daemon,
+            off,
+            domain: self.domain.clone(),
         })
+    }
+
+    /// The monitor of the VM, or of a private helper over the images of one that is off.
+    fn connect(&self, run: &RunName) -> Result<(Box<dyn Monitor>, Option<Off>)> {
+        let open = |images: Vec<Image>, left_out| {
+            let (monitor, daemon) = Daemon::open(&images, &self.state, &run.run)?;
+            let monitor: Box<dyn Monitor> = Box::new(monitor);
+            let off = Off {
+                daemon,
+                images,
+                left_out,
+            };
+            Ok((monitor, Some(off)))
+        };
+        let domain = match (&self.target, &self.domain) {
+            (Target::Qmp(socket), _) => return Ok((Box::new(QmpSocket::connect(socket)?), None)),
+            (Target::Disk(image), _) => return open(vec![image.clone()], Vec::new()),
+            (Target::Name(_), Some(domain)) => domain,
+            (Target::Name(name), None) => {
+                anyhow::bail!("`{name}` is no target that can be reached")
+            }
+        };
+        let deadline = Deadline::after(LOCK_WAIT);
+        loop {
+            let connected = if domain.active()? {
+                match domain.monitor() {
+                    Ok(monitor) => return Ok((monitor, None)),
+                    Err(error) => Err(anyhow::Error::from(error)),
+                }
+            } else {
+                let (images, left_out) = domain.images()?;
+                open(images, left_out)
+            };
+            match connected {
+                // It was started or ended just now.
+                Err(error) if starts_or_ends(&error) && !deadline.passed() => {
+                    tracing::info!("{error:#}: looking again");
+                    clock::sleep(Duration::from_millis(250));
+                }
+                connected => return connected,
+            }
+        }
     }
 
     fn monitor_path(&self) -> &Path {
@@ -150,30 +205,51 @@ impl Vm {
         }
     }
 
-    /// Whether the VM is off.
+    /// Whether the VM is off, or was when it was last held.
     #[must_use]
     pub fn offline(&self) -> bool {
-        matches!(self.target, Target::Disk(_))
+        self.off.load(Ordering::Relaxed)
     }
+}
+
+/// Whether an error may be that of a domain that was just started or ended: its images are locked, or its QEMU is gone.
+fn starts_or_ends(error: &anyhow::Error) -> bool {
+    let locked = matches!(
+        error.downcast_ref(),
+        Some(Failure {
+            kind: Kind::Busy,
+            ..
+        })
+    );
+    locked || matches!(error.downcast_ref(), Some(crate::qmp::Error::Closed))
+}
+
+/// A VM that is off, held: nobody else can open its images.
+#[derive(Debug)]
+struct Off {
+    daemon: Daemon,
+    images: Vec<Image>,
+    left_out: Vec<LeftOut>,
 }
 
 /// A target in our hands. Dropped, the lock and the connection go; what is in the VM is the journal's to take back.
 #[derive(Debug)]
 pub struct Hold {
     /// The monitor.
-    pub monitor: QmpSocket,
+    pub monitor: Box<dyn Monitor>,
     /// What we have in the VM.
     pub journal: Journal,
     /// What was left by dead runs and has been taken back.
     pub recovered: Vec<String>,
     /// Agents of dead runs that do not say that their guests are thawed; every command asks them again.
-    pub unthawed: Vec<PathBuf>,
+    pub unthawed: Vec<Address>,
     seen: Option<(Machine, Chosen)>,
     choice: Choice,
     /// Bytes a bit of the bitmaps that are added.
     pub granularity: u32,
     memory: Option<Arc<Mutex<Memory>>>,
-    daemon: Option<Daemon>,
+    off: Option<Off>,
+    domain: Option<Domain>,
     /// The target's lock; the last to go, when an image's helper has let go of the image.
     pub lock: Lock,
 }
@@ -181,10 +257,27 @@ pub struct Hold {
 impl Hold {
     /// What the VM is and has, just now.
     pub fn machine(&mut self) -> Result<Machine> {
-        match &self.daemon {
-            None => Ok(machine::identify(&mut self.monitor)?),
-            Some(daemon) => daemon.machine(&mut self.monitor),
+        let mut machine = match &self.off {
+            None => machine::identify(&mut self.monitor)?,
+            Some(off) => {
+                let mut machine = off.daemon.machine(&mut self.monitor)?;
+                machine.left_out.clone_from(&off.left_out);
+                machine
+            }
+        };
+        if let Some(domain) = &self.domain {
+            if self.off.is_none() {
+                // While libvirt changes a chain, its XML and QEMU differ for a moment.
+                let deadline = Deadline::after(CHAIN_WAIT);
+                while !domain.describe(&mut machine)? && !deadline.passed() {
+                    clock::sleep(Duration::from_millis(200));
+                    machine = machine::identify(&mut self.monitor)?;
+                }
+            }
+            machine.name = Some(domain.name().to_owned());
+            machine.uuid = Some(domain.uuid().to_owned());
         }
+        Ok(machine)
     }
 
     /// Looks at the VM anew and applies the choice of disks.
@@ -242,7 +335,7 @@ impl Hold {
     /// The process that answers: an image's helper changes from batch to batch and says nothing of the VM.
     #[must_use]
     pub fn process(&self) -> Process {
-        match self.daemon {
+        match self.off {
             Some(_) => Process { pid: 0, start: 0 },
             None => self.monitor.process().clone(),
         }
@@ -260,33 +353,35 @@ impl Hold {
         transaction(&mut self.monitor, &actions)?;
         if let Some(memory) = self.memory.clone() {
             self.look()?;
-            let bitmaps = self
-                .disks()
-                .iter()
-                .flat_map(|disk| disk.bitmaps.clone())
-                .collect::<Vec<_>>();
             let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
-            memory.keep(&bitmaps);
+            memory.keep(self.disks());
         }
         Ok(())
     }
 
     /// Whether what is proved now still counts in a later hold. A device without bitmaps has nothing that would tell.
-    #[must_use]
-    pub fn lasting(&self) -> bool {
-        self.memory.is_none() || !self.daemon.as_ref().is_some_and(Daemon::device)
+    pub fn lasting(&self) -> Result<bool> {
+        let Some(off) = &self.off else {
+            return Ok(true);
+        };
+        for disk in self.disks().iter().filter(|disk| disk.transient.is_some()) {
+            let image = off.images.iter().find(|image| image.key() == disk.key);
+            if let Some(image) = image
+                && offline::is_device(&image.path)?
+            {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
-    /// Whether nobody has written to an image of a VM that is off since the hold began.
+    /// Whether nobody has written to images without bitmaps of a VM that is off since the hold began.
     #[must_use]
-    pub fn unchanged(&self, target: &Target) -> bool {
-        match (target, &self.memory) {
-            (Target::Disk(image), Some(memory)) => memory
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .unchanged(&image.path),
-            _ => true,
-        }
+    pub fn unchanged(&self) -> bool {
+        self.memory.as_ref().is_none_or(|memory| {
+            let memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+            memory.unchanged()
+        })
     }
 }
 

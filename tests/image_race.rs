@@ -26,9 +26,10 @@ const REPOSITORY: &str = "FORERUN_TEST_REPOSITORY";
 const ROLES: [&str; 7] = ["a", "b", "c", "forget", "prune", "prune", "read"];
 const BLOCKS: usize = 6;
 
-fn below(end: u8) -> u8 {
-    let bytes = forerun::image::PointId::random().unwrap();
-    bytes.as_bytes()[0] % end
+fn below(end: usize) -> usize {
+    let id = forerun::image::PointId::random().unwrap();
+    let bytes = id.as_bytes()[..4].try_into().unwrap();
+    u32::from_le_bytes(bytes) as usize % end
 }
 
 /// Blocks of few values, and at the end a short one that names them.
@@ -60,7 +61,7 @@ fn write(repo: &Repository, key: &str) -> Result<(), Error> {
         return session.remove();
     }
     let last: Option<Manifest> = points.into_iter().rfind(|point| point.target.key == key);
-    let values = std::array::from_fn(|_| below(12) + 1);
+    let values = std::array::from_fn(|_| below(12) as u8 + 1);
     let all = (0..=BLOCKS as u64).collect();
     match backup_of(repo, key, &disk(values), &all, last.as_ref()) {
         // Its base was forgotten: the next run begins without.
@@ -72,7 +73,7 @@ fn write(repo: &Repository, key: &str) -> Result<(), Error> {
 fn forget(repo: &Repository) -> Result<(), Error> {
     let points = repo.points()?.points;
     if points.len() > 4 {
-        let chosen = usize::from(below(points.len() as u8));
+        let chosen = below(points.len());
         repo.withdraw(points[chosen].id)?;
     }
     clock::sleep(Duration::from_millis(10));
@@ -84,7 +85,7 @@ fn read(repo: &Repository) -> Result<(), Error> {
     if points.is_empty() {
         return Ok(());
     }
-    let point = &points[usize::from(below(points.len() as u8))];
+    let point = &points[below(points.len())];
     let _lease = repo.lease(&[point], "a test that reads")?;
     check(&restore(repo, &point.disks[0])?);
     Ok(())
@@ -136,8 +137,8 @@ fn many_processes_on_one_repository_lose_nothing() {
     let ends = Deadline::after(Duration::from_secs(seconds));
     let mut killed = 0;
     while !ends.passed() {
-        clock::sleep(Duration::from_millis(u64::from(below(100)) + 20));
-        let chosen = usize::from(below(ROLES.len() as u8));
+        clock::sleep(Duration::from_millis(below(100) as u64 + 20));
+        let chosen = below(ROLES.len());
         children[chosen].kill().unwrap();
         let status = children[chosen].wait().unwrap();
         assert!(

@@ -1,15 +1,16 @@
 # shellcheck shell=bash
 # Installs what the tests need on Debian 12, Debian 13 and Ubuntu. Source it, then:
 #
-#   need_packages rust-check qemu guest test   # groups; quick when all is there; the demo needs `demo` too
+#   need_packages rust-check qemu guest test libvirt   # groups; quick when all is there; the demo needs `demo` too
 #   fetch_guest_kernel DIR                     # DIR/vmlinuz and DIR/modules, never installed as a package
 #   fetch_guest_agent DIR                      # DIR/root/... with qemu-ga and its libraries
 #
 # Groups: rust-check (a compiler that is new enough), qemu (system emulator and image tools),
-# guest (what a test guest is built from), test (load and check tools), demo (to read reports), bench (what measures).
+# guest (what a test guest is built from), test (load and check tools), demo (to read reports), bench (what measures),
+# libvirt (its development files, for every build with the feature `libvirt`, and a daemon for its tests).
 #
 # Debian 12's own QEMU (7.2) cannot be mixed with image tools from backports, so on Debian 12 both come from
-# backports. The archive's host is taken from the machine's own package sources: a mirror stays a mirror.
+# backports, and libvirt with them. The archive's host is taken from the machine's own package sources: a mirror stays a mirror.
 
 PACKAGES_RUST_MIN="1.88"
 
@@ -61,7 +62,7 @@ packages_backports() {
 
 # Installs the given packages, those of QEMU from backports on Debian 12.
 packages_install() {
-	local missing=() stock=() backports=() package
+	local missing=() stock=() backports=() libvirt=() package
 	for package in "$@"; do
 		packages_installed "$package" || missing+=("$package")
 	done
@@ -70,6 +71,8 @@ packages_install() {
 	for package in "${missing[@]}"; do
 		case "$(packages_codename):$package" in
 		bookworm:qemu-system-* | bookworm:qemu-utils | bookworm:qemu-block-extra) backports+=("$package") ;;
+		# One version of all of them; by name, so that what they depend on stays of the release where it can.
+		bookworm:libvirt*) libvirt+=("$package/bookworm-backports") ;;
 		*) stock+=("$package") ;;
 		esac
 	done
@@ -78,6 +81,10 @@ packages_install() {
 		packages_backports || return 1
 		# Both at once: the emulator and the image tools share libraries of one version.
 		packages_apt install -y --no-install-recommends -t bookworm-backports qemu-system-x86 qemu-utils || return 1
+	fi
+	if [ ${#libvirt[@]} -gt 0 ]; then
+		packages_backports || return 1
+		packages_apt install -y --no-install-recommends "${libvirt[@]}" || return 1
 	fi
 	if [ ${#stock[@]} -gt 0 ]; then
 		packages_apt install -y --no-install-recommends "${stock[@]}" || return 1
@@ -103,6 +110,13 @@ need_packages() {
 		guest) list+=(busybox-static cpio xz-utils e2fsprogs) ;;
 		test) list+=(libnbd-bin fio shellcheck) ;;
 		demo) list+=(jq) ;;
+		libvirt)
+			list+=(libvirt0 libvirt-dev libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu pkg-config)
+			# In Debian 12's backports and later these are packages of their own.
+			if [ "$(packages_codename)" = bookworm ]; then
+				list+=(libvirt-common libvirt-daemon-common libvirt-daemon-log)
+			fi
+			;;
 		bench) list+=(time jq openssl) ;;
 		*)
 			packages_say "unknown group $group"

@@ -32,7 +32,7 @@ impl Runner {
     pub fn changed(&mut self) -> Result<Vec<Changed>> {
         let mut hold = self.hold()?;
         self.rotate(&mut hold, false)?;
-        let listening = Listening::place(self.vm.state.directory(), &self.run);
+        let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
         let mut left = vec![listening.leftover()];
         left.extend((0..self.disks.len()).map(|disk| Leftover::Export {
             id: export::export_id(&self.run, disk),

@@ -176,7 +176,7 @@ impl Runner {
         let mut hold = self.hold()?;
         self.sample_writes(&mut hold)?;
         let mut left = self.estimate(&hold);
-        if !hold.lasting() {
+        if !hold.lasting()? {
             return Ok(());
         }
         drop(hold);
@@ -417,15 +417,22 @@ fn passes_by_itself(error: &anyhow::Error) -> bool {
     let gone = error.chain().any(|cause| {
         matches!(
             cause.downcast_ref(),
-            Some(qmp::Error::Unreachable { .. } | qmp::Error::Closed | qmp::Error::Timeout { .. })
+            Some(
+                qmp::Error::Unreachable { .. }
+                    | qmp::Error::Unconnected { .. }
+                    | qmp::Error::Closed
+                    | qmp::Error::Lost { .. }
+                    | qmp::Error::Timeout { .. }
+            )
         )
     });
     kind == Kind::Busy || gone
 }
 
 fn format_of(identity: &serde_json::Value) -> String {
-    let driver = identity
-        .pointer("/0/driver")
-        .and_then(serde_json::Value::as_str);
+    let text = |key| identity.pointer(key).and_then(serde_json::Value::as_str);
+    let (driver, protocol) = (text("/0/driver"), text("/0/protocol"));
+    // libvirt gives raw images no format node of their own.
+    let driver = driver.filter(|_| driver != protocol);
     driver.unwrap_or("raw").to_owned()
 }

@@ -61,7 +61,18 @@ fn is_condemned(error: &anyhow::Error) -> bool {
 const CONDEMNED_TRIES: u32 = 20;
 
 fn is_busy(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(crate::qmp::Error::Busy { .. }))
+    matches!(
+        error.downcast_ref(),
+        Some(crate::qmp::Error::Busy { .. } | crate::qmp::Error::DomainBusy { .. })
+    )
+}
+
+/// Whether the connection to the monitor broke while the VM itself is there.
+fn is_lost(error: &anyhow::Error) -> bool {
+    let lost = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(crate::qmp::Error::Lost { .. }))
+    };
+    error.chain().any(lost)
 }
 
 /// When to quiesce the guest's file systems around the freeze.
@@ -87,6 +98,8 @@ pub struct Options {
     pub method_named: bool,
     /// Whether the guest is quiesced.
     pub quiesce: Quiesce,
+    /// How long the guest's file systems may take to freeze.
+    pub freeze_timeout: Duration,
     /// The guest agent's socket.
     pub agent: Option<PathBuf>,
     /// Where scratches, overlays and spools go.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::{CONDEMNED_TRIES, RunDisk, Runner, is_condemned};
+use super::{CONDEMNED_TRIES, RunDisk, Runner, is_condemned, is_lost};
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::idle;
 use crate::bitmap::rotate::{self, Journal as _};
@@ -25,6 +25,8 @@ use crate::vm::{Hold, seen};
 
 /// How long a batch holds the VM's exports at most.
 const BATCH: Duration = Duration::from_secs(3);
+/// Between a broken connection and the next try.
+const AFTER_LOSS: Duration = Duration::from_millis(500);
 /// Between two batches, so that an operator's command that waits gets its turn.
 const BETWEEN: Duration = Duration::from_millis(20);
 /// A run of at least this many blocks is worth asking the block status for.
@@ -63,8 +65,21 @@ pub enum PassEnd {
 }
 
 impl Runner {
-    /// One pass: rotates, then copies what the older bitmaps hold. `until` ends it early; what it proved stays.
+    /// One pass: rotates, then copies what the older bitmaps hold. `until` ends it early; what it proved stays. Where the
+    /// connection to the monitor broke while the VM is still there, it is begun anew, as after a death.
     pub fn pass(&mut self, until: Option<Deadline>) -> Result<PassEnd> {
+        loop {
+            match self.try_pass(until) {
+                Err(error) if is_lost(&error) => {
+                    tracing::warn!("{error:#}: the pass is begun anew");
+                    self.pause(AFTER_LOSS)?;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    fn try_pass(&mut self, until: Option<Deadline>) -> Result<PassEnd> {
         self.passes += 1;
         let pass = self.session.next_pass();
         let mut rotated = false;
@@ -72,7 +87,7 @@ impl Runner {
         loop {
             self.check_interrupt()?;
             let mut hold = self.hold()?;
-            if !hold.lasting() {
+            if !hold.lasting()? {
                 return Err(Failure::hinted(
                     Kind::Attention,
                     "a device of a VM that is off cannot be copied in parts: nothing tells whether it changes between two of them",
@@ -151,7 +166,7 @@ impl Runner {
     fn batch(&mut self, mut hold: Hold, pass: u64, until: Option<Deadline>) -> Result<()> {
         let epoch = self.session.state.epoch;
         let ends = until.map_or(Deadline::after(BATCH), |until| until.at_most(BATCH));
-        let listening = Listening::place(self.vm.state.directory(), &self.run);
+        let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
         let mut disks = std::mem::take(&mut self.disks);
         let copy_disks = std::mem::take(&mut self.copy_disks);
         let label = format!("pass {pass}");

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use anyhow::Result;
 use jiff::Timestamp;
@@ -9,13 +10,13 @@ use serde_json::{Value, json};
 
 use super::secret;
 use crate::backup::{Options, Point, Quiesce, Runner};
-use crate::cli::{FreezeArgs, FreezeMethod, PaceArgs, RepoTargetArgs};
+use crate::cli::{FreezeArgs, FreezeMethod, PaceArgs, RepoTargetArgs, TargetArgs};
 use crate::clock;
-use crate::exit::Kind;
+use crate::exit::{Kind, classify};
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::report::{Bar, Outcome, Style};
-use crate::schedule;
+use crate::schedule::{self, Due};
 use crate::throttle::Pace;
 use crate::units::Bytes;
 
@@ -40,11 +41,12 @@ fn options(pace: Option<&PaceArgs>, freeze: Option<&FreezeArgs>, doing: &str) ->
         },
         method_named: named.is_some(),
         quiesce: freeze.map_or(Quiesce::Never, |freeze| freeze.quiesce),
+        freeze_timeout: freeze.map_or(Duration::ZERO, |freeze| freeze.freeze_timeout),
         agent: freeze.and_then(|freeze| freeze.agent.clone()),
         scratch: freeze.and_then(|freeze| freeze.scratch.clone()),
         scratch_reserve: freeze.and_then(|freeze| freeze.scratch_reserve),
-        deadline: freeze.map_or(std::time::Duration::from_secs(10), |freeze| freeze.deadline),
-        commit_deadline: freeze.map_or(std::time::Duration::ZERO, |freeze| freeze.commit_deadline),
+        deadline: freeze.map_or(Duration::from_secs(10), |freeze| freeze.deadline),
+        commit_deadline: freeze.map_or(Duration::ZERO, |freeze| freeze.commit_deadline),
         doing: format!("forerun {doing}"),
     }
 }
@@ -191,16 +193,60 @@ pub(super) fn backup(
     })
 }
 
+/// The time of one of several targets, before the next one gets its turn.
+const TURN: Duration = Duration::from_secs(60);
+
+/// The first half of `run` on several targets: each in turn copies ahead, until the backup is due. What fails now is told by
+/// the backup that follows.
+pub(super) fn copy_ahead_in_turns(
+    args: &RepoTargetArgs,
+    targets: &[TargetArgs],
+    pace: &PaceArgs,
+    freeze: &FreezeArgs,
+    at: Due,
+    interrupted: &Arc<AtomicBool>,
+) -> Result<()> {
+    let deadline = at.deadline();
+    while !deadline.passed() {
+        for target in targets {
+            let shown = target.named()?;
+            let single = RepoTargetArgs {
+                target: target.clone(),
+                repo: args.repo.clone(),
+            };
+            let turn = begin(
+                &single,
+                Some(pace),
+                Some(freeze),
+                "run",
+                Arc::clone(interrupted),
+            )
+            .and_then(|mut begun| {
+                let until = deadline.at_most(TURN);
+                begun.runner.precopy(false, Some(until), None).map(drop)
+            });
+            match turn {
+                Err(error) if classify(&error).0 == Kind::Interrupted => return Err(error),
+                Err(error) => {
+                    tracing::warn!("{shown}: {error:#}");
+                    clock::sleep(Duration::from_secs(1).min(deadline.left()));
+                }
+                Ok(()) => {}
+            }
+        }
+    }
+    Ok(())
+}
+
 /// `run`.
 pub(super) fn run(
     args: &RepoTargetArgs,
     pace: &PaceArgs,
     freeze: &FreezeArgs,
-    at: &str,
+    at: Due,
     style: Style,
     interrupted: Arc<AtomicBool>,
 ) -> Result<Outcome> {
-    let at = schedule::parse(at)?;
     let mut begun = begin(args, Some(pace), Some(freeze), "run", interrupted)?;
     let bar = Bar::show(Arc::clone(&begun.progress), style);
     let deadline = at.deadline();
@@ -223,7 +269,7 @@ pub(super) fn run(
 fn failed(mut begun: Begun, error: anyhow::Error) -> Outcome {
     Outcome {
         warnings: std::mem::take(&mut begun.runner.warnings),
-        error: Some(error),
+        errors: vec![error],
         ..Outcome::default()
     }
 }

@@ -78,7 +78,9 @@ pub(super) fn copy(
                 failed.push(json!({ "point": point.id, "what": format!("{error:#}") }));
             }
             Err(error) => {
-                outcome.error = Some(error.context(format!("copy point {}", point.id)));
+                outcome
+                    .errors
+                    .push(error.context(format!("copy point {}", point.id)));
                 break;
             }
         }

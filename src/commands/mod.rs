@@ -9,6 +9,7 @@ mod repair;
 mod repository;
 mod restore;
 mod secret;
+mod several;
 mod stats;
 mod target;
 mod verify;
@@ -21,7 +22,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::cli::{Cli, Command, TargetArgs};
+use crate::guard::Watched;
 use crate::report::{self, Outcome, Style};
+use crate::schedule;
 use crate::target::Choice;
 use crate::vm::Vm;
 
@@ -59,9 +62,16 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         journal,
         deadline_ms,
         main,
+        connect,
+        domain,
     } = command
     {
-        crate::guard::run(&journal, Duration::from_millis(deadline_ms), main)?;
+        crate::guard::run(&Watched {
+            journal: &journal,
+            deadline: Duration::from_millis(deadline_ms),
+            main,
+            domain: connect.as_deref().zip(domain.as_deref()),
+        })?;
         return Ok(Outcome::default());
     }
     let interrupted = Arc::new(AtomicBool::new(false));
@@ -75,7 +85,11 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
     match command {
         Command::Init(args) => repository::init(&args),
         Command::Key { command } => key::run(command),
-        Command::Inspect(target) => target::inspect(&target),
+        Command::Inspect(args) if args.target.is_none() => {
+            let all = TargetArgs { all: true, ..args };
+            several::each(&all, &interrupted, target::overview)
+        }
+        Command::Inspect(args) => several::each(&args, &interrupted, target::inspect),
         Command::Track(args) => backup::track(&args, interrupted),
         Command::Changed(args) => backup::changed(&args, interrupted),
         Command::Precopy {
@@ -90,20 +104,32 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 until,
                 converge,
             };
-            backup::precopy(&target, &pace, &limits, style, interrupted)
+            several::each_of(&target, &interrupted, |target| {
+                backup::precopy(target, &pace, &limits, style, Arc::clone(&interrupted))
+            })
         }
         Command::Backup {
             target,
             pace,
             freeze,
-        } => backup::backup(&target, &pace, &freeze, style, interrupted),
+        } => several::each_of(&target, &interrupted, |target| {
+            backup::backup(target, &pace, &freeze, style, Arc::clone(&interrupted))
+        }),
         Command::Run {
             target,
             pace,
             freeze,
             at,
-        } => backup::run(&target, &pace, &freeze, &at, style, interrupted),
-        Command::Status(args) => target::status(&args),
+        } => {
+            let at = schedule::parse(&at)?;
+            if let Some(targets) = several::chosen(&target.target)? {
+                backup::copy_ahead_in_turns(&target, &targets, &pace, &freeze, at, &interrupted)?;
+            }
+            several::each_of(&target, &interrupted, |target| {
+                backup::run(target, &pace, &freeze, at, style, Arc::clone(&interrupted))
+            })
+        }
+        Command::Status(args) => several::each_of(&args, &interrupted, target::status),
         Command::List { repo, target } => repository::list(&repo, target.as_deref()),
         Command::Show { repo, point } => repository::show(&repo, &point),
         Command::Diff { repo, a, b } => repository::diff(&repo, &a, &b),
@@ -175,5 +201,10 @@ fn find(args: &TargetArgs, encrypted: bool) -> Result<Vm> {
         exclude: args.exclude.clone(),
         allow_plaintext: args.allow_plaintext || encrypted,
     };
-    Vm::find(&args.target, args.name.as_deref(), choice)
+    Vm::find(
+        args.named()?,
+        args.connect.as_deref(),
+        args.name.as_deref(),
+        choice,
+    )
 }

@@ -89,7 +89,9 @@ pub(super) fn list(args: &RepoArgs, target: Option<&str>) -> Result<Outcome> {
     }
     // A name that nothing is called by is a slip, unless it is that of a point that cannot be read.
     if let (Some(name), true, true) = (target, listed.is_empty(), points.damaged.is_empty()) {
-        outcome.error = Some(super::forget::no_target(&points.points, name));
+        outcome
+            .errors
+            .push(super::forget::no_target(&points.points, name));
     }
     outcome
         .more

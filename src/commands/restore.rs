@@ -84,7 +84,9 @@ pub(super) fn restore(
         };
         match restore::apply(&repo, task, request.force, &watch) {
             Err(_) if interrupted.load(Ordering::Relaxed) => {
-                outcome.error = Some(ended(task, existed, restored.is_empty()));
+                outcome
+                    .errors
+                    .push(ended(task, existed, restored.is_empty()));
                 break;
             }
             done => done?,

@@ -1,6 +1,6 @@
 //! `inspect`, `status`, `untrack`, `drop-session` and `recover`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ use crate::cli::{RepoArgs, RepoTargetArgs, TargetArgs};
 use crate::exit::{Failure, Kind};
 use crate::hoststate::{self, TargetState};
 use crate::image::{self, Closed, Repository};
-use crate::qmp::agent::THAW_FOR;
+use crate::qmp::agent::{Address, THAW_FOR};
 use crate::qmp::command::{action_remove_bitmap, transaction};
 use crate::qmp::graph;
 use crate::qmp::names::{PREFIX, RunName};
@@ -93,6 +93,18 @@ pub(super) fn inspect(args: &TargetArgs) -> Result<Outcome> {
         Some(disk) if !vm.offline() => export::server_runs(&mut hold.monitor, &disk.node)?,
         _ => None,
     };
+    let agent = match &vm.domain {
+        Some(domain) if !vm.offline() => domain.agent_connected()?,
+        _ => None,
+    };
+    if let Some(connected) = agent {
+        let word = if connected {
+            "connected"
+        } else {
+            "not connected: the guest is not quiesced"
+        };
+        outcome.line(format!("  guest agent {word}"));
+    }
     if server == Some(true) {
         outcome.line("  an NBD server runs: a backup waits until it is stopped".to_owned());
     }
@@ -101,8 +113,47 @@ pub(super) fn inspect(args: &TargetArgs) -> Result<Outcome> {
     }
     outcome.targets.push(json!({
         "target": vm.target.to_string(), "key": vm.key, "machine": machine,
-        "nbd_server": server,
+        "nbd_server": server, "agent_connected": agent,
     }));
+    Ok(outcome)
+}
+
+/// `inspect` without a target: a line a domain.
+pub(super) fn overview(args: &TargetArgs) -> Result<Outcome> {
+    let whole = inspect(args)?;
+    let mut outcome = Outcome {
+        lines: Vec::new(),
+        kind: None,
+        ..whole
+    };
+    let text = |value: &Value, key: &str| value[key].as_str().unwrap_or("").to_owned();
+    for target in &outcome.targets {
+        let machine = &target["machine"];
+        let all = |key: &str| machine[key].as_array().cloned().unwrap_or_default();
+        let disks = all("disks")
+            .into_iter()
+            .map(|disk| match disk["transient"].as_str() {
+                None => text(&disk, "key"),
+                Some(_) => format!("{} (read in full after a restart)", text(&disk, "key")),
+            });
+        let refused = all("left_out")
+            .into_iter()
+            .filter(|left| left["refused"] == true);
+        let refused = refused.map(|left| {
+            format!(
+                "{} REFUSED: {}",
+                text(&left, "device"),
+                text(&left, "reason")
+            )
+        });
+        let how: Vec<String> = disks.chain(refused).collect();
+        outcome.lines.push(format!(
+            "{}  {}  {}",
+            text(target, "target"),
+            text(machine, "state"),
+            how.join(", ")
+        ));
+    }
     Ok(outcome)
 }
 
@@ -221,8 +272,10 @@ pub(super) fn drop_session(
     let short = repo.id().short();
     let spelled = target.to_string();
     let vm = match target {
-        Target::Qmp(_) => Some(Vm::find(target, name, Choice::default())),
-        _ => None,
+        Target::Qmp(_) => Some(Vm::find(target, None, name, Choice::default())),
+        // A name may be one that only the repository knows.
+        Target::Name(_) => Vm::find(target, None, name, Choice::default()).ok().map(Ok),
+        Target::Disk(_) => None,
     };
     let points = repo.points()?.points;
     let known = points.iter().find(|point| point.target.is_called(&spelled));
@@ -300,7 +353,8 @@ pub(super) fn recover(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome>
         .map(|repo| repo.id().short());
     let mut outcome = Outcome::default();
     let mut removed = Vec::new();
-    let mut unthawed: Vec<PathBuf> = Vec::new();
+    let mut unthawed: Vec<Address> = Vec::new();
+    let target = args.named()?.to_string();
     match super::find(args, false) {
         Ok(vm) => {
             let mut hold = vm.hold(&looking(), "forerun recover")?;
@@ -318,7 +372,7 @@ pub(super) fn recover(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome>
                 ));
             }
         }
-        Err(error) => match &args.target {
+        Err(error) => match args.named()? {
             // The VM is off: what its journals list on the file system is settled all the same.
             Target::Qmp(socket) if is_off(&error) => removed = recover_off(socket)?,
             _ => return Err(error),
@@ -327,17 +381,15 @@ pub(super) fn recover(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome>
     for agent in &unthawed {
         outcome.kind = Some(Kind::Attention);
         outcome.warnings.push(format!(
-            "the guest agent at {} does not say that the file systems are thawed: look at the guest, then run `recover` again",
-            agent.display()
+            "the guest agent {agent} does not say that the file systems are thawed: look at the guest, then run `recover` again"
         ));
     }
     if removed.is_empty() && unthawed.is_empty() {
-        outcome.line(format!("{}: nothing was left behind", args.target));
+        outcome.line(format!("{target}: nothing was left behind"));
     }
     for what in &removed {
-        outcome.line(format!("{}: took back {what}", args.target));
+        outcome.line(format!("{target}: took back {what}"));
     }
-    let target = args.target.to_string();
     outcome
         .targets
         .push(json!({ "target": target, "removed": Value::from(removed) }));

@@ -137,7 +137,7 @@ pub(super) fn verify(
         }),
     );
     if report.interrupted {
-        outcome.error = Some(image::Error::Interrupted.into());
+        outcome.errors.push(image::Error::Interrupted.into());
     }
     Ok(outcome)
 }

@@ -1,23 +1,26 @@
-//! The guest agent over its own socket (virtio-serial), QEMU docs/interop/qemu-ga-ref: only what quiescing needs.
+//! The guest agent (QEMU docs/interop/qemu-ga-ref): only what quiescing needs. It is reached over its own socket
+//! (virtio-serial), or by way of libvirt, which holds that socket for a domain.
 //!
 //! Each call has a deadline. An agent that did not answer may still execute what is queued when it wakes: after any
 //! failed or late freeze, thawing is repeated until the guest says `thawed`. Each session begins with a
 //! `guest-sync-delimited`, so that an answer to somebody's earlier question is never taken for ours.
 
+use std::fmt;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use qapi::Command;
 use qapi::qga;
 use rustix::event::PollFlags;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::command::{request, result};
 use super::socket::wait;
-use super::{Error, Result};
+use super::{Error, Monitor, Result};
 use crate::clock::{self, Deadline};
 use crate::unix_path::connect_now;
 
@@ -37,16 +40,97 @@ pub enum Status {
     Frozen,
 }
 
+/// Where a guest's agent is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Address {
+    /// At a socket of its own.
+    Socket(PathBuf),
+    /// By way of who holds the VM's monitor: libvirt.
+    Domain,
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(path) => write!(f, "at {}", path.display()),
+            Self::Domain => f.write_str("of the domain"),
+        }
+    }
+}
+
+/// What carries a session with an agent.
+pub trait Channel: Send + fmt::Debug {
+    /// Runs one command within a time and returns what the agent returned.
+    fn call(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value>;
+
+    /// Asks for something and does not wait for it.
+    fn post(&mut self, command: &str) -> Result<()>;
+}
+
 /// A session with a guest agent.
 #[derive(Debug)]
 pub struct Agent {
-    stream: UnixStream,
-    received: Vec<u8>,
+    channel: Box<dyn Channel>,
 }
 
 impl Agent {
     /// Connects and proves within `PING` that the agent answers.
-    pub fn connect(socket: &Path) -> Result<Self> {
+    pub fn connect(address: &Address, monitor: &dyn Monitor) -> Result<Self> {
+        let channel = match address {
+            Address::Socket(socket) => Box::new(Socket::connect(socket)?),
+            Address::Domain => monitor.agent()?,
+        };
+        let mut agent = Self { channel };
+        if *address == Address::Domain {
+            agent.call(&qga::guest_ping {}, PING)?;
+        }
+        Ok(agent)
+    }
+
+    fn call<C: Command + Serialize>(&mut self, command: &C, timeout: Duration) -> Result<Value> {
+        let arguments = serde_json::to_value(command)
+            .map_err(|error| Error::Protocol(format!("arguments of {}: {error}", C::NAME)))?;
+        self.channel.call(C::NAME, arguments, timeout)
+    }
+
+    /// Whether the guest's file systems are frozen.
+    pub fn status(&mut self) -> Result<Status> {
+        let answer = self.call(&qga::guest_fsfreeze_status {}, PING)?;
+        match answer.as_str() {
+            Some("thawed") => Ok(Status::Thawed),
+            Some("frozen") => Ok(Status::Frozen),
+            _ => Err(Error::Protocol(format!("a freeze status of {answer}"))),
+        }
+    }
+
+    /// Freezes all the guest's file systems; returns how many.
+    pub fn freeze(&mut self, timeout: Duration) -> Result<i64> {
+        let answer = self.call(&qga::guest_fsfreeze_freeze {}, timeout)?;
+        Ok(answer.as_i64().unwrap_or(0))
+    }
+
+    /// Asks for a thaw and does not wait for it: an agent that wakes later executes it after what it was asked before.
+    pub fn thaw_later(&mut self) -> Result<()> {
+        self.channel.post(qga::guest_fsfreeze_thaw::NAME)
+    }
+
+    /// Thaws what the agent froze; harmless when nothing is frozen.
+    pub fn thaw(&mut self, timeout: Duration) -> Result<i64> {
+        let answer = self.call(&qga::guest_fsfreeze_thaw {}, timeout)?;
+        Ok(answer.as_i64().unwrap_or(0))
+    }
+}
+
+/// The agent's own socket.
+#[derive(Debug)]
+struct Socket {
+    stream: UnixStream,
+    received: Vec<u8>,
+}
+
+impl Socket {
+    fn connect(socket: &Path) -> Result<Self> {
         let path = socket.display().to_string();
         let stream = connect_now(socket).map_err(|source| match source.kind() {
             std::io::ErrorKind::WouldBlock => Error::Busy { path },
@@ -139,75 +223,45 @@ impl Agent {
             }
         }
     }
+}
 
-    fn call<C: Command + Serialize>(&mut self, command: &C, timeout: Duration) -> Result<Value> {
+impl Channel for Socket {
+    fn call(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value> {
         let deadline = Deadline::after(timeout);
-        let arguments = serde_json::to_value(command)
-            .map_err(|error| Error::Protocol(format!("arguments of {}: {error}", C::NAME)))?;
-        let mut request = json!({ "execute": C::NAME });
-        if arguments.as_object().is_some_and(|map| !map.is_empty()) {
-            request["arguments"] = arguments;
-        }
+        let request = request(command, arguments);
         self.send(format!("{request}\n").as_bytes(), deadline)?;
-        let mut answer = self.line(C::NAME, deadline).map_err(|error| match error {
+        let answer = self.line(command, deadline).map_err(|error| match error {
             Error::Timeout { command, .. } => Error::Timeout {
                 command,
                 seconds: timeout.as_secs(),
             },
             other => other,
         })?;
-        if let Some(error) = answer.get("error") {
-            return Err(Error::answered(C::NAME, error));
-        }
-        match answer.get_mut("return") {
-            Some(value) => Ok(value.take()),
-            None => Err(Error::Protocol(format!(
-                "the agent's answer to {} is none",
-                C::NAME
-            ))),
-        }
+        result(command, answer)
     }
 
-    /// Whether the guest's file systems are frozen.
-    pub fn status(&mut self) -> Result<Status> {
-        let answer = self.call(&qga::guest_fsfreeze_status {}, PING)?;
-        match answer.as_str() {
-            Some("thawed") => Ok(Status::Thawed),
-            Some("frozen") => Ok(Status::Frozen),
-            _ => Err(Error::Protocol(format!("a freeze status of {answer}"))),
-        }
-    }
-
-    /// Freezes all the guest's file systems; returns how many.
-    pub fn freeze(&mut self, timeout: Duration) -> Result<i64> {
-        let answer = self.call(&qga::guest_fsfreeze_freeze {}, timeout)?;
-        Ok(answer.as_i64().unwrap_or(0))
-    }
-
-    /// Asks for a thaw and does not wait for it: an agent that wakes later executes it after what it was asked before.
-    pub fn thaw_later(&mut self) -> Result<()> {
-        let request = json!({ "execute": qga::guest_fsfreeze_thaw::NAME });
+    fn post(&mut self, command: &str) -> Result<()> {
+        let request = request(command, Value::Null);
         self.send(format!("{request}\n").as_bytes(), Deadline::after(PING))
-    }
-
-    /// Thaws what the agent froze; harmless when nothing is frozen.
-    pub fn thaw(&mut self, timeout: Duration) -> Result<i64> {
-        let answer = self.call(&qga::guest_fsfreeze_thaw {}, timeout)?;
-        Ok(answer.as_i64().unwrap_or(0))
     }
 }
 
 /// Thaws until the agent says `thawed`, with new sessions, for at most `patience`. Returns whether it was frozen.
-pub fn thaw_until_thawed(socket: &Path, patience: Duration) -> Result<bool> {
+pub fn thaw_until_thawed(
+    address: &Address,
+    monitor: &dyn Monitor,
+    patience: Duration,
+) -> Result<bool> {
     let deadline = Deadline::after(patience);
     let mut was_frozen = false;
     loop {
-        let tried = Agent::connect(socket).and_then(|mut agent| {
+        let tried = Agent::connect(address, monitor).and_then(|mut agent| {
             was_frozen |= agent.thaw(PING)? > 0;
             agent.status()
         });
         match tried {
-            Ok(Status::Thawed) => return Ok(was_frozen),
+            // A VM that is gone took its freeze with it.
+            Ok(Status::Thawed) | Err(Error::Closed) => return Ok(was_frozen),
             Ok(Status::Frozen) => was_frozen = true,
             // Nobody listens: the guest has gone, and its freeze with it.
             Err(Error::Unreachable { source, .. })

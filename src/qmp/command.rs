@@ -37,6 +37,29 @@ where
     monitor.execute(C::NAME, arguments, fd, timeout)
 }
 
+/// A request as QMP and the guest agent read it.
+pub(crate) fn request(command: &str, arguments: Value) -> Value {
+    let mut request = json!({ "execute": command });
+    if arguments.as_object().is_some_and(|map| !map.is_empty()) {
+        request["arguments"] = arguments;
+    }
+    request
+}
+
+/// What an answer holds: a result, or an error of the other end's.
+pub(crate) fn result(command: &str, mut answer: Value) -> Result<Value> {
+    if let Some(error) = answer.get("error") {
+        tracing::debug!(command, %error, "refused");
+        return Err(Error::answered(command, error));
+    }
+    match answer.get_mut("return") {
+        Some(value) => Ok(value.take()),
+        None => Err(Error::Protocol(format!(
+            "an answer to {command} without a result"
+        ))),
+    }
+}
+
 /// The array that a query returned.
 pub fn list<C>(monitor: &mut dyn Monitor, arguments: Value) -> Result<Vec<Value>>
 where

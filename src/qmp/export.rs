@@ -1,5 +1,5 @@
 //! NBD exports for the length of a batch or a freeze: the server on a listening socket that we made and passed (so that
-//! QEMU needs no right to create one), one read-only export a disk, each with the disabled bitmaps that are to be read.
+//! QEMU needs no right to create one; a domain's QEMU makes it in the domain's own directory), one read-only export a disk, each with the disabled bitmaps that are to be read.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -40,9 +40,10 @@ pub struct Listening {
 }
 
 impl Listening {
-    /// The place for a run's socket, in a directory that only we can enter.
+    /// The place for a run's socket: where QEMU may make one, else in a directory that only we can enter.
     #[must_use]
-    pub fn place(directory: &Path, run: &RunName) -> Self {
+    pub fn place(monitor: &dyn Monitor, directory: &Path, run: &RunName) -> Self {
+        let directory = monitor.place().unwrap_or(directory);
         let listener = run.part(Part::Listener, 0);
         Self {
             socket: directory.join(format!("{}.nbd", run.run)),
@@ -69,6 +70,10 @@ impl Listening {
             ShortPath::of(&self.socket).map_err(|error| io("open the directory of", error))?;
         // A dead run of the same name cannot be; a stale socket of a failed start can.
         std::fs::remove_file(&self.socket).ok();
+        if monitor.place().is_some() {
+            let address = json!({ "type": "unix", "data": { "path": self.socket } });
+            return call::<qmp::nbd_server_start>(monitor, json!({ "addr": address })).map(drop);
+        }
         let listener = UnixListener::bind(short.path()).map_err(|error| io("listen on", error))?;
         let passed = json!({ "fdname": self.listener });
         let address =
@@ -142,4 +147,20 @@ pub fn unnamed_file(directory: &Path) -> std::io::Result<File> {
         flags,
         Mode::RUSR | Mode::WUSR,
     )?))
+}
+
+/// Makes a file that only QEMU's user can open: the owner of the directory that is QEMU's own.
+pub(super) fn file_for_qemu(path: &Path, monitor: &dyn Monitor) -> std::io::Result<File> {
+    use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    if let Some(place) = monitor.place() {
+        let owner = std::fs::metadata(place)?;
+        std::os::unix::fs::fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
+    }
+    Ok(file)
 }

@@ -83,6 +83,8 @@ pub struct Freeze {
     disks: Vec<FreezeDisk>,
     scratches: Vec<File>,
     directory: PathBuf,
+    /// QEMU opens scratches by their paths; they are unlinked as soon as it has.
+    by_path: bool,
     commit_deadline: Duration,
 }
 
@@ -96,8 +98,10 @@ impl Freeze {
         disks: Vec<FreezeDisk>,
         directory: PathBuf,
         commit_deadline: Duration,
+        monitor: &dyn Monitor,
     ) -> Self {
         Self {
+            by_path: method == Method::Fleece && monitor.place().is_some(),
             method,
             run,
             disks,
@@ -134,6 +138,11 @@ impl Freeze {
             left.push(Leftover::FdSet {
                 id: self.fd_set(disk.index),
             });
+            if self.by_path {
+                left.push(Leftover::File {
+                    path: self.scratch_path(disk),
+                });
+            }
         }
         left
     }
@@ -173,21 +182,10 @@ impl Freeze {
             if self.method == Method::Snapshot {
                 self.probe_reopen(monitor, &disk)?;
             }
-            let file = self.make_file(&disk)?;
-            let set = self.fd_set(disk.index);
-            let name = |part| self.run.part(part, disk.index);
-            let passed = json!({ "fdset-id": set, "opaque": name(Part::File) });
-            call_within::<qmp::add_fd>(monitor, passed, Some(file.as_fd()), REPLY_TIMEOUT)?;
+            let file = self.make_file(&disk, monitor)?;
             self.scratches.push(file);
-            call::<qmp::blockdev_add>(
-                monitor,
-                json!({
-                    "driver": "file", "node-name": name(Part::File), "locking": "off",
-                    "filename": format!("/dev/fdset/{set}"),
-                    // A scratch is rubbish when the host dies; what a guest has flushed into an overlay is not.
-                    "cache": { "no-flush": self.method == Method::Fleece },
-                }),
-            )?;
+            self.open_in_qemu(monitor, &disk)?;
+            let name = |part| self.run.part(part, disk.index);
             let mut options =
                 json!({ "driver": "qcow2", "file": name(Part::File), "size": disk.size });
             if self.method == Method::Snapshot {
@@ -215,6 +213,46 @@ impl Freeze {
         Ok(())
     }
 
+    /// Adds the node of the newest scratch's file: by a passed descriptor, or by a path that is gone right after.
+    fn open_in_qemu(&self, monitor: &mut dyn Monitor, disk: &FreezeDisk) -> Result<()> {
+        let node = self.run.part(Part::File, disk.index);
+        let path = self.scratch_path(disk);
+        let filename = if self.by_path {
+            path.display().to_string()
+        } else {
+            let set = self.fd_set(disk.index);
+            let passed = json!({ "fdset-id": set, "opaque": node });
+            let file = self.scratches.last().map(AsFd::as_fd);
+            call_within::<qmp::add_fd>(monitor, passed, file, REPLY_TIMEOUT)?;
+            format!("/dev/fdset/{set}")
+        };
+        call::<qmp::blockdev_add>(
+            monitor,
+            json!({
+                "driver": "file", "node-name": node, "locking": "off", "filename": filename,
+                // A scratch is rubbish when the host dies; what a guest has flushed into an overlay is not.
+                "cache": { "no-flush": self.method == Method::Fleece },
+            }),
+        )?;
+        if self.by_path {
+            std::fs::remove_file(&path).map_err(|source| Error::Io {
+                what: format!("unlink {}", path.display()),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn scratch_path(&self, disk: &FreezeDisk) -> PathBuf {
+        let name = format!(
+            "{}{}-{}.scratch",
+            super::names::PREFIX,
+            self.run.run,
+            disk.index
+        );
+        self.directory.join(name)
+    }
+
     /// The commit of an overlay makes QEMU open the base's file for writing once more, by its name. Where that fails (a
     /// relative name after `-daemonize`, a file that a QEMU of fewer rights was given by descriptor) the base's bitmaps
     /// stay read-only and every later write of the guest fails. So it is tried beforehand.
@@ -239,7 +277,7 @@ impl Freeze {
         }
     }
 
-    fn make_file(&self, disk: &FreezeDisk) -> Result<File> {
+    fn make_file(&self, disk: &FreezeDisk, monitor: &dyn Monitor) -> Result<File> {
         let io = |what: &str, source| Error::Io {
             what: format!(
                 "{what} in {} for disk {}",
@@ -258,8 +296,12 @@ impl Freeze {
                 .open(self.overlay(disk).file)
                 .map_err(|error| io("create an overlay", error));
         }
-        let file =
-            export::unnamed_file(&self.directory).map_err(|error| io("create a scratch", error))?;
+        let made = if self.by_path {
+            export::file_for_qemu(&self.scratch_path(disk), monitor)
+        } else {
+            export::unnamed_file(&self.directory)
+        };
+        let file = made.map_err(|error| io("create a scratch", error))?;
         self.reserve(disk, &file)?;
         Ok(file)
     }

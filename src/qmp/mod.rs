@@ -1,6 +1,6 @@
 //! The control plane: QEMU's machine protocol (QMP, QEMU docs/interop/qmp-spec.rst).
 //!
-//! [`Monitor`] is the seam: a UNIX socket today ([`socket::QmpSocket`]), libvirt's passthrough later. Above it are the
+//! [`Monitor`] is the seam: a UNIX socket ([`socket::QmpSocket`]), or libvirt's passthrough (`libvirt::monitor`). Above it are the
 //! typed commands ([`command`]), what a VM is and has ([`machine`], [`graph`]), the exports of a batch ([`export`]), the freeze
 //! ([`freeze`], [`overlay`]) and the guest agent ([`agent`]). Nothing here knows of repositories or sessions.
 
@@ -17,6 +17,7 @@ pub mod release;
 pub mod socket;
 
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -54,6 +55,47 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// libvirt has no such domain.
+    #[error("libvirt ({uri}) has no domain `{name}`")]
+    NoDomain {
+        /// The name or UUID.
+        name: String,
+        /// The connection's URI.
+        uri: String,
+    },
+    /// libvirt's daemon does not answer.
+    #[error("cannot connect to libvirt ({uri}): {words}")]
+    Unconnected {
+        /// The connection's URI.
+        uri: String,
+        /// libvirt's own words.
+        words: String,
+    },
+    /// Domains that cannot be backed up from here.
+    #[error("libvirt's `{uri}`: {why}")]
+    Foreign {
+        /// The connection's URI.
+        uri: String,
+        /// Why not.
+        why: String,
+    },
+    /// Who holds the monitor lets nobody else on it just now.
+    #[error("libvirt is busy with domain {domain}: {words}")]
+    DomainBusy {
+        /// The domain's UUID.
+        domain: String,
+        /// libvirt's own words.
+        words: String,
+    },
+    /// The connection to libvirt broke, and nobody knows whether the command was executed; the VM is there.
+    #[error("the connection to libvirt broke during {command}")]
+    Lost {
+        /// What was asked.
+        command: String,
+    },
+    /// libvirt itself said no.
+    #[error("libvirt: {0}")]
+    Libvirt(String),
     /// QEMU closed the connection (it ended, or the monitor was taken down).
     #[error("QEMU closed the monitor connection")]
     Closed,
@@ -124,15 +166,6 @@ impl Error {
 /// The result of a monitor's command.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// An event as QEMU sent it; names that we do not know are kept.
-#[derive(Debug, Clone)]
-pub struct Event {
-    /// Such as `JOB_STATUS_CHANGE`.
-    pub name: String,
-    /// Its data, `Null` without.
-    pub data: Value,
-}
-
 /// Which process answers: a new one has lost its transient bitmaps.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
@@ -142,8 +175,22 @@ pub struct Process {
     pub start: u64,
 }
 
+/// What a guard needs to talk on for a dead run.
+#[derive(Debug)]
+pub enum Handover<'a> {
+    /// A connection's own descriptor, to be inherited.
+    Descriptor(BorrowedFd<'a>),
+    /// A libvirt domain: the guard connects by itself.
+    Domain {
+        /// The connection's URI.
+        uri: &'a str,
+        /// The domain.
+        uuid: &'a str,
+    },
+}
+
 /// A connection to a VM's monitor.
-pub trait Monitor: Send {
+pub trait Monitor: Send + std::fmt::Debug {
     /// Runs one command, with a descriptor passed along when there is one, and returns what QEMU returned.
     fn execute(
         &mut self,
@@ -153,12 +200,49 @@ pub trait Monitor: Send {
         timeout: Duration,
     ) -> Result<Value>;
 
-    /// The next event that has arrived, waiting for at most `timeout`.
-    fn event(&mut self, timeout: Duration) -> Result<Option<Event>>;
-
     /// The process at the other end.
     fn process(&self) -> &Process;
 
-    /// The connection's own descriptor, for the guard to inherit.
-    fn descriptor(&self) -> BorrowedFd<'_>;
+    /// What a guard takes over.
+    fn handover(&self) -> Handover<'_>;
+
+    /// The directory where QEMU may open files and make sockets, for a monitor that passes no descriptors.
+    fn place(&self) -> Option<&Path> {
+        None
+    }
+
+    /// A session with the guest agent, where who holds the monitor holds the agent's socket, too.
+    fn agent(&self) -> Result<Box<dyn agent::Channel>> {
+        Err(Error::Protocol(
+            "the guest agent is not reached through the monitor".to_owned(),
+        ))
+    }
+}
+
+impl Monitor for Box<dyn Monitor> {
+    fn execute(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+        timeout: Duration,
+    ) -> Result<Value> {
+        (**self).execute(command, arguments, fd, timeout)
+    }
+
+    fn process(&self) -> &Process {
+        (**self).process()
+    }
+
+    fn handover(&self) -> Handover<'_> {
+        (**self).handover()
+    }
+
+    fn place(&self) -> Option<&Path> {
+        (**self).place()
+    }
+
+    fn agent(&self) -> Result<Box<dyn agent::Channel>> {
+        (**self).agent()
+    }
 }

@@ -10,9 +10,10 @@ use qapi::qmp;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::agent::{self, Address};
 use super::command::{call, flag, job_status, jobs, list, text};
 use super::overlay::{self, Overlay};
-use super::{Error, Monitor, Result, agent};
+use super::{Error, Monitor, Result};
 use crate::clock::{self, Deadline};
 use crate::unix_path::ShortPath;
 
@@ -29,8 +30,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(2);
 pub enum Leftover {
     /// A guest whose file systems may be frozen.
     Frozen {
-        /// The guest agent's socket.
-        agent: PathBuf,
+        /// The guest agent.
+        agent: Address,
     },
     /// A block job: a fleecing job, or one that formats a scratch.
     Job {
@@ -58,6 +59,11 @@ pub enum Leftover {
         /// Its name.
         name: String,
     },
+    /// A file that QEMU opens by its path, until it has opened it.
+    File {
+        /// Its path.
+        path: PathBuf,
+    },
     /// A set of passed descriptors.
     FdSet {
         /// Its number.
@@ -73,7 +79,7 @@ pub struct Released {
     /// The VM was stopped by a full scratch and goes on.
     pub resumed: bool,
     /// Agents that do not say that their guests' file systems are thawed.
-    pub unthawed: Vec<PathBuf>,
+    pub unthawed: Vec<Address>,
     /// Overlays that were long in use, in words.
     pub slow: Vec<String>,
 }
@@ -99,7 +105,7 @@ pub fn free_guest(
     let ended = end_jobs(monitor, &ids, done).and_then(|()| go_on(monitor, left, done));
     for item in left {
         if let Leftover::Frozen { agent } = item {
-            match agent::thaw_until_thawed(agent, patience) {
+            match agent::thaw_until_thawed(agent, monitor, patience) {
                 Ok(true) => done.removed.push("frozen guest file systems".to_owned()),
                 Ok(false) => {}
                 Err(_) => done.unthawed.push(agent.clone()),
@@ -174,6 +180,11 @@ pub fn release_rest(
         }
     }
     for item in left {
+        if let Leftover::File { path } = item
+            && std::fs::remove_file(path).is_ok()
+        {
+            done.removed.push(format!("file {}", path.display()));
+        }
         if let Leftover::FdSet { id } = item {
             match call::<qmp::remove_fd>(monitor, json!({ "fdset-id": id })) {
                 Ok(_) => done.removed.push(format!("descriptor set {id}")),
@@ -353,7 +364,10 @@ mod tests {
         assert!(overlay.base_version.is_some());
         let left = vec![
             Leftover::Frozen {
-                agent: "/agent".into(),
+                agent: Address::Socket("/agent".into()),
+            },
+            Leftover::Frozen {
+                agent: Address::Domain,
             },
             Leftover::Job { id: id.clone() },
             Leftover::Running,
@@ -364,6 +378,9 @@ mod tests {
                 listener: id.clone(),
             },
             Leftover::Node { name: id },
+            Leftover::File {
+                path: "/file".into(),
+            },
             Leftover::FdSet { id: i64::MAX },
         ];
         let bytes = serde_json::to_vec(&left).unwrap();

@@ -1,10 +1,9 @@
 //! QMP over a UNIX socket.
 //!
-//! Each command carries an id; a line is an event, an answer to an id, or rubbish that is skipped, so a late answer of
-//! an earlier command can never be taken for a later one's, nor an unknown event end the connection. A line is at most
+//! Each command carries an id; a line that is not its answer is skipped (events: every state that they tell is asked
+//! for), so a late answer of an earlier command can never be taken for a later one's. A line is at most
 //! `LINE_LIMIT` long. One client at a time is served: a second one connects and hears no greeting.
 
-use std::collections::VecDeque;
 use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -16,14 +15,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
-use super::{Error, Event, Monitor, Process, Result};
+use super::command::{request, result};
+use super::{Error, Handover, Monitor, Process, Result};
 use crate::clock::Deadline;
 use crate::unix_path::connect_now;
 
 /// The longest line taken from QEMU (`query-qmp-schema` is about 200 KiB; block graphs of many disks reach megabytes).
 const LINE_LIMIT: usize = 64 << 20;
-/// Events kept until somebody asks; older ones are dropped, since every state they tell can be asked for.
-const EVENT_LIMIT: usize = 4096;
 /// How long a free socket takes at most to greet.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -35,7 +33,6 @@ pub struct QmpSocket {
     received: Vec<u8>,
     /// Up to here `received` holds no newline.
     scanned: usize,
-    events: VecDeque<Event>,
     serial: u64,
     prefix: String,
 }
@@ -91,7 +88,6 @@ impl QmpSocket {
             },
             received: Vec::new(),
             scanned: 0,
-            events: VecDeque::new(),
             serial: 0,
             prefix: format!("{prefix}-{}", std::process::id()),
         })
@@ -143,19 +139,6 @@ impl QmpSocket {
 
     fn readable(&self, deadline: Deadline) -> Result<bool> {
         wait(self.stream.as_fd(), PollFlags::IN, deadline)
-    }
-
-    fn keep(&mut self, line: &Value) {
-        if let Some(name) = line.get("event").and_then(Value::as_str) {
-            if self.events.len() == EVENT_LIMIT {
-                self.events.pop_front();
-            }
-            let data = line.get("data").cloned().unwrap_or(Value::Null);
-            self.events.push_back(Event {
-                name: name.to_owned(),
-                data,
-            });
-        }
     }
 
     fn send(&mut self, bytes: &[u8], fd: Option<BorrowedFd<'_>>, deadline: Deadline) -> Result<()> {
@@ -211,16 +194,14 @@ impl Monitor for QmpSocket {
         let id = format!("{}-{}", self.prefix, self.serial);
         tracing::debug!(command, %arguments, "qmp");
         crate::fault::step(&format!("qmp:{command}:before"));
-        let mut request = json!({ "execute": command, "id": id });
-        if arguments.as_object().is_some_and(|map| !map.is_empty()) {
-            request["arguments"] = arguments;
-        }
+        let mut request = request(command, arguments);
+        request["id"] = id.as_str().into();
         let mut bytes = request.to_string().into_bytes();
         bytes.push(b'\n');
         self.send(&bytes, fd, deadline)?;
         crate::fault::step(&format!("qmp:{command}:sent"));
         loop {
-            let Some(mut line) = self.line(deadline)? else {
+            let Some(line) = self.line(deadline)? else {
                 let seconds = timeout.as_secs();
                 return Err(Error::Timeout {
                     command: command.to_owned(),
@@ -228,33 +209,10 @@ impl Monitor for QmpSocket {
                 });
             };
             if line.get("id").and_then(Value::as_str) != Some(id.as_str()) {
-                self.keep(&line);
                 continue;
             }
             crate::fault::step(&format!("qmp:{command}:answered"));
-            if let Some(error) = line.get("error") {
-                tracing::debug!(command, %error, "qmp");
-                return Err(Error::answered(command, error));
-            }
-            return match line.get_mut("return") {
-                Some(value) => Ok(value.take()),
-                None => Err(Error::Protocol(format!(
-                    "an answer to {command} without a result"
-                ))),
-            };
-        }
-    }
-
-    fn event(&mut self, timeout: Duration) -> Result<Option<Event>> {
-        let deadline = Deadline::after(timeout);
-        loop {
-            if let Some(event) = self.events.pop_front() {
-                return Ok(Some(event));
-            }
-            match self.line(deadline)? {
-                Some(line) => self.keep(&line),
-                None => return Ok(None),
-            }
+            return result(command, line);
         }
     }
 
@@ -262,8 +220,8 @@ impl Monitor for QmpSocket {
         &self.process
     }
 
-    fn descriptor(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
+    fn handover(&self) -> Handover<'_> {
+        Handover::Descriptor(self.stream.as_fd())
     }
 }
 

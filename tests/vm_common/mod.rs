@@ -121,24 +121,14 @@ impl Lab {
         std::fs::remove_file(&log).ok();
         let mut command = Command::new(env!("CARGO_BIN_EXE_forerun"));
         command
-            .args(words)
-            .arg("--json")
             .env("FORERUN_REPO", &self.repo)
             .env("FORERUN_STATE_DIR", self.path("state"))
             .env_remove("FORERUN_FAULT")
-            .env("FORERUN_FAULT_LOG", log)
-            .stdin(Stdio::null())
-            .stdout(File::create(&stdout).unwrap())
-            .stderr(File::create(&stderr).unwrap());
+            .env("FORERUN_FAULT_LOG", log);
         if !fault.is_empty() {
             command.env("FORERUN_FAULT", fault);
         }
-        Started {
-            child: command.spawn().unwrap(),
-            words: words.iter().map(|word| (*word).to_owned()).collect(),
-            stdout,
-            stderr,
-        }
+        Started::spawn(command, words, stdout, stderr)
     }
 
     /// Runs a command to its end.
@@ -279,6 +269,26 @@ impl Lab {
 }
 
 impl Started {
+    pub(crate) fn spawn(
+        mut command: Command,
+        words: &[&str],
+        stdout: PathBuf,
+        stderr: PathBuf,
+    ) -> Self {
+        command
+            .args(words)
+            .arg("--json")
+            .stdin(Stdio::null())
+            .stdout(File::create(&stdout).unwrap())
+            .stderr(File::create(&stderr).unwrap());
+        Self {
+            child: command.spawn().unwrap(),
+            words: words.iter().map(|word| (*word).to_owned()).collect(),
+            stdout,
+            stderr,
+        }
+    }
+
     /// Waits for its end; one that hangs is a failure.
     pub(crate) fn end(mut self) -> Ended {
         let deadline = Deadline::after(WAIT);

@@ -163,6 +163,11 @@ impl Disk {
             .unwrap_or_else(|| format!("{}-node", self.id))
     }
 
+    /// How it is attached.
+    pub fn bus_kind(&self) -> &Bus {
+        &self.bus
+    }
+
     /// The name of its iothread, if it has one.
     pub fn iothread_name(&self) -> Option<String> {
         self.iothread.then(|| format!("io-{}", self.id))

@@ -6,8 +6,10 @@
 
 mod cpio;
 mod disk;
+mod domain;
 mod initramfs;
 mod kernel;
+mod libvirtd;
 mod machine;
 
 use std::fs;
@@ -19,7 +21,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 pub use disk::{Bus, Disk, Format};
+pub use domain::Domain;
 pub use kernel::cache_dir;
+pub use libvirtd::Libvirtd;
 pub use machine::Machine;
 use machine::machine_args;
 pub(crate) use machine::machine_without_guest;
@@ -198,6 +202,28 @@ impl Builder {
     }
 }
 
+/// The whole lines of a console's log.
+fn whole_lines(log: &Path) -> Result<Vec<String>> {
+    let log = String::from_utf8_lossy(&fs::read(log)?).into_owned();
+    let whole = log.rfind('\n').map_or("", |end| &log[..end]);
+    Ok(whole
+        .lines()
+        .map(|line| line.trim_end().to_owned())
+        .collect())
+}
+
+/// The first whole line with this text.
+fn line_with(log: &Path, text: &str) -> Result<Option<String>> {
+    let lines = whole_lines(log)?;
+    Ok(lines.into_iter().find(|line| line.contains(text)))
+}
+
+/// The last whole line with this text.
+fn last_line(log: &Path, text: &str) -> Result<Option<String>> {
+    let lines = whole_lines(log)?;
+    Ok(lines.into_iter().rev().find(|line| line.contains(text)))
+}
+
 /// A running guest.
 #[derive(Debug)]
 pub struct Guest {
@@ -266,11 +292,11 @@ impl Guest {
     pub fn wait_for(&mut self, text: &str, timeout: Duration) -> Result<String> {
         let deadline = Instant::now() + timeout;
         loop {
-            let log = String::from_utf8_lossy(&fs::read(self.machine.serial_log())?).into_owned();
-            let whole = log.rfind('\n').map_or("", |end| &log[..end]);
-            if let Some(line) = whole.lines().find(|line| line.contains(text)) {
-                return Ok(line.trim_end().to_owned());
+            let log = self.machine.serial_log();
+            if let Some(line) = line_with(&log, text)? {
+                return Ok(line);
             }
+            let log = fs::read_to_string(&log).unwrap_or_default();
             if !self.machine.is_alive() {
                 bail!(
                     "QEMU ended before the guest said {text}: {}{log}",
@@ -286,10 +312,7 @@ impl Guest {
 
     /// The last whole line with this text on the console so far.
     pub fn last_line(&self, text: &str) -> Result<Option<String>> {
-        let log = String::from_utf8_lossy(&fs::read(self.machine.serial_log())?).into_owned();
-        let whole = log.rfind('\n').map_or("", |end| &log[..end]);
-        let line = whole.lines().rev().find(|line| line.contains(text));
-        Ok(line.map(|line| line.trim_end().to_owned()))
+        last_line(&self.machine.serial_log(), text)
     }
 
     /// Runs a shell line in the guest. Returns its exit status and what the console showed meanwhile.

@@ -6,7 +6,7 @@ mod quiesce;
 mod residual;
 mod room;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -14,14 +14,15 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use self::quiesce::{QUIESCE, THAW};
+use self::quiesce::THAW;
 use super::pass::start_server;
 use super::spool::Spool;
-use super::{Quiesce, Runner};
+use super::{Quiesce, Runner, is_lost};
 use crate::bitmap::track::Rotation;
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
 use crate::guard::Guard;
+use crate::qmp::agent::Address;
 use crate::qmp::export::Listening;
 use crate::qmp::freeze::{Freeze, FreezeDisk, Method};
 use crate::qmp::machine::Machine;
@@ -85,6 +86,7 @@ impl Runner {
                 self.options.quiesce = Quiesce::Never;
                 self.try_freeze()
             }
+            Err(error) if is_lost(&error) => Err(GivenUp(format!("{error:#}")).into()),
             done => done,
         }
     }
@@ -188,41 +190,40 @@ impl Runner {
             return self.read_offline(hold);
         }
         self.refuse_risky(hold)?;
+        self.refuse_unknown_overlay(hold)?;
         let directory = self.scratch_directory();
         let was_running = hold.machine_seen()?.state == "running";
         let rotation = self.intend_freeze(hold)?;
         // What the rotation was planned with is what must still be there at the end.
         let before = hold.machine_seen()?.clone();
         let disks = self.freeze_disks(hold, &rotation)?;
-        self.check_space(hold, &disks, &directory)?;
+        let scratches = self.scratches_go_to(hold);
+        self.check_space(hold, &disks, &scratches)?;
         let mut freeze = Freeze::new(
             self.options.method,
             self.run.clone(),
             disks,
-            directory.clone(),
+            scratches,
             self.options.commit_deadline,
+            &hold.monitor,
         );
-        let listening = Listening::place(self.vm.state.directory(), &self.run);
+        let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
         let mut left = freeze.leftovers();
         left.push(listening.leftover());
         if was_running {
             left.push(Leftover::Running);
         }
-        let agent = self.agent()?;
-        if let Some((_, socket)) = &agent {
-            left.insert(
-                0,
-                Leftover::Frozen {
-                    agent: socket.clone(),
-                },
-            );
+        let agent = self.agent(hold)?;
+        if let Some((_, address)) = &agent {
+            let agent = address.clone();
+            left.insert(0, Leftover::Frozen { agent });
         }
         hold.journal.write(left)?;
         // The server may have to be waited for: that comes before anything that stands in an operator's way.
         start_server(&listening, hold)?;
         freeze.prepare(&mut hold.monitor)?;
         let mut spool = Spool::new(&directory)?;
-        let guard_after = self.options.deadline + GUARD_GRACE + QUIESCE + THAW;
+        let guard_after = self.options.deadline + GUARD_GRACE + self.options.freeze_timeout + THAW;
         let (monitor, journal) = (&hold.monitor, hold.journal.path());
         *guard = Some(Guard::start(monitor, journal, &hold.lock, guard_after)?);
         let (mut instant, begin) = self.cut(hold, &freeze, agent)?;
@@ -400,10 +401,9 @@ impl Runner {
 }
 
 /// What is said of a guest that may be frozen still.
-pub(in crate::backup) fn unthawed(agent: &Path) -> String {
+pub(in crate::backup) fn unthawed(agent: &Address) -> String {
     format!(
-        "the guest agent at {} does not say that the guest's file systems are thawed; every command on this target asks again, and so does `forerun recover`",
-        agent.display()
+        "the guest agent {agent} does not say that the guest's file systems are thawed; every command on this target asks again, and so does `forerun recover`"
     )
 }
 

@@ -29,7 +29,7 @@ impl Runner {
         let begin = clock::now();
         let directory = self.scratch_directory();
         let mut spool = Spool::new(&directory)?;
-        let listening = Listening::place(self.vm.state.directory(), &self.run);
+        let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
         let mut left = vec![listening.leftover()];
         left.extend((0..self.disks.len()).map(|disk| Leftover::Export {
             id: export::export_id(&self.run, disk),
@@ -39,10 +39,11 @@ impl Runner {
         let disks = self.freeze_disks(hold, &rotation)?;
         let no_overlay = Duration::ZERO;
         let run = self.run.clone();
-        let freeze = Freeze::new(Method::Snapshot, run, disks, directory, no_overlay);
+        let method = Method::Snapshot;
+        let freeze = Freeze::new(method, run, disks, directory, no_overlay, &hold.monitor);
         let deadline = Deadline::after(self.options.deadline);
         self.spool_residual(hold, &freeze, &listening, deadline, &mut spool)?;
-        if !hold.unchanged(&self.vm.target) {
+        if !hold.unchanged() {
             return Err(GivenUp("the image was written to meanwhile".to_owned()).into());
         }
         hold.release()?;

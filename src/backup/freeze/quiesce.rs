@@ -1,6 +1,5 @@
 //! The guest agent around the instant: freeze, the one transaction, thaw; each with a deadline.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -9,12 +8,10 @@ use super::{Cut, NotQuiesced, millis};
 use crate::backup::{Quiesce, Runner};
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
-use crate::qmp::agent::{Agent, Status};
+use crate::qmp::agent::{Address, Agent, Status};
 use crate::qmp::freeze::Freeze;
 use crate::vm::Hold;
 
-/// How long the guest's file systems may take to freeze.
-pub(super) const QUIESCE: Duration = Duration::from_secs(10);
 /// How long they may take to thaw while the block snapshot is held.
 pub(super) const THAW: Duration = Duration::from_secs(3);
 /// How long somebody else's freeze is waited for.
@@ -22,25 +19,36 @@ const FROZEN_WAIT: Duration = Duration::from_secs(30);
 
 impl Runner {
     /// The agent, when the guest is to be quiesced and nobody else has it frozen.
-    pub(super) fn agent(&mut self) -> Result<Option<(Agent, PathBuf)>> {
+    pub(super) fn agent(&mut self, hold: &Hold) -> Result<Option<(Agent, Address)>> {
         let wanted = self.options.quiesce;
-        let socket = match (&self.options.agent, wanted) {
-            (_, Quiesce::Never) | (None, Quiesce::Auto) => return Ok(None),
-            (None, Quiesce::Always) => {
-                let message = "the guest is to be quiesced, but no agent is named";
+        let of_domain = match (&self.vm.domain, wanted) {
+            (Some(domain), Quiesce::Auto | Quiesce::Always) => domain.agent_connected()?,
+            _ => None,
+        };
+        let address = match (&self.options.agent, of_domain, wanted) {
+            (_, _, Quiesce::Never) | (None, None, Quiesce::Auto) => return Ok(None),
+            (Some(socket), ..) => Address::Socket(socket.clone()),
+            (None, Some(false), Quiesce::Auto) => {
+                let message = "no guest agent is connected, so the guest is not quiesced";
+                self.warnings.push(message.to_owned());
+                return Ok(None);
+            }
+            (None, Some(_), _) => Address::Domain,
+            (None, None, Quiesce::Always) => {
+                let message = "the guest is to be quiesced, but there is no agent to ask";
                 return Err(Failure::hinted(
                     Kind::Usage,
                     message,
-                    "name its socket with `--agent SOCKET`",
+                    "name its socket with `--agent SOCKET`; a domain needs a channel `org.qemu.guest_agent.0`",
                 ));
             }
-            (Some(socket), _) => socket.clone(),
         };
         let deadline = Deadline::after(FROZEN_WAIT);
         loop {
-            let status = Agent::connect(&socket).and_then(|mut agent| Ok((agent.status()?, agent)));
+            let status = Agent::connect(&address, &hold.monitor)
+                .and_then(|mut agent| Ok((agent.status()?, agent)));
             match status {
-                Ok((Status::Thawed, agent)) => return Ok(Some((agent, socket))),
+                Ok((Status::Thawed, agent)) => return Ok(Some((agent, address))),
                 Ok((Status::Frozen, _)) if deadline.passed() => {
                     let message = "the guest's file systems are frozen by somebody else";
                     return Err(Failure::hinted(
@@ -66,10 +74,10 @@ impl Runner {
         &mut self,
         hold: &mut Hold,
         freeze: &Freeze,
-        agent: Option<(Agent, PathBuf)>,
+        agent: Option<(Agent, Address)>,
     ) -> Result<(Cut, Instant)> {
         let frozen_at = clock::now();
-        let mut agent = Self::quiesce(agent)?;
+        let mut agent = self.quiesce(agent)?;
         let cut = freeze.transact(&mut hold.monitor);
         let (ended, at) = (clock::now(), clock::utc_now());
         let mut quiesced = false;
@@ -116,11 +124,11 @@ impl Runner {
         Ok((cut, ended))
     }
 
-    pub(super) fn quiesce(agent: Option<(Agent, PathBuf)>) -> Result<Option<Agent>> {
+    fn quiesce(&self, agent: Option<(Agent, Address)>) -> Result<Option<Agent>> {
         let Some((mut agent, _)) = agent else {
             return Ok(None);
         };
-        match agent.freeze(QUIESCE) {
+        match agent.freeze(self.options.freeze_timeout) {
             Ok(_) => Ok(Some(agent)),
             Err(error) => {
                 // A freeze that was not answered may be executed yet: what thaws it stands behind it in the queue.

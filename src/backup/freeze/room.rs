@@ -11,6 +11,7 @@ use super::millis;
 use crate::backup::Runner;
 use crate::clock;
 use crate::exit::{Failure, Kind};
+use crate::qmp::Monitor as _;
 use crate::qmp::command::list;
 use crate::qmp::freeze::{FreezeDisk, Method};
 use crate::units::Bytes;
@@ -49,6 +50,15 @@ impl Runner {
             .scratch
             .clone()
             .unwrap_or_else(|| self.vm.state.directory().to_path_buf())
+    }
+
+    /// Where the scratches go: a domain's QEMU can open files by their paths only where it may, which is certain in the
+    /// domain's own directory.
+    pub(super) fn scratches_go_to(&self, hold: &Hold) -> PathBuf {
+        match (&self.options.scratch, hold.monitor.place()) {
+            (None, Some(place)) => place.to_path_buf(),
+            _ => self.scratch_directory(),
+        }
     }
 
     /// A freeze is not begun where the scratches or overlays and the spool have no room, or would leave their file system less
@@ -114,6 +124,19 @@ impl Runner {
             ));
         }
         Ok(())
+    }
+
+    /// An overlay that libvirt does not know of would be forgotten at the domain's next start, with all that the guest has
+    /// written to it.
+    pub(super) fn refuse_unknown_overlay(&self, hold: &Hold) -> Result<()> {
+        if self.options.method == Method::Fleece || hold.monitor.place().is_none() {
+            return Ok(());
+        }
+        Err(Failure::hinted(
+            Kind::Attention,
+            "an external snapshot of a libvirt domain is not supported: libvirt would not know of it",
+            "use `--freeze fleece`, which changes no chain of images",
+        ))
     }
 
     /// Counts the guest's writes since the first look, for the size of the scratches.

@@ -1,0 +1,64 @@
+//! A build without libvirt: no domain is ever found.
+
+use crate::qmp::machine::{LeftOut, Machine};
+use crate::qmp::{Error, Monitor, Result};
+use crate::target::Image;
+
+/// No domain.
+#[derive(Debug, Clone)]
+pub enum Domain {}
+
+fn absent<T>() -> Result<T> {
+    Err(Error::Libvirt(
+        "this forerun was built without it: name the VM `qmp:SOCKET`, or `disk:PATH` for an image of a VM that is off"
+            .to_owned(),
+    ))
+}
+
+/// Nothing can be reached.
+pub fn monitor(_uri: &str, _uuid: &str) -> Result<Box<dyn Monitor>> {
+    absent()
+}
+
+#[allow(missing_docs, reason = "nothing of it is ever called")]
+impl Domain {
+    pub fn find(_connect: Option<&str>, _name: &str) -> Result<Self> {
+        absent()
+    }
+
+    pub fn all(_connect: Option<&str>) -> Result<Vec<Self>> {
+        absent()
+    }
+
+    pub fn name(&self) -> &str {
+        match *self {}
+    }
+
+    pub fn uuid(&self) -> &str {
+        match *self {}
+    }
+
+    pub fn uri(&self) -> &str {
+        match *self {}
+    }
+
+    pub fn active(&self) -> Result<bool> {
+        match *self {}
+    }
+
+    pub fn monitor(&self) -> Result<Box<dyn Monitor>> {
+        match *self {}
+    }
+
+    pub fn describe(&self, _machine: &mut Machine) -> Result<bool> {
+        match *self {}
+    }
+
+    pub fn images(&self) -> Result<(Vec<Image>, Vec<LeftOut>)> {
+        match *self {}
+    }
+
+    pub fn agent_connected(&self) -> Result<Option<bool>> {
+        match *self {}
+    }
+}

@@ -1,0 +1,116 @@
+//! What a domain's XML says of its disks and its agent (libvirt's "Domain XML format").
+
+use roxmltree::{Document, Node};
+
+use crate::qmp::{Error, Result};
+
+/// The name of the guest agent's channel.
+const AGENT: &str = "org.qemu.guest_agent.0";
+
+/// What is read from a domain's XML.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Description {
+    pub(super) disks: Vec<Disk>,
+    /// Whether the guest agent is connected; `None` without a channel for it.
+    pub(super) agent_connected: Option<bool>,
+}
+
+/// A `<disk>`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Disk {
+    /// The target's `dev`: `vda`.
+    pub(super) target: String,
+    /// `disk`, `lun`, `cdrom` or `floppy`.
+    pub(super) device: String,
+    /// The device's id in QEMU, while the domain runs.
+    pub(super) alias: Option<String>,
+    /// The number in its nodes' names, while the domain runs.
+    pub(super) index: Option<u32>,
+    /// The image's format.
+    pub(super) format: Option<String>,
+    /// The type of its source: `file`, `block`, `network`, `volume`, `vhostuser`.
+    pub(super) kind: String,
+    /// The path of a `file` or `block`.
+    pub(super) path: Option<String>,
+    pub(super) readonly: bool,
+    pub(super) shareable: bool,
+    pub(super) transient: bool,
+}
+
+impl Description {
+    pub(super) fn parse(text: &str) -> Result<Self> {
+        let document = Document::parse(text)
+            .map_err(|error| Error::Libvirt(format!("the domain's XML: {error}")))?;
+        let mut found = Self::default();
+        let devices = child(document.root_element(), "devices");
+        for node in devices.iter().flat_map(Node::children) {
+            if node.has_tag_name("disk") {
+                found.disks.push(disk(node));
+            }
+            if node.has_tag_name("channel")
+                && let Some(target) = child(node, "target")
+                && target.attribute("name") == Some(AGENT)
+            {
+                found.agent_connected = Some(target.attribute("state") == Some("connected"));
+            }
+        }
+        Ok(found)
+    }
+}
+
+fn disk(node: Node<'_, '_>) -> Disk {
+    let attribute =
+        |name: &str, key: &str| child(node, name).and_then(|child| child.attribute(key));
+    let path = attribute("source", "file").or_else(|| attribute("source", "dev"));
+    Disk {
+        target: attribute("target", "dev").unwrap_or_default().to_owned(),
+        device: node.attribute("device").unwrap_or("disk").to_owned(),
+        alias: attribute("alias", "name").map(str::to_owned),
+        index: attribute("source", "index").and_then(|index| index.parse().ok()),
+        format: attribute("driver", "type").map(str::to_owned),
+        kind: node.attribute("type").unwrap_or("file").to_owned(),
+        path: path.map(str::to_owned),
+        readonly: child(node, "readonly").is_some(),
+        shareable: child(node, "shareable").is_some(),
+        transient: child(node, "transient").is_some(),
+    }
+}
+
+fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
+    node.children().find(|child| child.has_tag_name(name))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    pub(in super::super) const LIVE: &str = "<domain type='qemu' id='1'><devices>
+        <disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
+          <source file='/images/a.qcow2' index='4'/><backingStore type='file'><source file='/images/base.qcow2' index='9'/>
+          </backingStore><target dev='vda' bus='virtio'/><alias name='virtio-disk0'/></disk>
+        <disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='/dev/vg/b' index='3'/>
+          <target dev='sda' bus='scsi'/><shareable/><alias name='scsi0-0-0-0'/></disk>
+        <disk type='file' device='cdrom'><target dev='sdb' bus='sata'/><readonly/><alias name='sata0-0-1'/></disk>
+        <disk type='network' device='disk'><source protocol='rbd' name='pool/image' index='1'/>
+          <target dev='vdc' bus='virtio'/><alias name='virtio-disk2'/></disk>
+        <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>
+        </devices></domain>";
+
+    #[test]
+    fn a_domain_s_disks_and_agent_are_read() {
+        let found = Description::parse(LIVE).unwrap();
+        assert_eq!(found.agent_connected, Some(true));
+        let disk = &found.disks[0];
+        assert_eq!((disk.target.as_str(), disk.index), ("vda", Some(4)));
+        assert_eq!(disk.path.as_deref(), Some("/images/a.qcow2"));
+        assert_eq!(disk.alias.as_deref(), Some("virtio-disk0"));
+        assert!(found.disks[1].shareable);
+        assert_eq!(found.disks[1].path.as_deref(), Some("/dev/vg/b"));
+        assert!(found.disks[2].readonly);
+        assert_eq!(found.disks[2].path, None);
+        assert_eq!(found.disks[3].kind, "network");
+        assert!(Description::parse("<domain><devices").is_err());
+        let bare = Description::parse("<domain/>").unwrap();
+        assert!(bare.disks.is_empty() && bare.agent_connected.is_none());
+    }
+}
