@@ -22,6 +22,7 @@ use virt::error::{ErrorNumber, clear_error_callback};
 use self::xml::Description;
 use crate::clock::{self, Deadline};
 use crate::qmp::machine::{LeftOut, Machine};
+use crate::qmp::managed::Manager;
 use crate::qmp::{Error, Monitor, Result};
 use crate::target::Image;
 
@@ -121,6 +122,14 @@ impl Domain {
     /// Its monitor; [`Error::Closed`] when it is off.
     pub fn monitor(&self) -> Result<Box<dyn Monitor>> {
         monitor(&self.uri, &self.uuid)
+    }
+
+    /// libvirt as the one who takes its snapshots.
+    #[must_use]
+    pub fn manager(&self) -> Box<dyn Manager> {
+        Box::new(snapshot::DomainSnapshots {
+            domain: self.clone(),
+        })
     }
 
     /// Gives the disks that a monitor found the names that they have in the domain's XML, and refuses what cannot be
