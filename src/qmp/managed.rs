@@ -161,6 +161,10 @@ pub fn commit(manager: &dyn Manager, overlay: &Managed) -> Result<Committed> {
     }
 }
 
+#[expect(
+    clippy::disallowed_methods,
+    reason = "either name is found again after a crash"
+)]
 fn rename(from: &Path, to: &Path) -> Result<()> {
     std::fs::rename(from, to).map_err(|source| Error::Io {
         what: format!("rename {}", from.display()),
