@@ -8,8 +8,8 @@
 mod image_common;
 
 use forerun::image::{
-    Content, DiskPoint, HostFile, Manifest, NVRAM, PointId, PruneOptions, Repository, Selection,
-    VerifyOptions,
+    Content, DiskPoint, HostFile, Manifest, NVRAM, PointId, Policy, PruneOptions, Repository,
+    Selection, VerifyOptions,
 };
 use forerun::progress::Progress;
 use forerun::replicate::{Options, Replication};
@@ -102,6 +102,34 @@ fn a_prune_keeps_the_files_of_points_and_takes_them_with_the_last() {
     drop(lease);
     prune();
     assert!(bench.objects("packs/").is_empty(), "there were {before}");
+}
+
+#[test]
+fn no_policy_keeps_a_point_for_a_file_that_newer_ones_do_not_have() {
+    let (bench, _, whole) = bench();
+    let mut newer = whole.clone();
+    newer.id = PointId::random().unwrap();
+    newer.instant = "2030-01-01T00:00Z".parse().unwrap();
+    newer.disks.pop();
+    bench.repo.publish(&newer).unwrap();
+    let policy = Selection::Policy {
+        policy: Policy {
+            last: 1,
+            ..Policy::default()
+        },
+        zone: jiff::tz::TimeZone::UTC,
+        targets: None,
+    };
+    bench.repo.forget(&policy).unwrap();
+    let left: Vec<PointId> = bench
+        .repo
+        .points()
+        .unwrap()
+        .points
+        .iter()
+        .map(|point| point.id)
+        .collect();
+    assert_eq!(left, [newer.id]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::path::{Component, Path};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -12,11 +13,15 @@ use crate::exit::{Failure, Kind};
 use crate::image::{DiskPoint, Manifest};
 use crate::progress::Progress;
 use crate::report::{Bar, Outcome, Style};
-use crate::restore::{self, Task};
+use crate::restore::{self, Task, Watch};
 use crate::units::Bytes;
 
 /// Plans first: nothing is written before every target is known to be good.
-pub(super) fn restore(args: &RestoreArgs, style: Style) -> Result<Outcome> {
+pub(super) fn restore(
+    args: &RestoreArgs,
+    style: Style,
+    interrupted: &AtomicBool,
+) -> Result<Outcome> {
     let repo = secret::open(&args.repo)?;
     let point = repo.resolve(&args.point)?;
     let mut tasks = disks(args, &point)?;
@@ -57,7 +62,20 @@ pub(super) fn restore(args: &RestoreArgs, style: Style) -> Result<Outcome> {
         let file = task.disk.file.as_ref();
         let shown = file.map_or(&task.disk.key, |file| &file.name);
         progress.begin(&format!("restore {shown}"), task.disk.size);
-        restore::apply(&repo, task, args.force, &progress)?;
+        let existed = task.path.exists();
+        let watch = Watch {
+            progress: &progress,
+            interrupted,
+        };
+        match restore::apply(&repo, task, args.force, &watch) {
+            Err(_) if interrupted.load(Ordering::Relaxed) => {
+                outcome
+                    .errors
+                    .push(ended(task, existed, restored.is_empty()));
+                break;
+            }
+            done => done?,
+        }
         outcome.line(format!(
             "{shown}  {}  {}",
             Bytes(task.disk.size),
@@ -75,7 +93,7 @@ pub(super) fn restore(args: &RestoreArgs, style: Style) -> Result<Outcome> {
     outcome.more.insert("point".to_owned(), json!(point.id));
     outcome.more.insert("restored".to_owned(), restored.into());
     outcome.more.insert("files".to_owned(), files.into());
-    if let Some(domain) = domain {
+    if let Some(domain) = domain.filter(|_| outcome.errors.is_empty()) {
         domain.define(args, &tasks, &mut outcome)?;
     }
     Ok(outcome)
@@ -164,6 +182,22 @@ fn create_options(point: &Manifest, disk: &DiskPoint) -> Vec<String> {
         Some(format!("{name}={value}"))
     });
     worded.collect()
+}
+
+/// A restore that was ended: there is no half of an image to go on with.
+fn ended(task: &Task, existed: bool, is_first: bool) -> anyhow::Error {
+    let (what, path) = (task.what(), task.path.display());
+    let left = if existed {
+        format!("{what} in {path} is incomplete and of no use")
+    } else {
+        format!("nothing of {what} is left at {path}")
+    };
+    let hint = if is_first {
+        "a restore is not gone on with: run the command again"
+    } else {
+        "the disks that are listed are complete: restore the others with `--disk DISK=PATH`"
+    };
+    Failure::hinted(Kind::Interrupted, format!("interrupted: {left}"), hint)
 }
 
 #[cfg(test)]

@@ -437,7 +437,7 @@ fn recover_off(socket: &Path) -> Result<Vec<String>> {
                         "run `recover` as a user who may open the QMP socket",
                     ));
                 }
-                removed.extend(settle::take_back(&mut journal, None, THAW_FOR)?.removed);
+                removed.extend(settle::take_back(&mut journal, None, None, THAW_FOR)?.removed);
             }
         }
     }

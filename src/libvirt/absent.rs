@@ -6,6 +6,7 @@ pub mod definition;
 use definition::{Definition, Plan, Redefined};
 
 use crate::qmp::machine::{LeftOut, Machine};
+use crate::qmp::managed::Manager;
 use crate::qmp::{Error, Monitor, Result};
 use crate::target::Image;
 
@@ -67,6 +68,10 @@ impl Domain {
     }
 
     pub fn monitor(&self) -> Result<Box<dyn Monitor>> {
+        match *self {}
+    }
+
+    pub fn manager(&self) -> Box<dyn Manager> {
         match *self {}
     }
 
