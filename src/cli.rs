@@ -1,10 +1,13 @@
 //! The command line: `clap` types and nothing else.
 
+mod instant;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use self::instant::{HookArgs, MoreArgs};
 use crate::backup::Quiesce;
 use crate::exit::{Failure, Kind};
 use crate::image::Compression;
@@ -81,6 +84,9 @@ pub enum Command {
         #[command(flatten)]
         #[allow(missing_docs)]
         freeze: FreezeArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        more: MoreArgs,
     },
     /// Copy ahead until a time, then make a recovery point.
     Run {
@@ -93,6 +99,9 @@ pub enum Command {
         #[command(flatten)]
         #[allow(missing_docs)]
         freeze: FreezeArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        more: MoreArgs,
         /// When the backup is due: HH:MM (its next occurrence), or a date with a time.
         #[arg(long)]
         at: String,
@@ -562,6 +571,9 @@ pub struct FreezeArgs {
     /// How long the overlay of `--freeze snapshot` may take to be committed back.
     #[arg(long, default_value = "10m", value_parser = parse_duration)]
     pub commit_deadline: Duration,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub hooks: HookArgs,
 }
 
 /// The methods of freezing.
