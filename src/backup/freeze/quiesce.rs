@@ -243,13 +243,15 @@ impl Runner {
     }
 
     /// Freezes the guest's file systems; says how many.
-    fn quiesce(&self, agent: Option<Answering>) -> Result<Option<(Agent, u64)>> {
+    fn quiesce(&mut self, agent: Option<Answering>) -> Result<Option<(Agent, u64)>> {
         let Some((mut agent, _)) = agent else {
             return Ok(None);
         };
         match agent.freeze(self.options.freeze_timeout) {
             Ok(count) => Ok(Some((agent, u64::try_from(count).unwrap_or(0)))),
             Err(error) => {
+                // The others are frozen and wait.
+                self.seat = None;
                 // A freeze that was not answered may be executed yet: what thaws it stands behind it in the queue.
                 agent.thaw_later().ok();
                 Err(NotQuiesced(error.to_string()).into())
