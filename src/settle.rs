@@ -44,7 +44,7 @@ pub fn take_back(
     }
     if let Some(hook) = journal.hook() {
         match hook.run(&|| false) {
-            Ok(()) => taken.removed.push(format!("{hook} was run")),
+            Ok(()) => taken.removed.push(format!("what came before the freeze, by {hook}")),
             Err(error) => taken.failed_hooks.push(error.to_string()),
         }
         journal.set_hook(None);

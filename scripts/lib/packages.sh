@@ -204,10 +204,11 @@ fetch_guest_agent() {
 fetch_guest_system() {
 	local dir=$1 work uri suite components=main
 	if [ -e "$dir/root.qcow2" ]; then return 0; fi
-	uri=$(packages_archive_uri) && suite=$(packages_codename) || {
+	if ! uri=$(packages_archive_uri); then
 		packages_say "no archive in /etc/apt for the guest system"
 		return 1
-	}
+	fi
+	suite=$(packages_codename)
 	# Where Ubuntu has the agent.
 	if grep -q '^ID=ubuntu' /etc/os-release; then components="main universe"; fi
 	mkdir -p "$dir" && work=$(mktemp -d "$dir/download.XXXXXX") || return 1
