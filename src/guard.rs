@@ -211,7 +211,13 @@ pub fn run(watched: &Watched<'_>) -> Result<()> {
         return Ok(());
     }
     let mut journal = Journal::load(journal.to_path_buf())?;
-    let taken = settle::take_back(&mut journal, Some(&mut monitor), THAW_FOR)?;
+    let manager = monitor.manager();
+    let taken = settle::take_back(
+        &mut journal,
+        Some(&mut monitor),
+        manager.as_deref(),
+        THAW_FOR,
+    )?;
     for hook in &taken.failed_hooks {
         tracing::error!("{hook}");
     }

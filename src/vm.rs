@@ -118,8 +118,10 @@ impl Vm {
         let mut recovered = Vec::new();
         let mut unthawed = Vec::new();
         let mut failed_hooks = Vec::new();
+        let manager = self.domain.as_ref().map(Domain::manager);
         for mut journal in self.state.journals()? {
-            let taken = settle::take_back(&mut journal, Some(&mut monitor), THAW_PATIENCE)?;
+            let (monitor, manager) = (Some(&mut monitor as &mut dyn Monitor), manager.as_deref());
+            let taken = settle::take_back(&mut journal, monitor, manager, THAW_PATIENCE)?;
             recovered.extend(taken.removed);
             unthawed.extend(taken.unthawed);
             failed_hooks.extend(taken.failed_hooks);
@@ -317,7 +319,9 @@ impl Hold {
 
     /// Takes back all that the journal lists, in the VM and on the file system.
     pub fn release(&mut self) -> Result<TakenBack> {
-        settle::take_back(&mut self.journal, Some(&mut self.monitor), THAW_FOR)
+        let manager = self.domain.as_ref().map(Domain::manager);
+        let monitor = Some(&mut self.monitor as &mut dyn Monitor);
+        settle::take_back(&mut self.journal, monitor, manager.as_deref(), THAW_FOR)
     }
 
     /// The ids of the jobs that were there at the last look and are not ours.

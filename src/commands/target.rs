@@ -440,7 +440,7 @@ fn recover_off(socket: &Path, warnings: &mut Vec<String>) -> Result<Vec<String>>
                         "run `recover` as a user who may open the QMP socket",
                     ));
                 }
-                let taken = settle::take_back(&mut journal, None, THAW_FOR)?;
+                let taken = settle::take_back(&mut journal, None, None, THAW_FOR)?;
                 removed.extend(taken.removed);
                 warnings.extend(taken.failed_hooks);
             }
