@@ -274,13 +274,13 @@ fn the_host_s_hooks(lab: &mut Lab) {
     has(&said[2], &last, "post-backup");
 
     // The hooks' time is not the guest's.
-    let slow = ["--pre-freeze", "sleep 2", "--post-thaw", "sleep 2"];
+    let slow = ["--pre-freeze", "sleep 5", "--post-thaw", "sleep 5"];
     let backup = lab
         .backup(&[&["--quiesce", "always"], &slow[..]].concat())
         .code(0);
     let made = point(&backup);
-    assert!(made["quiesced_ms"].as_u64() < Some(2000), "{made}");
-    assert!(made["released_ms"].as_u64() < Some(2000), "{made}");
+    assert!(made["quiesced_ms"].as_u64() < Some(5000), "{made}");
+    assert!(made["released_ms"].as_u64() < Some(5000), "{made}");
 
     // One that fails, or hangs, before the freeze: no point, and the other one is run all the same.
     for (command, how) in [("exit 9", "ended with code 9"), ("sleep 600", "was killed")] {
@@ -374,7 +374,7 @@ fn the_agent_hangs(lab: &mut Lab) {
             .code(code);
         let took = clock::now() - begin;
         println!("{quiesce} with an agent that hangs: {took:?}");
-        assert!(took < Duration::from_secs(60), "{took:?}");
+        assert!(took < Duration::from_secs(100), "{took:?}");
         let words = ended.json.to_string();
         assert!(words.contains("the guest is not quiesced"), "{words}");
         wait_for("the guest stays frozen", || thawed(lab));

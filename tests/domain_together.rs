@@ -139,7 +139,7 @@ fn several_domains_are_of_one_instant_and_one_that_hangs_is_left_out() {
     });
 
     // One that falls asleep when all are about to freeze, and wakes later.
-    let sleeps = shell("killall -STOP qemu-ga; sleep 8; killall -CONT qemu-ga").to_string();
+    let sleeps = shell("killall -STOP qemu-ga; sleep 12; killall -CONT qemu-ga").to_string();
     let hook = format!(
         "if [ $FORERUN_TARGET = one-c ]; then virsh -c \"$LIBVIRT_DEFAULT_URI\" qemu-agent-command one-c '{sleeps}' && sleep 1; fi"
     );
@@ -150,14 +150,14 @@ fn several_domains_are_of_one_instant_and_one_that_hangs_is_left_out() {
         .code(4);
     let took = clock::now() - begin;
     check(&mut labs, "one falls asleep", &ended, &all[..2], true);
-    assert!(took < Duration::from_secs(60), "{took:?}");
+    assert!(took < Duration::from_secs(100), "{took:?}");
     assert!(
         ended.json["errors"].to_string().contains("left out"),
         "{ended:?}"
     );
     for target in &all[..2] {
         let frozen = point(&ended, target)["quiesced_ms"].as_u64().unwrap();
-        assert!(frozen < 5000, "{target}: {frozen} ms");
+        assert!(frozen < 8000, "{target}: {frozen} ms");
     }
     wait_for("a guest stays frozen", || labs.iter().all(is_thawed));
 

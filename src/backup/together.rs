@@ -215,9 +215,8 @@ mod tests {
         seats(names.to_vec()).try_into().unwrap()
     }
 
-    fn go_on() -> Result<()> {
-        Ok(())
-    }
+    /// Nobody interrupts.
+    const GO_ON: fn() -> Result<()> = || Ok(());
 
     #[test]
     fn nobody_passes_before_all_have_come() {
@@ -229,7 +228,7 @@ mod tests {
                     for round in [Stage::Prepared, Stage::Frozen, Stage::Cut] {
                         clock::sleep(Duration::from_millis(20 * number as u64));
                         *came.lock().unwrap() += 1;
-                        seat.meet(round, LONG, &go_on).unwrap();
+                        seat.meet(round, LONG, &GO_ON).unwrap();
                         let all = match round {
                             Stage::Prepared => 3,
                             Stage::Frozen => 6,
@@ -247,17 +246,17 @@ mod tests {
         let [a, b, c] = three();
         drop(c);
         std::thread::scope(|scope| {
-            let waits = scope.spawn(|| a.meet(Stage::Prepared, LONG, &go_on));
-            b.meet(Stage::Prepared, LONG, &go_on).unwrap();
+            let waits = scope.spawn(|| a.meet(Stage::Prepared, LONG, &GO_ON));
+            b.meet(Stage::Prepared, LONG, &GO_ON).unwrap();
             waits.join().unwrap().unwrap();
         });
         let begin = clock::now();
-        a.meet(Stage::Frozen, SOON, &go_on).unwrap();
+        a.meet(Stage::Frozen, SOON, &GO_ON).unwrap();
         assert!(clock::now() - begin >= SOON.unwrap());
-        let error = b.meet(Stage::Frozen, LONG, &go_on).unwrap_err();
+        let error = b.meet(Stage::Frozen, LONG, &GO_ON).unwrap_err();
         assert!(error.to_string().contains("left out"), "{error}");
         // Alone now: there is nobody to wait for.
-        a.meet(Stage::Cut, None, &go_on).unwrap();
+        a.meet(Stage::Cut, None, &GO_ON).unwrap();
     }
 
     #[test]
@@ -278,8 +277,8 @@ mod tests {
         drop(c);
         assert_eq!(a.common(), None);
         std::thread::scope(|scope| {
-            let other = scope.spawn(|| b.meet(Stage::Released, None, &go_on));
-            a.meet(Stage::Released, None, &go_on).unwrap();
+            let other = scope.spawn(|| b.meet(Stage::Released, None, &GO_ON));
+            a.meet(Stage::Released, None, &GO_ON).unwrap();
             other.join().unwrap().unwrap();
         });
         // The first commits and goes; it counts all the same.

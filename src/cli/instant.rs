@@ -10,7 +10,7 @@ use crate::units::parse_duration;
 
 /// What is run on the host around the instant, each by `/bin/sh -c`.
 ///
-/// They see FORERUN_HOOK, FORERUN_TARGET, FORERUN_KEY (the target's), FORERUN_REPO and FORERUN_QUIESCE in their environment.
+/// They see `FORERUN_HOOK`, `FORERUN_TARGET`, `FORERUN_KEY` (the target's), `FORERUN_REPO` and `FORERUN_QUIESCE`.
 #[derive(Debug, Clone, Args)]
 pub struct HookArgs {
     /// Run before the guest's file systems are frozen; when it fails, no point is made (exit 7).

@@ -43,9 +43,12 @@ pub(super) fn backup(
     for (name, one) in names.iter().zip(run(begun, due, late)) {
         all.join(name, one);
     }
-    let common = |target: &serde_json::Value| target.pointer("/point/together").cloned();
-    let common = all.targets.iter().filter_map(common);
-    let common = common.filter(|common| !common.is_null()).next_back();
+    let common = |target: &serde_json::Value| {
+        let found = target.pointer("/point/together")?;
+        (!found.is_null()).then(|| found.clone())
+    };
+    // All who have one have the same.
+    let common = all.targets.iter().find_map(common);
     if let Some(common) = common {
         all.line(format!(
             "together: {} targets within {} ms, one instant: {}",

@@ -87,15 +87,14 @@ pub(super) fn switch_script(files: &[SystemFile]) -> String {
     let id = SystemFile::new("/etc/machine-id", "00112233445566778899aabbccddeeff\n");
     for file in files.iter().chain([&up, &wants, &id]) {
         let path = format!("/mnt{}", file.path);
-        script.push_str(&format!(
-            "p={path}; mkdir -p ${{p%/*}}; cat >$p <<'RIG-END'\n{}RIG-END\nchmod 755 $p\n",
-            file.text
-        ));
+        let text = &file.text;
+        let put = format!("p={path}; mkdir -p ${{p%/*}}; cat >$p <<'RIG-END'\n{text}RIG-END\n");
+        script.push_str(&put);
+        script.push_str("chmod 755 $p\n");
     }
-    script.push_str(&format!(
-        "for unit in {}; do ln -sf /dev/null /mnt{units}/$unit; done\n",
-        MASKED.join(" ")
-    ));
+    let masked = MASKED.join(" ");
+    let mask = format!("for unit in {masked}; do ln -sf /dev/null /mnt{units}/$unit; done\n");
+    script.push_str(&mask);
     script.push_str("for place in dev proc sys run; do mount -o move /$place /mnt/$place; done\n");
     script.push_str("exec switch_root /mnt /sbin/init\n");
     script

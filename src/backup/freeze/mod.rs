@@ -236,7 +236,7 @@ impl Runner {
         freeze.prepare(&mut hold.monitor)?;
         let mut spool = Spool::new(&directory)?;
         let (monitor, journal) = (&hold.monitor, hold.journal.path());
-        let time = self.before_the_cut();
+        let time = self.until_the_cut();
         *guard = Some(Guard::start(monitor, journal, &hold.lock, time)?);
         let (mut instant, begin) = self.cut(hold, &freeze, agent, guard)?;
         // The guest has said that it is thawed: no release needs to ask it again.

@@ -96,7 +96,7 @@ impl Runner {
     }
 
     /// How long the guard lets pass until the file systems are about to be frozen.
-    pub(super) fn before_the_cut(&self) -> Duration {
+    pub(super) fn until_the_cut(&self) -> Duration {
         let mut time = GUARD_GRACE;
         if self.options.hooks.around_freeze() {
             time += self.options.hooks.timeout;
@@ -108,7 +108,7 @@ impl Runner {
     }
 
     /// And from then until the guest is free.
-    pub(super) fn from_the_cut(&self) -> Duration {
+    pub(super) fn held_at_most(&self) -> Duration {
         let mut time = self.options.deadline + GUARD_GRACE + self.options.freeze_timeout + THAW;
         if self.seat.is_some() {
             time += self.wait_of(Stage::Frozen).unwrap_or_default() + TOGETHER_WAIT;
@@ -184,7 +184,7 @@ impl Runner {
         self.pre_freeze()?;
         self.meet(Stage::Ready)?;
         if let Some(guard) = guard {
-            guard.allow(self.from_the_cut())?;
+            guard.allow(self.held_at_most())?;
         }
         let frozen_at = clock::now();
         let mut agent = self.quiesce(agent)?;
