@@ -20,6 +20,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::{self, Deadline};
+use crate::hooks::Hook;
 use crate::qmp::Process;
 use crate::qmp::agent::Address;
 use crate::qmp::release::{Leftover, Released};
@@ -242,6 +243,7 @@ impl TargetState {
                 monitor: monitor.to_path_buf(),
                 process: process.clone(),
                 left: Vec::new(),
+                after: None,
             },
         }
     }
@@ -264,6 +266,9 @@ struct Content {
     monitor: PathBuf,
     process: Process,
     left: Vec<Leftover>,
+    /// The hook that must be run when the guest is thawed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    after: Option<Hook>,
 }
 
 /// What a run has put, or is about to put, into a VM. Written before it is made.
@@ -306,6 +311,17 @@ impl Journal {
     #[must_use]
     pub fn left(&self) -> &[Leftover] {
         &self.content.left
+    }
+
+    /// The hook that is to be run once the guest is thawed.
+    #[must_use]
+    pub fn hook(&self) -> Option<&Hook> {
+        self.content.after.as_ref()
+    }
+
+    /// Sets that hook; the next [`write`](Self::write) makes it durable.
+    pub fn set_hook(&mut self, hook: Option<Hook>) {
+        self.content.after = hook;
     }
 
     /// Makes a new list durable.
@@ -416,6 +432,7 @@ impl Journal {
     /// The VM is clean: the journal goes.
     pub fn close(&mut self) -> Result<()> {
         self.content.left.clear();
+        self.content.after = None;
         match std::fs::remove_file(&self.path) {
             Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
                 Err(io("remove", &self.path)(source))

@@ -117,12 +117,14 @@ impl Vm {
         self.state.remove_unwritten()?;
         let mut recovered = Vec::new();
         let mut unthawed = Vec::new();
+        let mut failed_hooks = Vec::new();
         let manager = self.domain.as_ref().map(Domain::manager);
         for mut journal in self.state.journals()? {
             let (monitor, manager) = (Some(&mut monitor as &mut dyn Monitor), manager.as_deref());
             let taken = settle::take_back(&mut journal, monitor, manager, THAW_PATIENCE)?;
             recovered.extend(taken.removed);
             unthawed.extend(taken.unthawed);
+            failed_hooks.extend(taken.failed_hooks);
         }
         if !recovered.is_empty() {
             tracing::warn!(?recovered, "took back what a dead run left in the VM");
@@ -148,6 +150,7 @@ impl Vm {
             lock,
             recovered,
             unthawed,
+            failed_hooks,
             seen: None,
             choice: self.choice.clone(),
             granularity: 0,
@@ -245,6 +248,8 @@ pub struct Hold {
     pub recovered: Vec<String>,
     /// Agents of dead runs that do not say that their guests are thawed; every command asks them again.
     pub unthawed: Vec<Address>,
+    /// Hooks of dead runs that had to be run and failed.
+    pub failed_hooks: Vec<String>,
     seen: Option<(Machine, Chosen)>,
     choice: Choice,
     /// Bytes a bit of the bitmaps that are added.

@@ -14,6 +14,7 @@ mod configuration;
 mod freeze;
 mod pass;
 mod spool;
+mod together;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,6 +28,7 @@ use serde::Serialize;
 pub use changed::Changed;
 pub use commit::{Point, PointFile};
 pub use configuration::checksum;
+pub use together::{Common, Seat, seats};
 
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::Proofs;
@@ -35,6 +37,7 @@ use crate::bitmap::track::{Named, Rotation};
 use crate::clock::{self, Deadline};
 use crate::copy::CopyDisk;
 use crate::exit::{Failure, Kind};
+use crate::hooks::{self, Hooks};
 use crate::hoststate::Lock;
 use crate::image::{MapReader, Repository};
 use crate::progress::Progress;
@@ -102,6 +105,8 @@ pub struct Options {
     pub quiesce: Quiesce,
     /// How long the guest's file systems may take to freeze.
     pub freeze_timeout: Duration,
+    /// What the host's operator has run around the instant.
+    pub hooks: Hooks,
     /// The guest agent's socket.
     pub agent: Option<PathBuf>,
     /// Where scratches, overlays and spools go.
@@ -175,6 +180,12 @@ pub struct Runner {
     writes: Option<(Instant, u64)>,
     passes: u64,
     begun: Timestamp,
+    /// Why the guest is not quiesced.
+    not_quiesced: Option<String>,
+    /// The hook that comes after the thaw, while it runs.
+    post_thaw: Option<hooks::Running>,
+    /// Where the targets of a common instant meet.
+    seat: Option<Seat>,
     _lock: Lock,
 }
 
@@ -208,8 +219,16 @@ impl Runner {
             writes: None,
             passes: 0,
             begun: clock::utc_now(),
+            not_quiesced: None,
+            post_thaw: None,
+            seat: None,
             _lock: lock,
         })
+    }
+
+    /// Makes the next backup one of several at a common instant.
+    pub fn join(&mut self, seat: Seat) {
+        self.seat = Some(seat);
     }
 
     /// Fails when a signal has asked for the end.
@@ -235,6 +254,7 @@ impl Runner {
                 self.warnings.push(warning);
             }
         }
+        self.warnings.append(&mut hold.failed_hooks);
         hold.look()?;
         Ok(hold)
     }

@@ -360,6 +360,7 @@ pub(super) fn recover(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome>
             let mut hold = vm.hold(&looking(), "forerun recover")?;
             removed.append(&mut hold.recovered);
             unthawed.append(&mut hold.unthawed);
+            outcome.warnings.append(&mut hold.failed_hooks);
             if let Some(repository) = &repository {
                 let left = orphans::of(&mut hold.monitor, Some(repository))?;
                 removed.extend(release::release(&mut hold.monitor, &left, THAW_FOR)?.removed);
@@ -374,7 +375,9 @@ pub(super) fn recover(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome>
         }
         Err(error) => match args.named()? {
             // The VM is off: what its journals list on the file system is settled all the same.
-            Target::Qmp(socket) if is_off(&error) => removed = recover_off(socket)?,
+            Target::Qmp(socket) if is_off(&error) => {
+                removed = recover_off(socket, &mut outcome.warnings)?;
+            }
             _ => return Err(error),
         },
     }
@@ -406,7 +409,7 @@ fn is_off(error: &anyhow::Error) -> bool {
 }
 
 /// Settles the journals of a VM that is off, found by its socket.
-fn recover_off(socket: &Path) -> Result<Vec<String>> {
+fn recover_off(socket: &Path, warnings: &mut Vec<String>) -> Result<Vec<String>> {
     let mut removed = Vec::new();
     let root = hoststate::root();
     let Ok(entries) = std::fs::read_dir(&root) else {
@@ -437,7 +440,9 @@ fn recover_off(socket: &Path) -> Result<Vec<String>> {
                         "run `recover` as a user who may open the QMP socket",
                     ));
                 }
-                removed.extend(settle::take_back(&mut journal, None, None, THAW_FOR)?.removed);
+                let taken = settle::take_back(&mut journal, None, None, THAW_FOR)?;
+                removed.extend(taken.removed);
+                warnings.extend(taken.failed_hooks);
             }
         }
     }

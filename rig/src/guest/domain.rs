@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
 use super::{
-    BOOT, Builder, Bus, Disk, Format, Libvirtd, UP, initramfs, kernel, last_line, line_with,
+    BOOT, Builder, Bus, Disk, Format, Libvirtd, UP, initramfs, kernel, last_line, line_with, system,
 };
 
 /// OVMF, as Debian's package has it.
@@ -32,6 +32,9 @@ impl Builder {
         name: &str,
     ) -> Result<Domain> {
         fs::create_dir_all(&self.dir)?;
+        if self.system.is_some() {
+            system::create_root(&self.dir, &self.disks)?;
+        }
         for disk in &self.disks {
             disk.create(&self.dir)?;
         }
@@ -42,7 +45,7 @@ impl Builder {
             &self.dir.join("initrd"),
             &kernel,
             &self.run_script(),
-            self.agent,
+            self.agent && self.system.is_none(),
         )?;
         let file = self.dir.join(format!("{name}.xml"));
         fs::write(&file, self.xml(name))?;

@@ -57,6 +57,7 @@ impl Runner {
             freeze_ms: 0,
             released_ms,
             quiesced_ms: None,
+            file_systems: None,
             scratch_bytes: 0,
             quiesced: false,
         };
