@@ -36,6 +36,9 @@ const LOCK_WAIT: Duration = Duration::from_secs(30);
 /// Run states in which the disks are not this QEMU's to read.
 const NOT_ITS_OWN: [&str; 3] = ["postmigrate", "inmigrate", "finish-migrate"];
 
+/// The run state of a domain that is off and will go on from a managed save.
+pub const SAVED: &str = "saved";
+
 /// A target that was found.
 #[derive(Debug, Clone)]
 pub struct Vm {
@@ -164,12 +167,16 @@ impl Vm {
                 daemon,
                 images,
                 left_out,
+                saved: false,
             };
-            Ok((monitor, Some(off)))
+            anyhow::Ok((monitor, off))
         };
         let domain = match (&self.target, &self.domain) {
             (Target::Qmp(socket), _) => return Ok((Box::new(QmpSocket::connect(socket)?), None)),
-            (Target::Disk(image), _) => return open(vec![image.clone()], Vec::new()),
+            (Target::Disk(image), _) => {
+                let (monitor, off) = open(vec![image.clone()], Vec::new())?;
+                return Ok((monitor, Some(off)));
+            }
             (Target::Name(_), Some(domain)) => domain,
             (Target::Name(name), None) => {
                 anyhow::bail!("`{name}` is no target that can be reached")
@@ -184,7 +191,11 @@ impl Vm {
                 }
             } else {
                 let (images, left_out) = domain.images()?;
-                open(images, left_out)
+                open(images, left_out).and_then(|(monitor, mut off)| {
+                    // It cannot be started or saved while its images are held.
+                    off.saved = domain.is_saved()?;
+                    Ok((monitor, Some(off)))
+                })
             };
             match connected {
                 // It was started or ended just now.
@@ -230,6 +241,8 @@ struct Off {
     daemon: Daemon,
     images: Vec<Image>,
     left_out: Vec<LeftOut>,
+    /// Its guest sleeps: its memory is in a managed save.
+    saved: bool,
 }
 
 /// A target in our hands. Dropped, the lock and the connection go; what is in the VM is the journal's to take back.
@@ -262,6 +275,9 @@ impl Hold {
             Some(off) => {
                 let mut machine = off.daemon.machine(&mut self.monitor)?;
                 machine.left_out.clone_from(&off.left_out);
+                if off.saved {
+                    SAVED.clone_into(&mut machine.state);
+                }
                 machine
             }
         };

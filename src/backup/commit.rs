@@ -223,8 +223,8 @@ impl Runner {
         self.bytes.superseded = so_far.again;
         let (disks, reported) = self.point_disks(&keys)?;
         let quiesce = match (self.vm.offline(), instant.quiesced) {
-            (true, _) => image::Quiesce::Offline,
-            (_, true) => image::Quiesce::Quiesced,
+            (true, true) => image::Quiesce::Offline,
+            (false, true) => image::Quiesce::Quiesced,
             (_, false) => image::Quiesce::CrashConsistent,
         };
         let freeze = match (self.vm.offline(), self.options.method) {

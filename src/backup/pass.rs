@@ -29,6 +29,8 @@ const BATCH: Duration = Duration::from_secs(3);
 const AFTER_LOSS: Duration = Duration::from_millis(500);
 /// Between two batches, so that an operator's command that waits gets its turn.
 const BETWEEN: Duration = Duration::from_millis(20);
+/// Between two batches over the images of a VM that is off: whoever starts it fails while they are held, and tries again.
+const BETWEEN_OFF: Duration = Duration::from_secs(1);
 /// A run of at least this many blocks is worth asking the block status for.
 const WORTH_ASKING: u64 = 16;
 /// The most blocks that are asked for at once.
@@ -131,7 +133,8 @@ impl Runner {
             if until.is_some_and(Deadline::passed) {
                 return Ok(PassEnd::OutOfTime);
             }
-            clock::sleep(BETWEEN);
+            let off = self.vm.offline();
+            clock::sleep(if off { BETWEEN_OFF } else { BETWEEN });
         }
     }
 

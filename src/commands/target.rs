@@ -23,7 +23,7 @@ use crate::session::{Session, is_withdrawn_key};
 use crate::settle;
 use crate::target::{Choice, Target};
 use crate::units::Bytes;
-use crate::vm::{Hold, Vm, seen};
+use crate::vm::{Hold, SAVED, Vm, seen};
 
 /// A run that makes nothing: only its name is needed.
 fn looking() -> RunName {
@@ -104,6 +104,12 @@ pub(super) fn inspect(args: &TargetArgs) -> Result<Outcome> {
             "not connected: the guest is not quiesced"
         };
         outcome.line(format!("  guest agent {word}"));
+    }
+    if machine.state == SAVED {
+        outcome.line(
+            "  a managed save has the guest's memory: a point holds the disks as after a power cut; remove it before they are restored (`virsh managedsave-remove`)"
+                .to_owned(),
+        );
     }
     if server == Some(true) {
         outcome.line("  an NBD server runs: a backup waits until it is stopped".to_owned());

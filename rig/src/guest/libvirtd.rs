@@ -124,6 +124,11 @@ impl Libvirtd {
         command
     }
 
+    /// Its directory.
+    pub fn home(&self) -> &Path {
+        &self.home
+    }
+
     /// What libvirt's clients connect to.
     pub fn uri(&self) -> String {
         let socket = self.home.join("sock/libvirt-sock");

@@ -52,7 +52,7 @@ pub(in crate::backup) struct Cut {
     pub(in crate::backup) quiesced_ms: Option<u64>,
     /// Bytes that the scratches took.
     pub(in crate::backup) scratch_bytes: u64,
-    /// Whether the file systems were still frozen after the transaction.
+    /// Whether the file systems were at rest: still frozen after the transaction, or of a guest that was shut down.
     #[serde(skip)]
     pub(in crate::backup) quiesced: bool,
 }
