@@ -39,12 +39,18 @@ use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::qmp::graph::Bitmap;
 use crate::qmp::names::RunName;
+use crate::qmp::socket::start_time;
 use crate::session::{Session, base_map};
 use crate::throttle::{Pace, Throttle};
 use crate::vm::{Hold, Vm};
 
 /// How long a monitor that somebody else uses is waited for.
 const BUSY_WAIT: Duration = Duration::from_secs(60);
+
+/// How long a QEMU that hung up may take to end.
+const END_WAIT: Duration = Duration::from_secs(10);
+/// How long a domain that ended may take to be started again before its images are opened: that would keep it from starting.
+const START_WAIT: Duration = Duration::from_secs(10);
 
 /// So much residual is not worth a live pass before the freeze.
 const SMALL: u64 = 64 << 20;
@@ -73,6 +79,17 @@ fn is_lost(error: &anyhow::Error) -> bool {
         matches!(cause.downcast_ref(), Some(crate::qmp::Error::Lost { .. }))
     };
     error.chain().any(lost)
+}
+
+/// Whether the connection to QEMU or to its NBD server ended.
+fn is_cut_off(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        matches!(cause.downcast_ref(), Some(crate::qmp::Error::Closed))
+            || matches!(
+                cause.downcast_ref(),
+                Some(crate::nbd::Error::Closed { .. } | crate::nbd::Error::Io { .. })
+            )
+    })
 }
 
 /// When to quiesce the guest's file systems around the freeze.
@@ -217,6 +234,30 @@ impl Runner {
             return Err(Failure::hinted(Kind::Interrupted, "interrupted", hint));
         }
         Ok(())
+    }
+
+    /// Whether an error is that of a domain whose QEMU ended under our hands. It is there, on or off, all the same: after
+    /// some time in which it may be started again the work goes on.
+    fn domain_ended(&self, error: &anyhow::Error) -> Result<bool> {
+        let (Some(domain), Some(process)) = (&self.vm.domain, &self.session.state.process) else {
+            return Ok(false);
+        };
+        if process.pid == 0 || !is_cut_off(error) {
+            return Ok(false);
+        }
+        let ended = Deadline::after(END_WAIT);
+        while start_time(process.pid) == Some(process.start) {
+            if ended.passed() {
+                return Ok(false);
+            }
+            self.pause(Duration::from_millis(50))?;
+        }
+        tracing::warn!("{error:#}: the domain ended");
+        let started = Deadline::after(START_WAIT);
+        while !domain.active()? && !started.passed() {
+            self.pause(Duration::from_millis(500))?;
+        }
+        Ok(true)
     }
 
     fn hold(&mut self) -> Result<Hold> {

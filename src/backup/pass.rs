@@ -27,6 +27,8 @@ use crate::vm::{Hold, seen};
 const BATCH: Duration = Duration::from_secs(3);
 /// Between a broken connection and the next try.
 const AFTER_LOSS: Duration = Duration::from_millis(500);
+/// How often a domain may end within a pass.
+const ENDS: u32 = 3;
 /// Between two batches, so that an operator's command that waits gets its turn.
 const BETWEEN: Duration = Duration::from_millis(20);
 /// Between two batches over the images of a VM that is off: whoever starts it fails while they are held, and tries again.
@@ -68,14 +70,16 @@ pub enum PassEnd {
 
 impl Runner {
     /// One pass: rotates, then copies what the older bitmaps hold. `until` ends it early; what it proved stays. Where the
-    /// connection to the monitor broke while the VM is still there, it is begun anew, as after a death.
+    /// connection to the monitor broke while the VM is still there, or a domain ended, it is begun anew, as after a death.
     pub fn pass(&mut self, until: Option<Deadline>) -> Result<PassEnd> {
+        let mut ends = 0;
         loop {
             match self.try_pass(until) {
                 Err(error) if is_lost(&error) => {
                     tracing::warn!("{error:#}: the pass is begun anew");
                     self.pause(AFTER_LOSS)?;
                 }
+                Err(error) if ends < ENDS && self.domain_ended(&error)? => ends += 1,
                 done => return done,
             }
         }

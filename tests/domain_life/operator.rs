@@ -3,10 +3,8 @@
 
 use std::fs;
 
-use forerun_rig::stamp;
-
 use crate::domain_common::Lab;
-use crate::life::{ALL, Life, PERSISTENT, all};
+use crate::life::{ALL, ANY, Life, all};
 use crate::vm_common::MIB;
 
 /// libvirt's own backup of all disks.
@@ -118,7 +116,7 @@ fn an_operator_works_beside_a_pass() {
     let mut life = Life::begin("operator");
     life.during("backup-begin during a pass", &[], |lab| backup_begin(lab));
     life.during("blockresize during a pass", &["vda"], |lab| resize(lab, "vda", 20));
-    life.during("snapshot and commit during a pass", &ALL, |lab| {
+    life.during("snapshot and commit during a pass", &ANY, |lab| {
         snapshot(lab);
         commit(lab);
     });
@@ -154,9 +152,8 @@ fn chains_change_between_points() {
     life.exact("on the copy", &[], &[]);
     life.between("blockcopy to raw between", &["sda"], |lab| copy(lab, "sda", "sda2.raw", "raw"));
     life.exact("on the raw copy", &[], &[]);
-    life.during("blockcopy during a pass", &["vda"], |lab| copy(lab, "vda", "vda3.qcow2", "qcow2"));
-    life.during("snapshot during a pass", &ALL, |lab| snapshot(lab));
-    life.during("commit during a pass", &ALL, |lab| commit(lab));
-    let _ = (PERSISTENT, stamp::check);
+    life.during("blockcopy during a pass", &ANY, |lab| copy(lab, "vda", "vda3.qcow2", "qcow2"));
+    life.during("snapshot during a pass", &ANY, |lab| snapshot(lab));
+    life.during("commit during a pass", &ANY, |lab| commit(lab));
     life.lab.run(&["verify"]).code(0);
 }

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use self::quiesce::THAW;
 use super::pass::start_server;
 use super::spool::Spool;
-use super::{Quiesce, Runner, is_lost};
+use super::{Quiesce, Runner, is_cut_off, is_lost};
 use crate::bitmap::track::Rotation;
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
@@ -86,7 +86,7 @@ impl Runner {
                 self.options.quiesce = Quiesce::Never;
                 self.try_freeze()
             }
-            Err(error) if is_lost(&error) => Err(GivenUp(format!("{error:#}")).into()),
+            Err(error) if is_lost(&error) || self.domain_ended(&error)? => Err(GivenUp(format!("{error:#}")).into()),
             done => done,
         }
     }
@@ -145,6 +145,8 @@ impl Runner {
                 }
                 self.dismiss(guard);
             }
+            // Nothing of it is left but files, which the next command on the target removes.
+            Err(error) if is_cut_off(&error) => tracing::warn!("{error:#}: the VM ended"),
             Err(error) => {
                 tracing::error!(error = format!("{error:#}"), "the VM could not be released");
                 self.warnings.push(format!(
