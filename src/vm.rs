@@ -7,19 +7,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use qapi::qmp;
+use serde_json::json;
 
 use crate::bitmap::rotate::Port;
 use crate::bitmap::track::Seen;
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
-use crate::hoststate::{self, Journal, Lock, TargetState};
+use crate::hoststate::{self, Found, Journal, Lock, TargetState};
 use crate::libvirt::Domain;
 use crate::offline::{self, Daemon, Memory};
 use crate::qmp::agent::{Address, THAW_FOR};
 use crate::qmp::command::{
-    action_add_bitmap, action_disable_bitmap, action_remove_bitmap, transaction,
+    action_add_bitmap, action_disable_bitmap, action_remove_bitmap, call, transaction,
 };
-use crate::qmp::graph::Disk;
+use crate::qmp::graph::{Disk, Graph};
 use crate::qmp::machine::{self, LeftOut, Machine};
 use crate::qmp::names::{PREFIX, RunName};
 use crate::qmp::socket::QmpSocket;
@@ -128,9 +130,12 @@ impl Vm {
         if !recovered.is_empty() {
             tracing::warn!(?recovered, "took back what a dead run left in the VM");
         }
-        let journal = self
-            .state
-            .journal(&run.run, self.monitor_path(), monitor.process());
+        let journal = self.state.journal(
+            &run.run,
+            self.monitor_path(),
+            self.found(),
+            monitor.process(),
+        );
         let mut memory = None;
         if let Some(off) = &off {
             for disk in off.daemon.machine(&mut monitor)?.disks {
@@ -150,6 +155,7 @@ impl Vm {
             recovered,
             unthawed,
             seen: None,
+            used: Vec::new(),
             choice: self.choice.clone(),
             granularity: 0,
             memory,
@@ -208,6 +214,19 @@ impl Vm {
         }
     }
 
+    fn found(&self) -> Found {
+        match &self.domain {
+            Some(domain) => Found {
+                target: domain.name().to_owned(),
+                connect: Some(domain.uri().to_owned()),
+            },
+            None => Found {
+                target: self.target.to_string(),
+                connect: None,
+            },
+        }
+    }
+
     fn monitor_path(&self) -> &Path {
         match &self.target {
             Target::Qmp(path) => path,
@@ -257,6 +276,8 @@ pub struct Hold {
     /// Agents of dead runs that do not say that their guests are thawed; every command asks them again.
     pub unthawed: Vec<Address>,
     seen: Option<(Machine, Chosen)>,
+    /// The nodes of disks that were chosen at any look.
+    used: Vec<String>,
     choice: Choice,
     /// Bytes a bit of the bitmaps that are added.
     pub granularity: u32,
@@ -310,6 +331,11 @@ impl Hold {
             ));
         }
         let chosen = self.choice.apply(&machine)?;
+        for disk in &chosen.disks {
+            if !self.used.contains(&disk.node) {
+                self.used.push(disk.node.clone());
+            }
+        }
         let kept = self.seen.insert((machine, chosen));
         Ok((&kept.0, &kept.1))
     }
@@ -328,7 +354,35 @@ impl Hold {
 
     /// Takes back all that the journal lists, in the VM and on the file system.
     pub fn release(&mut self) -> Result<TakenBack> {
-        settle::take_back(&mut self.journal, Some(&mut self.monitor), THAW_FOR)
+        let taken = settle::take_back(&mut self.journal, Some(&mut self.monitor), THAW_FOR)?;
+        if self.domain.is_some()
+            && self.off.is_none()
+            && let Err(error) = self.close_unplugged()
+        {
+            tracing::warn!(%error, "cannot see whether a disk was unplugged");
+        }
+        Ok(taken)
+    }
+
+    /// Closes the images of disks that were unplugged while we read them: libvirt could not, forgets them, and they could not
+    /// be plugged again.
+    fn close_unplugged(&mut self) -> crate::qmp::Result<()> {
+        let graph = Graph::read(&mut self.monitor)?;
+        for node in std::mem::take(&mut self.used) {
+            if graph.node(&node).is_none() || graph.has_parents(&node) {
+                continue;
+            }
+            let below = graph.below(&node);
+            for node in std::iter::once(&node).chain(&below) {
+                // One that is in use stays; libvirt may be at it, too.
+                match call::<qmp::blockdev_del>(&mut self.monitor, json!({ "node-name": node })) {
+                    Err(error) if !error.refused() => return Err(error),
+                    Err(_) => break,
+                    Ok(_) => tracing::info!(node, "closed an unplugged disk's image"),
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The ids of the jobs that were there at the last look and are not ours.

@@ -1,7 +1,11 @@
 //! The program dies while it holds a libvirt domain, with its guard or without: the guest runs on, thawed, what was put
 //! into the VM comes out, and the next run goes on from there.
 #![cfg(all(feature = "libvirt", feature = "fault-injection"))]
-#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test fails by it, and needs no durable writes"
+)]
 #![expect(clippy::print_stdout, reason = "numbers for who reads the log")]
 
 mod domain_common;
@@ -9,7 +13,9 @@ mod kill_common;
 mod vm_common;
 
 use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use domain_common::{ALONE, Lab};
 use forerun::clock;
@@ -94,7 +100,10 @@ fn die_at(lab: &mut Lab, words: &[&str], step: &Step, death: Death, last: &mut u
             wait_for("the guard does not release", || {
                 lab.leftovers().is_empty() && lab.host_state().is_empty()
             });
-            println!("{fault}, {death:?}: released after {:?}", clock::now() - died);
+            println!(
+                "{fault}, {death:?}: released after {:?}",
+                clock::now() - died
+            );
             assert!(!frozen(lab), "{fault}, {death:?}");
         }
     } else {
@@ -129,8 +138,16 @@ fn dies(name: &str, words: &[&str]) {
     let steps = named(&lab.steps());
     let guarded = steps.iter().filter(|step| step.guarded).count();
     let all = std::env::var_os("FORERUN_KILL_ALL").is_some_and(|all| all == "1");
-    let deaths = if all { chosen(&steps, SPREAD) } else { few(&steps) };
-    println!("{words:?}: {} steps, {guarded} guarded, {} deaths", steps.len(), deaths.len());
+    let deaths = if all {
+        chosen(&steps, SPREAD)
+    } else {
+        few(&steps)
+    };
+    println!(
+        "{words:?}: {} steps, {guarded} guarded, {} deaths",
+        steps.len(),
+        deaths.len()
+    );
     let (mut last, mut killed) = (0, 0);
     let mut by_death = [0; 3];
     for (number, (step, with_guard)) in deaths.iter().enumerate() {
@@ -182,6 +199,101 @@ fn killed_at_any_step_of_a_domain_s_precopy() {
 #[test]
 fn killed_at_any_step_of_a_domain_s_backup() {
     dies("killback", &["backup", "--freeze", "fleece"]);
+}
+
+/// Dies with its guard right after the transaction: everything of a freeze is in the VM. Returns the journal.
+fn dies_whole(lab: &mut Lab) -> (PathBuf, Vec<u8>) {
+    let name = lab.name();
+    let fault = "kill-with-guard@qmp:block-export-add:answered#1";
+    lab.start(&["backup", &name], fault).end();
+    let state = lab.path("state").join(lab.uuid());
+    let journal = lab
+        .host_state()
+        .into_iter()
+        .find(|file| file.ends_with(".journal"));
+    let path = state.join(journal.unwrap());
+    let bytes = std::fs::read(&path).unwrap();
+    assert!(lab.leftovers().len() > 4, "{:?}", lab.leftovers());
+    (path, bytes)
+}
+
+#[test]
+fn what_dead_runs_left_is_found_again() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut lab = Lab::boot("recover", 16 * MIB, "--trim --span 8 --rate 300");
+    let name = lab.name();
+    lab.backup(&[]).done();
+
+    // With its journal lost: by the names, for its own repository only, and a live run has nothing to fear.
+    let (journal, _) = dies_whole(&mut lab);
+    std::fs::remove_file(&journal).unwrap();
+    let other = lab.path("other").display().to_string();
+    lab.run(&["init", &other]).done();
+    let left = lab.leftovers();
+    let ended = lab.run(&["recover", &name, "--repo", &other]).code(3);
+    assert!(
+        ended.json.to_string().contains("name their repository"),
+        "{ended:#?}"
+    );
+    assert_eq!(lab.leftovers(), left);
+    let ended = lab.run(&["recover", &name]).code(0);
+    let said = ended.json.to_string();
+    for what in ["job ", "export ", "node ", "NBD server"] {
+        assert!(said.contains(what), "{what}: {ended:#?}");
+    }
+    lab.is_clean();
+    clock::sleep(Duration::from_secs(1));
+    let run = lab.start(&["precopy", &name, "--once", "--rate", "3MiB/s"], "");
+    wait_for("no batch began", || {
+        clock::sleep(Duration::from_millis(30));
+        !lab.ask("query-block-exports").is_empty()
+    });
+    lab.run(&["recover", &name]).code(0);
+    run.end().done();
+
+    // Without a target: whatever the journals of this host are about.
+    dies_whole(&mut lab);
+    let ended = lab.run(&["recover"]).code(0);
+    assert!(ended.json.to_string().contains("NBD server"), "{ended:#?}");
+    lab.is_clean();
+    let ended = lab.run(&["recover"]).code(0);
+    assert_eq!(
+        ended.json["targets"].as_array().unwrap().len(),
+        0,
+        "{ended:#?}"
+    );
+    let next = lab.backup(&[]).done();
+    assert!(next.rescanned().is_empty(), "{next:#?}");
+    lab.step_of(&next.point());
+
+    // Off, by another name, and not there at all.
+    let (path, journal) = dies_whole(&mut lab);
+    lab.domain.destroy().unwrap();
+    lab.domain.virsh(&["domrename", &name, "renamed"]).unwrap();
+    for spelled in [name.as_str(), "renamed"] {
+        std::fs::write(&path, &journal).unwrap();
+        lab.run(&["recover", spelled]).code(0);
+        assert_eq!(lab.host_state(), Vec::<String>::new(), "{spelled}");
+    }
+    lab.domain.virsh(&["undefine", "renamed"]).unwrap();
+    let uuid = lab.uuid().to_owned();
+    for words in [&["recover", &name][..], &["recover", &uuid], &["recover"]] {
+        std::fs::write(&path, &journal).unwrap();
+        lab.run(words).code(0);
+        assert_eq!(lab.host_state(), Vec::<String>::new(), "{words:?}");
+    }
+    lab.run(&["recover", &name]).code(2);
+
+    // Started anew: the journal is of a QEMU that is gone.
+    let xml = lab.path(&format!("{name}.xml")).display().to_string();
+    lab.domain.virsh(&["define", &xml]).unwrap();
+    lab.start_again();
+    std::fs::write(&path, &journal).unwrap();
+    lab.run(&["status", &name]).done();
+    lab.is_clean();
+    let next = lab.backup(&[]).done();
+    lab.step_of(&next.point());
+    lab.is_clean();
 }
 
 /// What the guest's agent says of its file systems.

@@ -5,6 +5,7 @@ mod copy;
 mod forget;
 mod key;
 mod prune;
+mod recover;
 mod repair;
 mod repository;
 mod restore;
@@ -187,7 +188,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         Command::Unpin { repo, point } => forget::unpin(&repo, &point),
         Command::Repair { what } => repair::repair(&what),
         Command::Untrack(args) => target::untrack(&args),
-        Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
+        Command::Recover { target, repo } => recover::run(&target, repo.as_deref(), &interrupted),
         Command::DropSession { repo, target, name } => {
             target::drop_session(&repo, &target, name.as_deref())
         }

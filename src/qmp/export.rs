@@ -19,6 +19,9 @@ use crate::unix_path::ShortPath;
 /// The longest string of the NBD protocol ("Values", string length).
 const NBD_NAME_LIMIT: usize = 4096;
 
+/// How the names of our sockets end: `<repository>-<run>.nbd`, short enough for a socket's path.
+pub(super) const SOCKET: &str = ".nbd";
+
 /// A disk's export to make.
 #[derive(Debug, Clone)]
 pub struct Export {
@@ -46,7 +49,7 @@ impl Listening {
         let directory = monitor.place().unwrap_or(directory);
         let listener = run.part(Part::Listener, 0);
         Self {
-            socket: directory.join(format!("{}.nbd", run.run)),
+            socket: directory.join(format!("{}-{}{SOCKET}", run.repository, run.run)),
             listener,
         }
     }

@@ -28,7 +28,9 @@ fn a_domain_ends_and_begins_in_every_way() {
     life.between("libvirtd restarted", &[], |lab| restart_daemon(lab));
 
     life.between("managedsave, then start", &RAW, |lab| {
-        lab.domain.virsh(&["managedsave", lab.domain.name()]).unwrap();
+        lab.domain
+            .virsh(&["managedsave", lab.domain.name()])
+            .unwrap();
         lab.domain.virsh(&["start", lab.domain.name()]).unwrap();
         lab.progresses();
     });
@@ -58,7 +60,9 @@ fn a_domain_ends_and_begins_in_every_way() {
     if all() {
         life.between("virsh shutdown by the agent", &RAW, |lab| {
             lab.in_guest("/bin/busybox", &["true"]);
-            lab.domain.virsh(&["shutdown", lab.domain.name(), "--mode", "agent"]).unwrap();
+            lab.domain
+                .virsh(&["shutdown", lab.domain.name(), "--mode", "agent"])
+                .unwrap();
             lab.becomes("shut off");
             lab.start_again();
         });
@@ -71,7 +75,9 @@ fn a_domain_ends_and_begins_in_every_way() {
         });
         life.between("save, then restore", &RAW, |lab| {
             let file = lab.path("saved").display().to_string();
-            lab.domain.virsh(&["save", lab.domain.name(), &file]).unwrap();
+            lab.domain
+                .virsh(&["save", lab.domain.name(), &file])
+                .unwrap();
             lab.domain.virsh(&["restore", &file]).unwrap();
             lab.progresses();
         });
@@ -87,12 +93,16 @@ fn a_domain_ends_and_begins_in_every_way() {
 fn a_domain_ends_within_a_pass_and_within_a_freeze() {
     let mut life = Life::begin("within");
     let name = life.name();
-    life.during("libvirtd restarted during a pass", &[], |lab| restart_daemon(lab));
+    life.during("libvirtd restarted during a pass", &[], |lab| {
+        restart_daemon(lab)
+    });
     life.during("guest reset during a pass", &[], |lab| {
         lab.reboots(|lab| drop(lab.domain.virsh(&["reset", lab.domain.name()]).unwrap()));
     });
     // It ends within a batch: the pass goes on from the images, or from the QEMU that comes next.
-    life.during("destroyed during a pass, off", &RAW, |lab| lab.domain.destroy().unwrap());
+    life.during("destroyed during a pass, off", &RAW, |lab| {
+        lab.domain.destroy().unwrap()
+    });
     assert_eq!(life.lab.state(), "shut off");
     life.start();
     let rescanned: &[&str] = if all() { &RAW } else { &[] };
@@ -120,7 +130,9 @@ fn a_domain_ends_within_a_pass_and_within_a_freeze() {
     // Within a freeze, right after its transaction.
     for end in ["destroy", "kill"] {
         life.writes();
-        let run = life.lab.start(&["backup", &name], "stop@qmp:transaction:answered#1");
+        let run = life
+            .lab
+            .start(&["backup", &name], "stop@qmp:transaction:answered#1");
         let lab = &life.lab;
         wait_for("no freeze", || !lab.steps().is_empty());
         if end == "destroy" {

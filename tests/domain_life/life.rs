@@ -122,7 +122,9 @@ impl Life {
         // The guest touches all of what it stamps.
         clock::sleep(Duration::from_secs(2));
         let name = self.name();
-        let run = self.lab.start(&[&["precopy", &name, "--once"], &SLOW[..]].concat(), "");
+        let run = self
+            .lab
+            .start(&[&["precopy", &name, "--once"], &SLOW[..]].concat(), "");
         let lab = &self.lab;
         wait_for("no batch began", || {
             // Each look is a process on a machine that has other things to do.
@@ -143,8 +145,14 @@ impl Life {
         event(&mut self.lab);
         let still = run.child.try_wait().unwrap().is_none();
         let ended = run.end();
-        assert!(matches!(ended.status.code(), Some(0 | 3)), "{what}: {ended:#?}");
-        println!("ROW {what}: the pass {} when it had happened", if still { "went on" } else { "had ended" });
+        assert!(
+            matches!(ended.status.code(), Some(0 | 3)),
+            "{what}: {ended:#?}"
+        );
+        println!(
+            "ROW {what}: the pass {} when it had happened",
+            if still { "went on" } else { "had ended" }
+        );
         self.exact(what, &[], rescanned)
     }
 
@@ -163,12 +171,18 @@ impl Life {
 impl Lab {
     /// Whether a batch or a freeze is in the VM.
     pub(crate) fn exporting(&self) -> bool {
-        let exports = self.domain.execute("query-block-exports", &serde_json::json!({}));
+        let exports = self
+            .domain
+            .execute("query-block-exports", &serde_json::json!({}));
         exports.is_ok_and(|exports| exports.as_array().is_some_and(|list| !list.is_empty()))
     }
 
     pub(crate) fn state(&self) -> String {
-        self.domain.virsh(&["domstate", self.domain.name()]).unwrap().trim().to_owned()
+        self.domain
+            .virsh(&["domstate", self.domain.name()])
+            .unwrap()
+            .trim()
+            .to_owned()
     }
 
     pub(crate) fn becomes(&self, state: &str) {
@@ -186,13 +200,21 @@ impl Lab {
             tries += 1;
             match self.domain.virsh(words) {
                 Ok(said) => {
-                    println!("    {} at try {tries} after {} ms", words[0], begun.elapsed().as_millis());
+                    println!(
+                        "    {} at try {tries} after {} ms",
+                        words[0],
+                        begun.elapsed().as_millis()
+                    );
                     return said;
                 }
                 Err(error) => {
                     assert!(begun.elapsed() < OPERATOR, "{words:?}: {error}");
                     if tries == 1 {
-                        println!("    {} refused: {}", words[0], error.to_string().lines().last().unwrap_or_default());
+                        println!(
+                            "    {} refused: {}",
+                            words[0],
+                            error.to_string().lines().last().unwrap_or_default()
+                        );
                     }
                     clock::sleep(Duration::from_millis(200));
                 }
@@ -204,7 +226,9 @@ impl Lab {
     pub(crate) fn in_guest(&self, path: &str, words: &[&str]) {
         let ping = r#"{"execute":"guest-ping"}"#;
         wait_for("the agent never answers", || {
-            self.domain.virsh(&["qemu-agent-command", self.domain.name(), ping]).is_ok()
+            self.domain
+                .virsh(&["qemu-agent-command", self.domain.name(), ping])
+                .is_ok()
         });
         let ask = serde_json::json!({ "execute": "guest-exec", "arguments": { "path": path, "arg": words } });
         self.domain
@@ -215,7 +239,9 @@ impl Lab {
     /// How often the guest has come up on the console of this QEMU.
     pub(crate) fn boots(&self) -> usize {
         let log = std::fs::read(self.path("serial.log")).unwrap();
-        String::from_utf8_lossy(&log).matches("stamp: running").count()
+        String::from_utf8_lossy(&log)
+            .matches("stamp: running")
+            .count()
     }
 
     /// The guest comes up once more.

@@ -18,7 +18,11 @@ fn backup_begin(lab: &Lab) {
         disks.concat()
     );
     fs::write(&job, text).unwrap();
-    lab.operator(&["backup-begin", lab.domain.name(), &job.display().to_string()]);
+    lab.operator(&[
+        "backup-begin",
+        lab.domain.name(),
+        &job.display().to_string(),
+    ]);
     lab.operator(&["domjobabort", lab.domain.name()]);
 }
 
@@ -27,17 +31,34 @@ fn checkpoint(lab: &Lab) {
     let text = "<domaincheckpoint><name>operators</name><disks><disk name='vda'/><disk name='sda'/>\
                 <disk name='vdb' checkpoint='no'/></disks></domaincheckpoint>";
     fs::write(&file, text).unwrap();
-    lab.operator(&["checkpoint-create", lab.domain.name(), &file.display().to_string()]);
+    lab.operator(&[
+        "checkpoint-create",
+        lab.domain.name(),
+        &file.display().to_string(),
+    ]);
     lab.operator(&["checkpoint-delete", lab.domain.name(), "operators"]);
 }
 
 fn snapshot(lab: &Lab) {
-    lab.operator(&["snapshot-create-as", lab.domain.name(), "--disk-only", "--no-metadata", "--atomic"]);
+    lab.operator(&[
+        "snapshot-create-as",
+        lab.domain.name(),
+        "--disk-only",
+        "--no-metadata",
+        "--atomic",
+    ]);
 }
 
 fn commit(lab: &Lab) {
     for disk in ALL {
-        lab.operator(&["blockcommit", lab.domain.name(), disk, "--active", "--pivot", "--wait"]);
+        lab.operator(&[
+            "blockcommit",
+            lab.domain.name(),
+            disk,
+            "--active",
+            "--pivot",
+            "--wait",
+        ]);
     }
     for overlay in overlays(lab) {
         fs::remove_file(overlay).unwrap();
@@ -46,12 +67,16 @@ fn commit(lab: &Lab) {
 
 /// What snapshots have left beside the images.
 fn overlays(lab: &Lab) -> Vec<std::path::PathBuf> {
-    let entries = fs::read_dir(lab.path("")).unwrap().map(|entry| entry.unwrap().path());
+    let entries = fs::read_dir(lab.path(""))
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
     entries
         .filter(|path| {
             let name = path.file_name().unwrap().to_str().unwrap();
             let own = ["vda.qcow2", "vdb.raw", "sda.qcow2"].contains(&name);
-            !own && ["vda.", "vdb.", "sda."].iter().any(|disk| name.starts_with(disk))
+            !own && ["vda.", "vdb.", "sda."]
+                .iter()
+                .any(|disk| name.starts_with(disk))
         })
         .collect()
 }
@@ -60,7 +85,16 @@ fn overlays(lab: &Lab) -> Vec<std::path::PathBuf> {
 fn copy(lab: &Lab, disk: &str, file: &str, format: &str) {
     let path = lab.path(file).display().to_string();
     lab.operator(&[
-        "blockcopy", lab.domain.name(), disk, "--dest", &path, "--format", format, "--wait", "--pivot", "--transient-job",
+        "blockcopy",
+        lab.domain.name(),
+        disk,
+        "--dest",
+        &path,
+        "--format",
+        format,
+        "--wait",
+        "--pivot",
+        "--transient-job",
     ]);
 }
 
@@ -86,14 +120,25 @@ fn plug(lab: &Lab) {
         assert!(io.status.success(), "{io:?}");
     }
     lab.operator(&[
-        "attach-disk", lab.domain.name(), &file.display().to_string(), "vdc", "--driver", "qemu", "--subdriver", "qcow2", "--live",
+        "attach-disk",
+        lab.domain.name(),
+        &file.display().to_string(),
+        "vdc",
+        "--driver",
+        "qemu",
+        "--subdriver",
+        "qcow2",
+        "--live",
     ]);
 }
 
 fn unplug(lab: &Lab) {
     lab.operator(&["detach-disk", lab.domain.name(), "vdc", "--live"]);
     crate::vm_common::wait_for("the disk does not go", || {
-        !lab.domain.virsh(&["domblklist", lab.domain.name()]).unwrap().contains("vdc")
+        !lab.domain
+            .virsh(&["domblklist", lab.domain.name()])
+            .unwrap()
+            .contains("vdc")
     });
     // Nothing of it stays in QEMU, so that it may be attached again.
     crate::vm_common::wait_for("its image stays open in QEMU", || {
@@ -108,14 +153,21 @@ fn has_plugged(lab: &Lab) {
     let bytes = fs::read(lab.path("restored/vdc.raw")).unwrap();
     assert_eq!(bytes.len() as u64, 8 * MIB);
     let within = |at: usize| (1 << 20..3 << 20).contains(&at);
-    assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == if within(at) { 0x5a } else { 0 }));
+    assert!(
+        bytes
+            .iter()
+            .enumerate()
+            .all(|(at, byte)| *byte == if within(at) { 0x5a } else { 0 })
+    );
 }
 
 #[test]
 fn an_operator_works_beside_a_pass() {
     let mut life = Life::begin("operator");
     life.during("backup-begin during a pass", &[], |lab| backup_begin(lab));
-    life.during("blockresize during a pass", &["vda"], |lab| resize(lab, "vda", 20));
+    life.during("blockresize during a pass", &["vda"], |lab| {
+        resize(lab, "vda", 20)
+    });
     life.during("snapshot and commit during a pass", &ANY, |lab| {
         snapshot(lab);
         commit(lab);
@@ -132,8 +184,12 @@ fn an_operator_works_beside_a_pass() {
         life.during("checkpoint during a pass", &[], |lab| checkpoint(lab));
         life.between("checkpoint between", &[], |lab| checkpoint(lab));
         life.between("backup-begin between", &[], |lab| backup_begin(lab));
-        life.between("blockresize between", &["vdb"], |lab| resize(lab, "vdb", 20));
-        life.during("blockresize of a raw disk during a pass", &["vdb"], |lab| resize(lab, "vdb", 24));
+        life.between("blockresize between", &["vdb"], |lab| {
+            resize(lab, "vdb", 20)
+        });
+        life.during("blockresize of a raw disk during a pass", &["vdb"], |lab| {
+            resize(lab, "vdb", 24)
+        });
     }
     life.lab.run(&["verify"]).code(0);
 }
@@ -148,11 +204,17 @@ fn chains_change_between_points() {
     life.exact("on the overlay", &[], &[]);
     life.between("commit between", &ALL, |lab| commit(lab));
     life.exact("on the base again", &[], &[]);
-    life.between("blockcopy to qcow2 between", &["vda"], |lab| copy(lab, "vda", "vda2.qcow2", "qcow2"));
+    life.between("blockcopy to qcow2 between", &["vda"], |lab| {
+        copy(lab, "vda", "vda2.qcow2", "qcow2")
+    });
     life.exact("on the copy", &[], &[]);
-    life.between("blockcopy to raw between", &["sda"], |lab| copy(lab, "sda", "sda2.raw", "raw"));
+    life.between("blockcopy to raw between", &["sda"], |lab| {
+        copy(lab, "sda", "sda2.raw", "raw")
+    });
     life.exact("on the raw copy", &[], &[]);
-    life.during("blockcopy during a pass", &ANY, |lab| copy(lab, "vda", "vda3.qcow2", "qcow2"));
+    life.during("blockcopy during a pass", &ANY, |lab| {
+        copy(lab, "vda", "vda3.qcow2", "qcow2")
+    });
     life.during("snapshot during a pass", &ANY, |lab| snapshot(lab));
     life.during("commit during a pass", &ANY, |lab| commit(lab));
     life.lab.run(&["verify"]).code(0);

@@ -31,8 +31,14 @@ fn stored(lab: &Lab, disk: &str) -> Vec<String> {
         .unwrap();
     let info: Value = serde_json::from_slice(&output.stdout).unwrap();
     let bitmaps = info.pointer("/format-specific/data/bitmaps");
-    let bitmaps = bitmaps.and_then(Value::as_array).cloned().unwrap_or_default();
-    bitmaps.iter().map(|bitmap| bitmap["name"].as_str().unwrap().to_owned()).collect()
+    let bitmaps = bitmaps
+        .and_then(Value::as_array)
+        .cloned()
+        .unwrap_or_default();
+    bitmaps
+        .iter()
+        .map(|bitmap| bitmap["name"].as_str().unwrap().to_owned())
+        .collect()
 }
 
 #[test]
@@ -86,7 +92,10 @@ fn a_domain_is_off_saved_or_started_under_our_hands() {
     assert_eq!(point["quiesce"], "crash-consistent", "{saved:#?}");
     warned(&saved, "managed save");
     let seen = life.lab.run(&["inspect", &name]).done();
-    assert_eq!(seen.json["targets"][0]["machine"]["state"], "saved", "{seen:#?}");
+    assert_eq!(
+        seen.json["targets"][0]["machine"]["state"], "saved",
+        "{seen:#?}"
+    );
     life.virsh(&["start", &name]);
     life.lab.progresses();
     life.exact("started from its managed save", &[], &["vdb"]);
@@ -94,9 +103,14 @@ fn a_domain_is_off_saved_or_started_under_our_hands() {
 
     // Started while a pass over its images is under way.
     life.lab.domain.destroy().unwrap();
-    let run = life.lab.start(&["precopy", &name, "--once", "--rate", "1MiB/s"], "");
+    let run = life
+        .lab
+        .start(&["precopy", &name, "--once", "--rate", "1MiB/s"], "");
     wait_for("nothing holds the images", || {
-        life.lab.host_state().iter().any(|file| file.ends_with(".qsd"))
+        life.lab
+            .host_state()
+            .iter()
+            .any(|file| file.ends_with(".qsd"))
     });
     clock::sleep(std::time::Duration::from_millis(500));
     let begun = Instant::now();

@@ -86,7 +86,9 @@ impl Runner {
                 self.options.quiesce = Quiesce::Never;
                 self.try_freeze()
             }
-            Err(error) if is_lost(&error) || self.domain_ended(&error)? => Err(GivenUp(format!("{error:#}")).into()),
+            Err(error) if is_lost(&error) || self.domain_ended(&error)? => {
+                Err(GivenUp(format!("{error:#}")).into())
+            }
             done => done,
         }
     }
