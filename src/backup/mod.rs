@@ -47,8 +47,8 @@ use crate::vm::{Hold, Vm};
 /// How long a monitor that somebody else uses is waited for.
 const BUSY_WAIT: Duration = Duration::from_secs(60);
 
-/// How long a QEMU that hung up may take to end.
-const END_WAIT: Duration = Duration::from_secs(10);
+/// How long a QEMU that hung up, or that is about to, may take to end.
+const END_WAIT: Duration = Duration::from_secs(5);
 /// How long a domain that ended may take to be started again before its images are opened: that would keep it from starting.
 const START_WAIT: Duration = Duration::from_secs(10);
 
@@ -81,15 +81,19 @@ fn is_lost(error: &anyhow::Error) -> bool {
     error.chain().any(lost)
 }
 
-/// Whether the connection to QEMU or to its NBD server ended.
+/// Whether the connection to QEMU ended.
 fn is_cut_off(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
+    let closed = |cause: &(dyn std::error::Error + 'static)| {
         matches!(cause.downcast_ref(), Some(crate::qmp::Error::Closed))
-            || matches!(
-                cause.downcast_ref(),
-                Some(crate::nbd::Error::Closed { .. } | crate::nbd::Error::Io { .. })
-            )
-    })
+    };
+    error.chain().any(closed)
+}
+
+/// Whether QEMU or its NBD server said it, or no longer did. One that is ending takes its exports away first.
+fn is_of_qemu(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .any(|cause| cause.is::<crate::qmp::Error>() || cause.is::<crate::nbd::Error>())
 }
 
 /// When to quiesce the guest's file systems around the freeze.
@@ -242,7 +246,7 @@ impl Runner {
         let (Some(domain), Some(process)) = (&self.vm.domain, &self.session.state.process) else {
             return Ok(false);
         };
-        if process.pid == 0 || !is_cut_off(error) {
+        if process.pid == 0 || !is_of_qemu(error) {
             return Ok(false);
         }
         let ended = Deadline::after(END_WAIT);

@@ -31,6 +31,8 @@ const AFTER_LOSS: Duration = Duration::from_millis(500);
 const ENDS: u32 = 3;
 /// Between two batches, so that an operator's command that waits gets its turn.
 const BETWEEN: Duration = Duration::from_millis(20);
+/// As [`BETWEEN`], where libvirt refuses at once what a batch stands in the way of, and the operator tries again.
+const BETWEEN_DOMAIN: Duration = Duration::from_millis(200);
 /// Between two batches over the images of a VM that is off: whoever starts it fails while they are held, and tries again.
 const BETWEEN_OFF: Duration = Duration::from_secs(1);
 /// A run of at least this many blocks is worth asking the block status for.
@@ -93,6 +95,7 @@ impl Runner {
         loop {
             self.check_interrupt()?;
             let mut hold = self.hold()?;
+            hold.may_share_files()?;
             if !hold.lasting()? {
                 return Err(Failure::hinted(
                     Kind::Attention,
@@ -137,8 +140,11 @@ impl Runner {
             if until.is_some_and(Deadline::passed) {
                 return Ok(PassEnd::OutOfTime);
             }
-            let off = self.vm.offline();
-            clock::sleep(if off { BETWEEN_OFF } else { BETWEEN });
+            clock::sleep(match (self.vm.offline(), &self.vm.domain) {
+                (true, _) => BETWEEN_OFF,
+                (_, Some(_)) => BETWEEN_DOMAIN,
+                (_, None) => BETWEEN,
+            });
         }
     }
 
@@ -195,14 +201,16 @@ impl Runner {
                     give,
                 );
                 // What was read is what the bitmaps are about only if the disks are still what they were: an export follows
-                // to an overlay that somebody puts on.
-                let same = read.and_then(|()| {
-                    hold.look()?;
-                    match this.astray(&hold, disks.len()) {
+                // to an overlay that somebody puts on. And what failed may have failed for a disk that has gone.
+                let looked = hold.look().map(drop);
+                let same = match (read, looked) {
+                    (Err(error), Err(_)) => Err(error),
+                    (Ok(()), Err(error)) => Err(error),
+                    (read, Ok(())) => match this.astray(&hold, disks.len()) {
                         Some(why) => Err(Astray(why).into()),
-                        None => Ok(()),
-                    }
-                });
+                        None => read,
+                    },
+                };
                 let released = hold.release();
                 drop(hold);
                 same?;

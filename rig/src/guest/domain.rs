@@ -22,7 +22,7 @@ pub struct Domain {
 
 impl Builder {
     /// Defines the guest as a domain, starts it, and waits until it is up. A disk's id is its target's `dev`, which
-    /// says its bus, too: `vda` is on virtio-blk, `sda` on virtio-scsi.
+    /// says its bus, too: `vda` is on virtio-blk, `sda` on virtio-scsi. Another bus is one of libvirt's names.
     pub fn domain(
         self,
         libvirtd: std::sync::Arc<std::sync::Mutex<Libvirtd>>,
@@ -102,6 +102,7 @@ fn emulator(binary: &Path) -> String {
 fn disk_xml(disk: &Disk, dir: &Path) -> String {
     let (bus, iothread) = match (disk.bus_kind(), disk.iothread_name()) {
         (Bus::Scsi, _) => ("scsi", ""),
+        (Bus::Other(bus), _) => (bus.as_str(), ""),
         (_, Some(_)) => ("virtio", " iothread='1'"),
         (_, None) => ("virtio", ""),
     };

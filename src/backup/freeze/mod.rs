@@ -95,9 +95,17 @@ impl Runner {
 
     fn try_freeze(&mut self) -> Result<Residual> {
         let mut hold = self.hold_without_jobs()?;
+        hold.may_share_files()?;
         let mut guard = None;
-        let result = self.freeze_held(&mut hold, &mut guard);
+        let mut result = self.freeze_held(&mut hold, &mut guard);
         if let Err(error) = &result {
+            let nodes = |hold: &Hold| -> Vec<(String, String)> {
+                let disks = hold.disks().iter();
+                disks
+                    .map(|disk| (disk.key.clone(), disk.node.clone()))
+                    .collect()
+            };
+            let before = nodes(&hold);
             // Whatever was put into the VM comes out; the error that is reported is the first one. An overlay that is not
             // committed in its time stays in the journal: another wait of the same length would be no better.
             if matches!(error.downcast_ref(), Some(qmp::Error::NotConverged { .. })) {
@@ -108,6 +116,10 @@ impl Runner {
             for disk in &mut self.disks {
                 disk.open = None;
                 disk.unsound = None;
+            }
+            // What failed may have failed for a disk that has gone.
+            if !error.is::<GivenUp>() && hold.look().is_ok() && nodes(&hold) != before {
+                result = Err(GivenUp(format!("a disk came or went: {error:#}")).into());
             }
         }
         self.note_unreadable(result)
