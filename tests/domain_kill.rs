@@ -20,12 +20,9 @@ use std::time::Duration;
 use domain_common::{ALONE, Lab};
 use forerun::clock;
 use forerun_rig::guest::{Bus, Disk, Program};
-use kill_common::{Step, chosen, named};
+use kill_common::{Step, named, states};
 use rustix::process::{Pid, Signal, kill_process};
 use vm_common::{MIB, WAIT, wait_for};
-
-/// Steps outside the freeze that are died at, unless `FORERUN_KILL_ALL=1` asks for all.
-const SPREAD: usize = 4;
 
 /// How a run dies.
 #[derive(Debug, Clone, Copy)]
@@ -138,11 +135,7 @@ fn dies(name: &str, words: &[&str]) {
     let steps = named(&lab.steps());
     let guarded = steps.iter().filter(|step| step.guarded).count();
     let all = std::env::var_os("FORERUN_KILL_ALL").is_some_and(|all| all == "1");
-    let deaths = if all {
-        chosen(&steps, SPREAD)
-    } else {
-        few(&steps)
-    };
+    let deaths = if all { states(&steps) } else { few(&steps) };
     println!(
         "{words:?}: {} steps, {guarded} guarded, {} deaths",
         steps.len(),
@@ -150,12 +143,13 @@ fn dies(name: &str, words: &[&str]) {
     );
     let (mut last, mut killed) = (0, 0);
     let mut by_death = [0; 3];
-    for (number, (step, with_guard)) in deaths.iter().enumerate() {
-        let death = match (with_guard, number % 2) {
-            (true, _) => Death::WithGuard,
-            (false, 0) => Death::Alone,
-            (false, _) => Death::WithoutDaemon,
+    for (number, step) in deaths.iter().enumerate() {
+        let death = match (step.guarded, number % 3) {
+            (true, 1) => Death::WithGuard,
+            (_, 2) => Death::WithoutDaemon,
+            _ => Death::Alone,
         };
+        println!("{}, {death:?}", step.name);
         if die_at(&mut lab, &words, step, death, &mut last) {
             killed += 1;
             by_death[death as usize] += 1;
@@ -168,10 +162,10 @@ fn dies(name: &str, words: &[&str]) {
     );
 }
 
-/// The steps at which something is new in the VM, one death each.
-fn few(steps: &[Step]) -> Vec<(Step, bool)> {
+/// The steps at which something is new in the VM.
+fn few(steps: &[Step]) -> Vec<Step> {
     let after = [
-        "journal:write:after#",
+        "journal:write:after#1",
         "qmp:nbd-server-start:answered#1",
         "qmp:blockdev-create:answered#1",
         "qmp:block-dirty-bitmap-disable:answered#1",
@@ -183,12 +177,8 @@ fn few(steps: &[Step]) -> Vec<(Step, bool)> {
     ];
     let chosen = steps
         .iter()
-        .filter(|step| after.iter().any(|name| step.name.starts_with(name)));
-    // Between the freeze and the thaw with both.
-    chosen
-        .enumerate()
-        .map(|(number, step)| (step.clone(), number % 3 == 2))
-        .collect()
+        .filter(|step| after.contains(&step.name.as_str()));
+    chosen.cloned().collect()
 }
 
 #[test]

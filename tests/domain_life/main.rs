@@ -14,6 +14,7 @@
 mod domain_common;
 mod ends;
 mod life;
+mod migration;
 mod operator;
 mod snapshots;
 #[path = "../vm_common/mod.rs"]

@@ -44,6 +44,22 @@ fn again(step: &Step) -> bool {
     step.name.starts_with("qmp:job-complete:") && occurrence.is_some_and(|at: u32| at > 2)
 }
 
+/// The steps between which something changes: of queries that follow each other the first stands for all.
+pub(crate) fn states(steps: &[Step]) -> Vec<Step> {
+    let steps: Vec<&Step> = steps.iter().filter(|step| !again(step)).collect();
+    let changed = steps
+        .windows(2)
+        .filter(|pair| changes(pair[0]) || changes(pair[1]))
+        .map(|pair| pair[1]);
+    steps
+        .first()
+        .copied()
+        .into_iter()
+        .chain(changed)
+        .cloned()
+        .collect()
+}
+
 /// The deaths of a test: at every state between the freeze and the release, with the guard and without; at every state
 /// until the guard's dismissal and a spread of the others, one or the other. `FORERUN_KILL_ALL=1` asks for all steps,
 /// `FORERUN_KILL_ONLY=blockdev-del` for those with that in their names.
@@ -62,17 +78,8 @@ pub(crate) fn chosen(steps: &[Step], spread: usize) -> Vec<(Step, bool)> {
             .map(|(number, step)| (step, number % 2 == 1));
         return guarded.iter().flat_map(both).chain(others).collect();
     }
-    let steps: Vec<Step> = steps.iter().filter(|step| !again(step)).cloned().collect();
-    // Of queries that follow each other the first stands for all.
-    let states: Vec<&Step> = std::iter::once(&steps[0])
-        .chain(
-            steps
-                .windows(2)
-                .filter(|pair| changes(&pair[0]) || changes(&pair[1]))
-                .map(|pair| &pair[1]),
-        )
-        .collect();
-    let frees = |step: &&Step| {
+    let states = states(steps);
+    let frees = |step: &Step| {
         let name = &step.name;
         name.starts_with("qmp:block-job-cancel:answered")
             || name.starts_with("qmp:job-complete:answered")
@@ -82,7 +89,7 @@ pub(crate) fn chosen(steps: &[Step], spread: usize) -> Vec<(Step, bool)> {
     let every = others.div_ceil(spread).max(1);
     let mut other = 0;
     let mut chosen = Vec::new();
-    for (number, step) in states.into_iter().enumerate() {
+    for (number, step) in states.iter().enumerate() {
         if step.guarded && number <= free {
             chosen.extend(both(step));
             continue;

@@ -110,8 +110,11 @@ fn disk_xml(disk: &Disk, dir: &Path) -> String {
         Format::Qcow2 => "qcow2",
         Format::Raw => "raw",
     };
+    let serial = disk.serial_number();
+    let serial = serial.map(|serial| format!("<serial>{serial}</serial>"));
+    let serial = serial.unwrap_or_default();
     format!(
-        "<disk type='file' device='disk'><driver name='qemu' type='{format}' discard='unmap'{iothread}/><source file='{}'/><target dev='{}' bus='{bus}'/></disk>",
+        "<disk type='file' device='disk'><driver name='qemu' type='{format}' discard='unmap'{iothread}/><source file='{}'/><target dev='{}' bus='{bus}'/>{serial}</disk>",
         disk.path(dir).display(),
         disk.id()
     )
