@@ -155,6 +155,14 @@ fn of_qmp(error: &qmp::Error) -> Option<(Kind, Option<String>)> {
             Kind::Attention,
             "an external snapshot would leave the disk unwritable: use `--freeze fleece`, or start QEMU with an absolute path that it may open at any time",
         ),
+        qmp::Error::OverlayOff { .. } => (
+            Kind::Attention,
+            "nothing is lost, for libvirt knows of it: start the domain; `forerun recover`, or the next command, commits it then",
+        ),
+        qmp::Error::OverlayUnknown { .. } => (
+            Kind::Attention,
+            "keep it if the disk is still wanted (`qemu-img commit` joins it with its base), then remove it and run `forerun recover`",
+        ),
         qmp::Error::NotConverged { .. } => (
             Kind::Attention,
             "QEMU goes on committing it: run `forerun recover` when the guest writes less, and do not stop the VM before",

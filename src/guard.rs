@@ -205,7 +205,13 @@ pub fn run(watched: &Watched<'_>) -> Result<()> {
         return Ok(());
     }
     let mut journal = Journal::load(journal.to_path_buf())?;
-    let taken = settle::take_back(&mut journal, Some(&mut monitor), THAW_FOR)?;
+    let manager = monitor.manager();
+    let taken = settle::take_back(
+        &mut journal,
+        Some(&mut monitor),
+        manager.as_deref(),
+        THAW_FOR,
+    )?;
     tracing::warn!(removed = ?taken.removed, "the guard released the VM for a dead run");
     Ok(())
 }

@@ -385,8 +385,13 @@ impl Journal {
         if monitor.process() != &self.content.process {
             // That QEMU is gone, and with it everything but files: nothing is committed, and a socket is not its server.
             // A domain's agent goes with it; at a socket another guest may answer, and a thaw harms none.
-            let frozen = |item: &&Leftover| matches!(item, Leftover::Frozen { agent } if *agent != Address::Domain);
-            let left: Vec<_> = self.content.left.iter().filter(frozen).cloned().collect();
+            // An overlay that libvirt knows of is committed in whichever QEMU the domain runs by now.
+            let stays = |item: &&Leftover| match item {
+                Leftover::Frozen { agent } => *agent != Address::Domain,
+                Leftover::Managed(_) => true,
+                _ => false,
+            };
+            let left: Vec<_> = self.content.left.iter().filter(stays).cloned().collect();
             return Ok(qmp::release::release(monitor, &left, patience)?);
         }
         self.before_commit();

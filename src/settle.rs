@@ -8,10 +8,11 @@ use anyhow::{Context, Result};
 
 use crate::exit::{Failure, Kind};
 use crate::hoststate::Journal;
-use crate::qmp::Monitor;
 use crate::qmp::agent::Address;
+use crate::qmp::managed::{self, Managed, Manager};
 use crate::qmp::overlay::{FileVersion, Overlay};
 use crate::qmp::release::Leftover;
+use crate::qmp::{self, Monitor};
 
 /// What [`take_back`] says of a VM that a full scratch had stopped.
 pub const RESUMED: &str = "a VM that a full scratch had stopped goes on";
@@ -25,11 +26,13 @@ pub struct TakenBack {
     pub unthawed: Vec<Address>,
 }
 
-/// Takes back what a journal lists, then removes the journal. Without a monitor the VM is off. An agent that does not
+/// Takes back what a journal lists, then removes the journal. Without a monitor the VM is off; its manager knows of its overlays
+/// all the same. An agent that does not
 /// answer is asked again for as long as `patience`; after that the journal keeps the guest for the next command.
 pub fn take_back(
     journal: &mut Journal,
     monitor: Option<&mut dyn Monitor>,
+    manager: Option<&dyn Manager>,
     patience: Duration,
 ) -> Result<TakenBack> {
     let mut taken = TakenBack::default();
@@ -39,6 +42,13 @@ pub fn take_back(
         let resumed = released.resumed.then(|| RESUMED.to_owned());
         taken.removed = released.removed.into_iter().chain(resumed).collect();
         taken.unthawed = released.unthawed;
+    }
+    for item in journal.left() {
+        if let Leftover::Managed(overlay) = item
+            && let Some(what) = settle_managed(manager, overlay)?
+        {
+            taken.removed.push(what);
+        }
     }
     // All overlays are judged before the first one is touched: disks of two instants would be worse than either.
     let mut ends = Vec::new();
@@ -73,6 +83,19 @@ pub fn take_back(
         journal.write(frozen.collect())?;
     }
     Ok(taken)
+}
+
+/// An overlay that the VM's manager knows of, and that no live run is about to commit.
+fn settle_managed(manager: Option<&dyn Manager>, overlay: &Managed) -> Result<Option<String>> {
+    match manager {
+        Some(manager) => Ok(managed::commit(manager, overlay)?.what),
+        None if overlay.file.exists() => Err(qmp::Error::OverlayOff {
+            disk: overlay.disk.clone(),
+            file: overlay.file.clone(),
+        }
+        .into()),
+        None => Ok(None),
+    }
 }
 
 /// What is to become of an overlay's file.

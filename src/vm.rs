@@ -123,8 +123,10 @@ impl Vm {
         self.state.remove_unwritten()?;
         let mut recovered = Vec::new();
         let mut unthawed = Vec::new();
+        let manager = self.domain.as_ref().map(Domain::manager);
         for mut journal in self.state.journals()? {
-            let taken = settle::take_back(&mut journal, Some(&mut monitor), THAW_PATIENCE)?;
+            let (monitor, manager) = (Some(&mut monitor as &mut dyn Monitor), manager.as_deref());
+            let taken = settle::take_back(&mut journal, monitor, manager, THAW_PATIENCE)?;
             recovered.extend(taken.removed);
             unthawed.extend(taken.unthawed);
         }
@@ -374,7 +376,9 @@ impl Hold {
 
     /// Takes back all that the journal lists, in the VM and on the file system.
     pub fn release(&mut self) -> Result<TakenBack> {
-        let taken = settle::take_back(&mut self.journal, Some(&mut self.monitor), THAW_FOR)?;
+        let manager = self.domain.as_ref().map(Domain::manager);
+        let monitor = Some(&mut self.monitor as &mut dyn Monitor);
+        let taken = settle::take_back(&mut self.journal, monitor, manager.as_deref(), THAW_FOR)?;
         if self.domain.is_some()
             && self.off.is_none()
             && let Err(error) = self.close_unplugged()

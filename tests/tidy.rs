@@ -68,7 +68,7 @@ fn files(places: &[&str]) -> Vec<(String, String)> {
 }
 
 fn sources() -> Vec<(String, String)> {
-    let mut all = files(&["src", "rig/src", "rig/tests", "tests"]);
+    let mut all = files(&["src", "blockjob/src", "rig/src", "rig/tests", "tests"]);
     all.retain(|(name, _)| Path::new(name).extension().is_some_and(|end| end == "rs"));
     assert!(all.len() > 50, "the sources are not found");
     all
@@ -178,6 +178,8 @@ fn nothing_names_a_host() {
     let secure = ["https", "://"].concat();
     let places = [
         "src",
+        "blockjob/src",
+        "blockjob/Cargo.toml",
         "rig/src",
         "rig/tests",
         "rig/Cargo.toml",

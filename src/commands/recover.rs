@@ -221,7 +221,7 @@ fn recover_off(chosen: impl Fn(&str, &Journal) -> bool) -> Result<Vec<String>> {
                     "run `recover` as a user who may open the QMP socket; name the hypervisor of a domain with `--connect URI`",
                 ));
             }
-            removed.extend(settle::take_back(&mut journal, None, THAW_FOR)?.removed);
+            removed.extend(settle::take_back(&mut journal, None, None, THAW_FOR)?.removed);
         }
     }
     Ok(removed)

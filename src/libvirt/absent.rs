@@ -1,6 +1,7 @@
 //! A build without libvirt: no domain is ever found.
 
 use crate::qmp::machine::{LeftOut, Machine};
+use crate::qmp::managed::Manager;
 use crate::qmp::{Error, Monitor, Result};
 use crate::target::Image;
 
@@ -51,6 +52,10 @@ impl Domain {
     }
 
     pub fn monitor(&self) -> Result<Box<dyn Monitor>> {
+        match *self {}
+    }
+
+    pub fn manager(&self) -> Box<dyn Manager> {
         match *self {}
     }
 

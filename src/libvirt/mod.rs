@@ -6,10 +6,12 @@
 //! ```text
 //! Domain    name, UUID, URI: active? XML?        xml      disks and agent, read from the XML
 //! monitor   qmp::Monitor over the passthrough    disks    a disk's key is its target dev; what is refused
+//! snapshot  qmp::managed::Manager: external snapshots and commits as libvirt makes them
 //! ```
 
 mod disks;
 mod monitor;
+mod snapshot;
 mod xml;
 
 use std::time::Duration;
@@ -20,11 +22,14 @@ use virt::error::{ErrorNumber, clear_error_callback};
 use self::xml::Description;
 use crate::clock::{self, Deadline};
 use crate::qmp::machine::{LeftOut, Machine};
+use crate::qmp::managed::Manager;
 use crate::qmp::{Error, Monitor, Result};
 use crate::target::Image;
 
 /// How long libvirt may take for what it answers itself.
 const ANSWER: Duration = Duration::from_secs(30);
+/// How long it may take for what needs its lock of a domain, for which it waits 30 s itself.
+const LOCKED: Duration = Duration::from_secs(45);
 /// How long a daemon that is being restarted is waited for.
 const RESTART: Duration = Duration::from_secs(20);
 /// `VIR_DOMAIN_XML_INACTIVE` (libvirt-domain.h).
@@ -126,6 +131,14 @@ impl Domain {
         monitor(&self.uri, &self.uuid)
     }
 
+    /// libvirt as the one who takes its snapshots.
+    #[must_use]
+    pub fn manager(&self) -> Box<dyn Manager> {
+        Box::new(snapshot::DomainSnapshots {
+            domain: self.clone(),
+        })
+    }
+
     /// Gives the disks that a monitor found the names that they have in the domain's XML, and refuses what cannot be
     /// attributed for certain. Says whether libvirt and QEMU agree on the disks' nodes.
     pub fn describe(&self, machine: &mut Machine) -> Result<bool> {
@@ -147,6 +160,19 @@ impl Domain {
             domain.xml_desc(flags)
         })?;
         Description::parse(&xml)
+    }
+
+    /// Asks libvirt to do something that must not be asked twice. The answer may take as long as libvirt waits for a lock of
+    /// its own, and some more.
+    fn ask_once<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        question: impl FnOnce(&virt::domain::Domain) -> Answered<T> + Send + 'static,
+    ) -> Result<T> {
+        let uuid = self.uuid.clone();
+        asked_within(what, open_patiently(&self.uri)?, LOCKED, move |connect| {
+            question(&connect.lookup_domain_by_uuid_string(&uuid)?)
+        })
     }
 
     /// Asks libvirt something about the domain; asked again where its daemon is just being restarted.
@@ -186,8 +212,17 @@ fn asked<T: Send + 'static>(
     connection: Connection,
     question: impl FnOnce(&Connect) -> Answered<T> + Send + 'static,
 ) -> Result<T> {
+    asked_within(what, connection, ANSWER, question)
+}
+
+fn asked_within<T: Send + 'static>(
+    what: &str,
+    connection: Connection,
+    timeout: Duration,
+    question: impl FnOnce(&Connect) -> Answered<T> + Send + 'static,
+) -> Result<T> {
     let uri = connection.uri.clone();
-    let (answer, alive) = within(what, ANSWER, move || {
+    let (answer, alive) = within(what, timeout, move || {
         let answer = question(&connection.connect);
         (answer, connection.connect.is_alive().unwrap_or(false))
     })?;

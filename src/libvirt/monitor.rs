@@ -14,10 +14,12 @@ use serde_json::{Value, json};
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
 
+use super::snapshot::DomainSnapshots;
 use super::{ANSWER, Connection, RESTART, open, open_patiently, within};
 use crate::clock::{self, Deadline};
 use crate::qmp::agent::Channel;
 use crate::qmp::command::{request, result};
+use crate::qmp::managed::Manager;
 use crate::qmp::socket::start_time;
 use crate::qmp::{Error, Handover, Monitor, Process, Result};
 
@@ -258,6 +260,15 @@ impl Monitor for DomainMonitor {
 
     fn place(&self) -> Option<&Path> {
         Some(&self.place)
+    }
+
+    fn manager(&self) -> Option<Box<dyn Manager>> {
+        let domain = super::Domain {
+            uri: self.uri.clone(),
+            name: self.uuid.clone(),
+            uuid: self.uuid.clone(),
+        };
+        Some(Box::new(DomainSnapshots { domain }))
     }
 
     fn agent(&self) -> Result<Box<dyn Channel>> {

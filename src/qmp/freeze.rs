@@ -13,10 +13,16 @@
 //! Two kinds of block snapshot: [`Method::Fleece`], a `blockdev-backup sync=none` job a disk into a scratch file (QEMU
 //! docs/interop/live-block-operations, "image fleecing"), and [`Method::Snapshot`], an external snapshot that is
 //! committed back at once.
+//!
+//! A VM's manager takes its own snapshot, in a transaction of its own. The bitmaps are rotated as for a pass right before:
+//! what is written between the two is in e+1, so e+1 belongs to the residual, too, and stays the newest bitmap. It costs the
+//! next point these blocks again, and loses nothing: the base cannot be written to from the snapshot until the commit, and
+//! what the commit writes is recorded in e+1.
 
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use qapi::qmp;
@@ -28,6 +34,7 @@ use super::command::{
     action_add_bitmap, action_disable_bitmap, call, call_within, jobs, text, transaction,
 };
 use super::graph::Graph;
+use super::managed::{Managed, Manager, Source};
 use super::names::{Part, RunName};
 use super::overlay::{FileVersion, Overlay};
 use super::release::Leftover;
@@ -73,6 +80,8 @@ pub struct FreezeDisk {
     pub persistent: bool,
     /// How many bytes its scratch may take.
     pub scratch_limit: u64,
+    /// Where an overlay of the VM's manager goes.
+    pub overlay_directory: PathBuf,
 }
 
 /// A freeze that is set up, and everything of it that is in the VM.
@@ -86,6 +95,8 @@ pub struct Freeze {
     /// QEMU opens scratches by their paths; they are unlinked as soon as it has.
     by_path: bool,
     commit_deadline: Duration,
+    /// Who takes the snapshot, where that is not ours to do.
+    manager: Option<Box<dyn Manager>>,
 }
 
 impl Freeze {
@@ -108,6 +119,32 @@ impl Freeze {
             scratches: Vec::new(),
             directory,
             commit_deadline,
+            manager: match method {
+                Method::Fleece => None,
+                Method::Snapshot => monitor.manager(),
+            },
+        }
+    }
+
+    /// Whether the VM's manager takes the snapshot. Then the bitmaps that begin with it belong to the residual, too.
+    #[must_use]
+    pub fn managed(&self) -> bool {
+        self.manager.is_some()
+    }
+
+    /// The overlay of a disk, beside its image unless a directory was named: libvirt lets QEMU open it there, and it must
+    /// outlive the domain's own directory.
+    fn managed_overlay(&self, disk: &FreezeDisk) -> Managed {
+        let name = format!(
+            "{}{}-{}.overlay",
+            super::names::PREFIX,
+            self.run.run,
+            disk.index
+        );
+        Managed {
+            disk: disk.key.clone(),
+            file: disk.overlay_directory.join(name),
+            deadline_ms: u64::try_from(self.commit_deadline.as_millis()).unwrap_or(u64::MAX),
         }
     }
 
@@ -117,6 +154,13 @@ impl Freeze {
         let mut left = Vec::new();
         for disk in &self.disks {
             let name = |part| self.run.part(part, disk.index);
+            if self.managed() {
+                left.push(Leftover::Managed(self.managed_overlay(disk)));
+                left.push(Leftover::Export {
+                    id: export::export_id(&self.run, disk.index),
+                });
+                continue;
+            }
             left.push(Leftover::Job {
                 id: name(Part::Create),
             });
@@ -177,6 +221,12 @@ impl Freeze {
 
     /// Makes the scratch or overlay of each disk and adds their nodes. The guest does not notice.
     pub fn prepare(&mut self, monitor: &mut dyn Monitor) -> Result<()> {
+        if self.managed() {
+            return self.disks.iter().try_for_each(|disk| {
+                let overlay = self.managed_overlay(disk);
+                make_overlay(&overlay.file, disk)
+            });
+        }
         for index in 0..self.disks.len() {
             let disk = self.disks[index].clone();
             if self.method == Method::Snapshot {
@@ -371,6 +421,26 @@ impl Freeze {
                 *persistent,
             ));
         }
+        let disable = self.disks.iter().flat_map(|disk| {
+            let ending = disk.ending.iter();
+            ending.map(|name| action_disable_bitmap(&disk.node, name))
+        });
+        let overlays: Vec<Managed> = self
+            .disks
+            .iter()
+            .map(|disk| self.managed_overlay(disk))
+            .collect();
+        if let Some(manager) = &self.manager {
+            // Two commands, never one: see `bitmap::rotate`.
+            let disable: Vec<Value> = disable.collect();
+            transaction(monitor, &actions)?;
+            transaction(monitor, &disable)?;
+            let begin = clock::now();
+            crate::fault::step("snapshot:before");
+            manager.snapshot(&overlays)?;
+            crate::fault::step("snapshot:answered");
+            return Ok(clock::now() - begin);
+        }
         for disk in &self.disks {
             let name = |part| self.run.part(part, disk.index);
             actions.push(match self.method {
@@ -388,13 +458,7 @@ impl Freeze {
                 }}),
             });
         }
-        for disk in &self.disks {
-            actions.extend(
-                disk.ending
-                    .iter()
-                    .map(|name| action_disable_bitmap(&disk.node, name)),
-            );
-        }
+        actions.extend(disable);
         let begin = clock::now();
         transaction(monitor, &actions)?;
         Ok(clock::now() - begin)
@@ -438,6 +502,12 @@ impl Freeze {
     /// Bytes that the scratches or overlays have taken.
     #[must_use]
     pub fn scratch_used(&self) -> u64 {
+        if self.managed() {
+            let files = self.disks.iter().map(|disk| self.managed_overlay(disk));
+            return files
+                .filter_map(|overlay| Some(overlay.file.metadata().ok()?.len()))
+                .sum();
+        }
         self.scratches
             .iter()
             .filter_map(|file| Some(file.metadata().ok()?.len()))
@@ -447,6 +517,9 @@ impl Freeze {
     /// Whether every fleecing job still runs: only then was what the scratch answered the snapshot. A scratch outlives its
     /// job and goes on answering, with live data.
     pub fn still_holds(&self, monitor: &mut dyn Monitor) -> Result<bool> {
+        if let Some(manager) = &self.manager {
+            return self.managed_holds(&**manager, monitor);
+        }
         if self.method == Method::Snapshot {
             let graph = Graph::read(monitor)?;
             return Ok(self.disks.iter().all(|disk| {
@@ -464,6 +537,25 @@ impl Freeze {
         }))
     }
 
+    /// Whether every disk is on our overlay, its base under it, and nobody has begun to commit it.
+    fn managed_holds(&self, manager: &dyn Manager, monitor: &mut dyn Monitor) -> Result<bool> {
+        for disk in &self.disks {
+            let ours = Source::Path(Some(self.managed_overlay(disk).file));
+            if manager.sources(&disk.key)?.first() != Some(&ours)
+                || manager.job(&disk.key)?.is_some()
+            {
+                return Ok(false);
+            }
+        }
+        let graph = Graph::read(monitor)?;
+        Ok(self.disks.iter().all(|disk| {
+            let mut nodes = graph.names();
+            nodes.any(|node| {
+                graph.backing(node) == Some(disk.node.as_str()) && graph.has_parents(node)
+            })
+        }))
+    }
+
     /// The overlays with how their bases look now, to be journalled once they are in place.
     #[must_use]
     pub fn overlays_in_place(&self, graph_root: &Path) -> Vec<Overlay> {
@@ -477,4 +569,40 @@ impl Freeze {
             })
             .collect()
     }
+}
+
+/// Makes the file of an overlay. Its header names the image under it, which is not opened.
+fn make_overlay(file: &Path, disk: &FreezeDisk) -> Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let io = |source| Error::Io {
+        what: format!("create the overlay {} of disk {}", file.display(), disk.key),
+        source,
+    };
+    // For the owner alone, which qemu-img leaves so.
+    std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(file)
+        .map_err(io)?;
+    let (image, format) = &disk.image;
+    let format = match format.as_str() {
+        // A raw image without a node for its format.
+        "file" | "host_device" => "raw",
+        format => format,
+    };
+    let made = Command::new("qemu-img")
+        .args([
+            "create", "-q", "-u", "-f", "qcow2", "-F", format, "-b", image,
+        ])
+        .arg(file)
+        .arg(disk.size.to_string())
+        .stdin(Stdio::null())
+        .output()
+        .map_err(io)?;
+    if made.status.success() {
+        return Ok(());
+    }
+    let words = String::from_utf8_lossy(&made.stderr).trim().to_owned();
+    Err(io(std::io::Error::other(words)))
 }

@@ -2,7 +2,7 @@
 //!
 //! [`Monitor`] is the seam: a UNIX socket ([`socket::QmpSocket`]), or libvirt's passthrough (`libvirt::monitor`). Above it are the
 //! typed commands ([`command`]), what a VM is and has ([`machine`], [`graph`]), the exports of a batch ([`export`]), the freeze
-//! ([`freeze`], [`overlay`]) and the guest agent ([`agent`]). Nothing here knows of repositories or sessions.
+//! ([`freeze`], [`overlay`], [`managed`]) and the guest agent ([`agent`]). Nothing here knows of repositories or sessions.
 
 pub mod agent;
 pub mod command;
@@ -10,6 +10,7 @@ pub mod export;
 pub mod freeze;
 pub mod graph;
 pub mod machine;
+pub mod managed;
 pub mod names;
 pub mod orphans;
 pub mod overlay;
@@ -135,6 +136,22 @@ pub enum Error {
         /// Bytes that were not committed then.
         left: u64,
     },
+    /// A VM that is off goes on in its overlay when it is started.
+    #[error("disk `{disk}` is on the overlay {} of a backup that was cut off, and the domain is off", file.display())]
+    OverlayOff {
+        /// The disk's key.
+        disk: String,
+        /// The overlay's file.
+        file: std::path::PathBuf,
+    },
+    /// The disk was taken from the VM while it was on an overlay.
+    #[error("the domain has no disk `{disk}` any more, and {} may hold its newest data", file.display())]
+    OverlayUnknown {
+        /// The disk's key.
+        disk: String,
+        /// The overlay's file.
+        file: std::path::PathBuf,
+    },
     /// The operating system failed us.
     #[error("{what}")]
     Io {
@@ -211,6 +228,11 @@ pub trait Monitor: Send + std::fmt::Debug {
         None
     }
 
+    /// Who takes external snapshots of the VM, where somebody else must know of them.
+    fn manager(&self) -> Option<Box<dyn managed::Manager>> {
+        None
+    }
+
     /// A session with the guest agent, where who holds the monitor holds the agent's socket, too.
     fn agent(&self) -> Result<Box<dyn agent::Channel>> {
         Err(Error::Protocol(
@@ -240,6 +262,10 @@ impl Monitor for Box<dyn Monitor> {
 
     fn place(&self) -> Option<&Path> {
         (**self).place()
+    }
+
+    fn manager(&self) -> Option<Box<dyn managed::Manager>> {
+        (**self).manager()
     }
 
     fn agent(&self) -> Result<Box<dyn agent::Channel>> {

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::agent::{self, Address};
 use super::command::{call, flag, job_status, jobs, list, text};
+use super::managed::{self, Managed};
 use super::overlay::{self, Overlay};
 use super::{Error, Monitor, Result};
 use crate::clock::{self, Deadline};
@@ -42,6 +43,8 @@ pub enum Leftover {
     Running,
     /// An external snapshot that is to be committed back.
     Overlay(Overlay),
+    /// An external snapshot that the VM's manager is to commit.
+    Managed(Managed),
     /// An NBD export.
     Export {
         /// Its id.
@@ -159,8 +162,15 @@ pub fn release_rest(
     // One that cannot be committed keeps no other from it.
     let mut failed = None;
     for item in left {
-        if let Leftover::Overlay(overlay) = item {
-            match overlay::commit(monitor, overlay) {
+        let committed = match item {
+            Leftover::Overlay(overlay) => Some(overlay::commit(monitor, overlay)),
+            Leftover::Managed(overlay) => monitor
+                .manager()
+                .map(|manager| managed::commit(&*manager, overlay)),
+            _ => None,
+        };
+        if let Some(committed) = committed {
+            match committed {
                 Ok(committed) => {
                     done.removed.extend(committed.what);
                     done.slow.extend(committed.slow);
@@ -371,6 +381,11 @@ mod tests {
             },
             Leftover::Job { id: id.clone() },
             Leftover::Running,
+            Leftover::Managed(Managed {
+                disk: overlay.disk.clone(),
+                file: overlay.file.clone(),
+                deadline_ms: 1,
+            }),
             Leftover::Overlay(overlay),
             Leftover::Export { id: id.clone() },
             Leftover::Server {

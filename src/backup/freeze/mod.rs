@@ -139,7 +139,7 @@ impl Runner {
     fn release_failed(&mut self, hold: &mut Hold, mut guard: Option<Guard>) {
         let has = |wanted: fn(&Leftover) -> bool| hold.journal.left().iter().any(wanted);
         let quiesced = has(|item| matches!(item, Leftover::Frozen { .. }));
-        if has(|item| matches!(item, Leftover::Overlay(_))) {
+        if has(|item| matches!(item, Leftover::Overlay(_) | Leftover::Managed(_))) {
             // Its commit takes as long as it takes.
             if let Some(Err(error)) = guard.as_mut().map(Guard::lift_deadline) {
                 tracing::warn!("{error:#}");
@@ -206,13 +206,13 @@ impl Runner {
             return self.read_offline(hold);
         }
         self.refuse_risky(hold)?;
-        self.refuse_unknown_overlay(hold)?;
         let directory = self.scratch_directory();
         let was_running = hold.machine_seen()?.state == "running";
         let rotation = self.intend_freeze(hold)?;
         // What the rotation was planned with is what must still be there at the end.
         let before = hold.machine_seen()?.clone();
-        let disks = self.freeze_disks(hold, &rotation)?;
+        let mut disks = self.freeze_disks(hold, &rotation)?;
+        self.place_overlays(hold, &mut disks)?;
         let scratches = self.scratches_go_to(hold);
         self.check_space(hold, &disks, &scratches)?;
         let mut freeze = Freeze::new(
@@ -392,6 +392,7 @@ impl Runner {
                     granularity: u32::from(self.repo.block_size()),
                     persistent: found.transient.is_none(),
                     scratch_limit: self.scratch_limit(disk.size, writes),
+                    overlay_directory: PathBuf::new(),
                 })
             })
             .collect()

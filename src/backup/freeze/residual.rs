@@ -16,6 +16,7 @@ use crate::nbd::{Endpoint, ReadOptions};
 use crate::qmp::export::{self, Export, Listening};
 use crate::qmp::freeze::{Freeze, Method};
 use crate::qmp::machine::Machine;
+use crate::qmp::names::PREFIX;
 use crate::units::BlockSize;
 use crate::vm::{Hold, seen};
 
@@ -141,13 +142,18 @@ impl Runner {
                 .collect(),
             None => pending_names(&tracked),
         };
-        let node = freeze.disks()[index].node.clone();
+        let frozen = &freeze.disks()[index];
+        let node = frozen.node.clone();
+        // Of what was written between the rotation and a snapshot of the VM's manager.
+        let beginning = freeze.managed().then(|| frozen.beginning.clone());
         let export = Export {
             disk: index,
             node: freeze.frozen_node(index),
             bitmaps: bitmaps
                 .iter()
-                .map(|(_, name)| (node.clone(), name.clone()))
+                .map(|(_, name)| name)
+                .chain(&beginning)
+                .map(|name| (node.clone(), name.clone()))
                 .collect(),
         };
         export::add(&mut hold.monitor, &self.run, &export)?;
@@ -155,27 +161,27 @@ impl Runner {
         let mut endpoint = Endpoint::new(&listening.socket, id)
             .allocation()
             .timeout(self.options.deadline);
-        for (_, name) in &bitmaps {
+        for name in bitmaps.iter().map(|(_, name)| name).chain(&beginning) {
             endpoint = endpoint.bitmap(name);
         }
         let mut client = endpoint.connect()?;
         client.set_deadline(Some(deadline));
-        match &mut disk.open {
-            None => disk.open = Some(self.load(&tracked, disk, &mut client)?),
-            Some(open) => {
-                let block_size = self.repo.block_size();
-                let whole = crate::units::Extent {
-                    offset: 0,
-                    length: disk.size,
-                };
-                for (_, name) in &bitmaps {
-                    client.dirty_extents(name, whole, &mut |extent| {
-                        open.insert(block_size.cover(extent));
-                        ControlFlow::Continue(())
-                    })?;
-                }
-            }
+        let (mut open, newest) = match disk.open.take() {
+            None => (self.load(&tracked, disk, &mut client)?, Vec::new()),
+            Some(open) => (open, bitmaps),
+        };
+        let block_size = self.repo.block_size();
+        let whole = crate::units::Extent {
+            offset: 0,
+            length: disk.size,
+        };
+        for name in newest.iter().map(|(_, name)| name).chain(&beginning) {
+            client.dirty_extents(name, whole, &mut |extent| {
+                open.insert(block_size.cover(extent));
+                ControlFlow::Continue(())
+            })?;
         }
+        disk.open = Some(open);
         Ok(client)
     }
 
@@ -243,6 +249,12 @@ fn residual_options(block_size: BlockSize) -> ReadOptions {
     }
 }
 
+/// Whether a file is an overlay of ours that a manager was told to make.
+fn is_overlay(path: &str) -> bool {
+    let name = path.rsplit('/').next().unwrap_or_default();
+    name.starts_with(PREFIX) && name.ends_with(".overlay")
+}
+
 /// With a snapshot in place the disk's node is the overlay; what is under it must be what was.
 fn chain_under(identity: &Value, method: Method) -> Value {
     let mut layers = identity.as_array().cloned().unwrap_or_default();
@@ -250,7 +262,7 @@ fn chain_under(identity: &Value, method: Method) -> Value {
         layer
             .get("filename")
             .and_then(Value::as_str)
-            .is_some_and(|name| name.starts_with("/dev/fdset/"))
+            .is_some_and(|name| name.starts_with("/dev/fdset/") || is_overlay(name))
     };
     if method == Method::Snapshot && layers.len() > 1 && layers.first().is_some_and(ours) {
         layers.remove(0);

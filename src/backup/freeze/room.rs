@@ -1,7 +1,8 @@
 //! Room for a freeze: how large the scratches may grow, whether there is space for them and the spool, and which devices
 //! would feel a scratch that fails.
 
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use qapi::qmp as commands;
@@ -67,8 +68,23 @@ impl Runner {
         &self,
         hold: &Hold,
         disks: &[FreezeDisk],
-        directory: &PathBuf,
+        directory: &Path,
     ) -> Result<()> {
+        let beside: BTreeSet<&Path> = disks
+            .iter()
+            .map(|disk| disk.overlay_directory.as_path())
+            .filter(|directory| !directory.as_os_str().is_empty())
+            .collect();
+        if beside.is_empty() {
+            return self.check_room(hold, disks, directory);
+        }
+        for directory in beside {
+            self.check_room(hold, disks, directory)?;
+        }
+        Ok(())
+    }
+
+    fn check_room(&self, hold: &Hold, disks: &[FreezeDisk], directory: &Path) -> Result<()> {
         let stat = rustix::fs::statvfs(directory)
             .with_context(|| format!("look at {}", directory.display()))?;
         let free = stat.f_bavail * stat.f_frsize;
@@ -126,17 +142,28 @@ impl Runner {
         Ok(())
     }
 
-    /// An overlay that libvirt does not know of would be forgotten at the domain's next start, with all that the guest has
-    /// written to it.
-    pub(super) fn refuse_unknown_overlay(&self, hold: &Hold) -> Result<()> {
+    /// An overlay of a domain goes beside its image, or where the operator says.
+    pub(super) fn place_overlays(&self, hold: &Hold, disks: &mut [FreezeDisk]) -> Result<()> {
         if self.options.method == Method::Fleece || hold.monitor.place().is_none() {
             return Ok(());
         }
-        Err(Failure::hinted(
-            Kind::Attention,
-            "an external snapshot of a libvirt domain is not supported: libvirt would not know of it",
-            "use `--freeze fleece`, which changes no chain of images",
-        ))
+        for disk in disks {
+            disk.overlay_directory = match (&self.options.scratch, Path::new(&disk.file).parent()) {
+                (Some(named), _) => named.clone(),
+                (None, Some(beside)) if disk.protocol == "file" => beside.to_path_buf(),
+                _ => {
+                    return Err(Failure::hinted(
+                        Kind::Usage,
+                        format!(
+                            "the overlay of disk `{}` cannot be put beside {}",
+                            disk.key, disk.file
+                        ),
+                        "name a directory that QEMU may enter with `--scratch DIR`, or use `--freeze fleece`",
+                    ));
+                }
+            };
+        }
+        Ok(())
     }
 
     /// Counts the guest's writes since the first look, for the size of the scratches.
