@@ -150,9 +150,10 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
             .disk(Disk::qcow2("vda", SIZE).iothread(true))
             .disk(Disk::qcow2("sda", SIZE).bus(Bus::Scsi).serial("sda"))
             .disk(
-                Disk::qcow2("sdz", SIZE)
+                // libvirt puts it on the machine's own controller by its letter.
+                Disk::qcow2("sdb", SIZE)
                     .bus(Bus::Other("sata".to_owned()))
-                    .serial("sdz"),
+                    .serial("sdb"),
             )
             .agent(true)
             .program(Program::Script("while true; do echo x; dd if=/dev/zero of=/dev/vda bs=4k count=4 conv=fsync,notrunc 2>/dev/null; sleep 1; done >/dev/null & echo stamp: running".to_owned()))
@@ -224,7 +225,7 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
     let driver = |format: &str| format!("<driver name='qemu' type='{format}'/>");
     let disks = [
         (
-            "sdb",
+            "sdc",
             "block, raw",
             format!(
                 "<disk type='block'>{}<source dev='{}'/>",
@@ -233,7 +234,7 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
             ),
         ),
         (
-            "sdc",
+            "sdd",
             "block, qcow2",
             format!(
                 "<disk type='block'>{}<source dev='{}'/>",
@@ -242,7 +243,7 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
             ),
         ),
         (
-            "sdd",
+            "sde",
             "qcow2 with a data file",
             format!(
                 "<disk type='file'>{}<source file='{with_data}'/>",
@@ -250,7 +251,7 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
             ),
         ),
         (
-            "sde",
+            "sdf",
             "qcow2 over two others",
             format!(
                 "<disk type='file'>{}<source file='{top}'/>",
@@ -258,7 +259,7 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
             ),
         ),
         (
-            "sdf",
+            "sdg",
             "network, nbd",
             format!(
                 "<disk type='network'>{}<source protocol='nbd' name='far'><host transport='unix' socket='{socket}'/></source>",
@@ -266,7 +267,7 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
             ),
         ),
         (
-            "sdg",
+            "sdh",
             "throttled",
             format!(
                 "<disk type='file'>{}<source file='{throttled}'/><throttlefilters><throttlefilter group='slow'/></throttlefilters>",
@@ -311,7 +312,7 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
         println!("{disk}, {what}: {plugged:?}");
         plugged.unwrap();
     }
-    let written = ["sda", "sdb", "sdc", "sdd", "sde", "sdf", "sdg", "sdz"];
+    let written = ["sda", "sdb", "sdc", "sdd", "sde", "sdf", "sdg", "sdh"];
     // Linux names them as it finds them; they are told by their serial numbers.
     let list = "for d in /sys/block/sd*; do s=$(tr -cd a-z <$d/device/vpd_pg80); ln -sf /dev/${d##*/} /dev/by-$s; echo by-$s; done";
     let mut listed = String::new();
@@ -336,10 +337,10 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
     let refused = lab.backup(&[]).code(7);
     let said = refused.json["errors"].to_string();
     assert!(
-        said.contains("`sdf`") && said.contains("type `network`"),
+        said.contains("`sdg`") && said.contains("type `network`"),
         "{said}"
     );
-    let off = lab.backup(&["--exclude", "sdf"]).done();
+    let off = lab.backup(&["--exclude", "sdg"]).done();
     let rescanned: Vec<String> = off.rescanned().into_keys().collect();
-    assert_eq!(rescanned, ["sdb"], "{off:#?}");
+    assert_eq!(rescanned, ["sdc"], "{off:#?}");
 }

@@ -208,7 +208,11 @@ impl Lab {
                     return said;
                 }
                 Err(error) => {
-                    assert!(begun.elapsed() < OPERATOR, "{words:?}: {error}");
+                    assert!(
+                        begun.elapsed() < OPERATOR,
+                        "{words:?}: {error}; QEMU: {}",
+                        self.qemu_log()
+                    );
                     if tries == 1 {
                         println!(
                             "    {} refused: {}",
@@ -220,6 +224,17 @@ impl Lab {
                 }
             }
         }
+    }
+
+    /// The end of what libvirt logged of the domain's QEMU.
+    pub(crate) fn qemu_log(&self) -> String {
+        let log = self
+            .domain
+            .lock()
+            .home()
+            .join(format!("log/qemu/{}.log", self.domain.name()));
+        let log = std::fs::read_to_string(log).unwrap_or_default();
+        log[log.len().saturating_sub(2000)..].to_owned()
     }
 
     /// Runs a command in the guest through its agent.
