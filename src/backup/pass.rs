@@ -357,12 +357,13 @@ impl Runner {
                 .map(|(_, name)| (node.clone(), name.clone()))
                 .collect(),
             node,
+            granularity: u32::from(self.repo.block_size()),
         };
         export::add(&mut hold.monitor, &self.run, &export)?;
         let id = export::export_id(&self.run, index);
         let mut endpoint = Endpoint::new(&listening.socket, id).allocation();
         for (_, name) in bitmaps {
-            endpoint = endpoint.bitmap(name);
+            endpoint = endpoint.bitmap(&export::copy_name(name));
         }
         Ok(endpoint.connect()?)
     }
@@ -424,7 +425,7 @@ impl Runner {
         for (epoch, name) in pending_names(tracked) {
             let before = open.count();
             let mut found = 0;
-            client.dirty_extents(&name, whole, &mut |extent| {
+            client.dirty_extents(&export::copy_name(&name), whole, &mut |extent| {
                 found += proofs.unsafe_of(epoch, block_size.cover(extent), &mut open);
                 ControlFlow::Continue(())
             })?;
