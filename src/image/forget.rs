@@ -187,8 +187,8 @@ impl Repository {
             }
             if !readable.contains(id) {
                 if !self.has_point(*id)? {
-                    return Err(Error::NotFound {
-                        object: format!("the point {id}"),
+                    return Err(Error::NoPoint {
+                        name: id.to_string(),
                     });
                 }
                 plan.damaged.push(*id);
