@@ -203,10 +203,9 @@ impl Runner {
                 // What was read is what the bitmaps are about only if the disks are still what they were: an export follows
                 // to an overlay that somebody puts on. And what failed may have failed for a disk that has gone.
                 let looked = hold.look().map(drop);
-                let same = match (read, looked) {
-                    (Err(error), Err(_)) => Err(error),
-                    (Ok(()), Err(error)) => Err(error),
-                    (read, Ok(())) => match this.astray(&hold, disks.len()) {
+                let same = match looked {
+                    Err(error) => read.and(Err(error)),
+                    Ok(()) => match this.astray(&hold, disks.len()) {
                         Some(why) => Err(Astray(why).into()),
                         None => read,
                     },

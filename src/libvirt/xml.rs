@@ -16,6 +16,7 @@ pub(super) struct Description {
 }
 
 /// A `<disk>`.
+#[expect(clippy::struct_excessive_bools, reason = "libvirt's own elements")]
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Disk {
     /// The target's `dev`: `vda`.

@@ -134,7 +134,7 @@ pub fn add(monitor: &mut dyn Monitor, run: &RunName, export: &Export) -> Result<
             remove_copies(monitor, &[&run.repository])?;
             transaction(monitor, &copies)?;
         }
-        copied => copied?,
+        done => done?,
     }
     let mut arguments = json!({
         "type": "nbd", "id": id, "name": id, "node-name": export.node, "writable": false,
