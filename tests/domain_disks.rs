@@ -343,18 +343,9 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
         {
             break;
         }
-        assert!(
-            begun.elapsed() < WAIT,
-            "the guest sees {listed}: {}",
-            in_guest(
-                &lab,
-                "dmesg | grep -iE 'ata|ahci' | tail -n 30; cat /proc/modules"
-            )
-        );
+        assert!(begun.elapsed() < WAIT, "the guest sees {listed}");
         forerun::clock::sleep(Duration::from_millis(500));
     }
-    let seen = lab.run(&["inspect", &name]).done();
-    drop(seen);
     // vda is written to all the time: only the others are compared.
     write(&lab, &written, 3);
     exact(&mut lab, "in full", &written, &[]);
@@ -362,55 +353,6 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
         write(&lab, &written, 20 + round * 30);
         exact(&mut lab, "what changed", &written, &[]);
     }
-
-    // What QEMU decrypts would be stored in plain.
-    let (secret, luks) = (
-        "6c1a2f0e-1111-4222-8333-444455556666",
-        file(&lab, "luks.qcow2"),
-    );
-    let options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10";
-    let key = "secret,id=key,data=rig-only";
-    run(
-        "qemu-img",
-        &[
-            "create", "-q", "-f", "qcow2", "--object", key, "-o", options, &luks, &size,
-        ],
-    );
-    let described = lab.path("secret.xml");
-    std::fs::write(&described, format!("<secret><uuid>{secret}</uuid><usage type='volume'><volume>{luks}</volume></usage></secret>")).unwrap();
-    lab.domain
-        .virsh(&["secret-define", described.to_str().unwrap()])
-        .unwrap();
-    lab.domain
-        .virsh(&["secret-set-value", secret, "--base64", "cmlnLW9ubHk="])
-        .unwrap();
-    let described = lab.path("sdi.xml");
-    std::fs::write(&described, format!(
-        "<disk type='file'><driver name='qemu' type='qcow2'/><source file='{luks}'><encryption format='luks'>\
-         <secret type='passphrase' uuid='{secret}'/></encryption></source><target dev='sdi' bus='scsi'/><serial>sdi</serial></disk>"
-    )).unwrap();
-    lab.domain
-        .virsh(&[
-            "attach-device",
-            &name,
-            described.to_str().unwrap(),
-            "--live",
-            "--config",
-        ])
-        .unwrap();
-    wait_for("the guest does not see its disk", || {
-        in_guest(&lab, list).contains("by-sdi")
-    });
-    write(&lab, &["sdi", "sda"], 90);
-    let refused = lab.backup(&[]).code(7);
-    let said = refused.json["errors"].to_string();
-    assert!(said.contains("disk `sdi` is encrypted"), "{said}");
-    exact(
-        &mut lab,
-        "decrypted",
-        &["sdi", "sda", "sdc"],
-        &["--allow-plaintext"],
-    );
 
     // Off: what cannot be opened is refused, by name and with the reason.
     lab.domain.destroy().unwrap();
@@ -420,15 +362,7 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
         said.contains("`sdg`") && said.contains("type `network`"),
         "{said}"
     );
-    let refused = lab
-        .backup(&["--exclude", "sdg", "--allow-plaintext"])
-        .code(7);
-    let said = refused.json["errors"].to_string();
-    assert!(
-        said.contains("`sdi`") && said.contains("libvirt has the key"),
-        "{said}"
-    );
-    let off = lab.backup(&["--exclude", "sdg", "--exclude", "sdi"]).done();
+    let off = lab.backup(&["--exclude", "sdg"]).done();
     let rescanned: Vec<String> = off.rescanned().into_keys().collect();
     assert_eq!(rescanned, ["sdc"], "{off:#?}");
 }
