@@ -150,6 +150,7 @@ fn exact(lab: &mut Lab, what: &str, disks: &[&str], more: &[&str]) {
 }
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "one domain, told in order")]
 fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     // The guest's kernel has no driver for SATA: what is on that disk was there before.

@@ -13,7 +13,7 @@ mod kill_common;
 mod vm_common;
 
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 use std::time::Duration;
 
@@ -197,10 +197,11 @@ fn dies_whole(lab: &mut Lab) -> (PathBuf, Vec<u8>) {
     let fault = "kill-with-guard@qmp:block-export-add:answered#1";
     lab.start(&["backup", &name], fault).end();
     let state = lab.path("state").join(lab.uuid());
-    let journal = lab
-        .host_state()
-        .into_iter()
-        .find(|file| file.ends_with(".journal"));
+    let journal = lab.host_state().into_iter().find(|file| {
+        Path::new(file)
+            .extension()
+            .is_some_and(|ext| ext == "journal")
+    });
     let path = state.join(journal.unwrap());
     let bytes = std::fs::read(&path).unwrap();
     assert!(lab.leftovers().len() > 4, "{:?}", lab.leftovers());

@@ -94,14 +94,14 @@ fn a_domain_ends_within_a_pass_and_within_a_freeze() {
     let mut life = Life::begin("within");
     let name = life.name();
     life.during("libvirtd restarted during a pass", &[], |lab| {
-        restart_daemon(lab)
+        restart_daemon(lab);
     });
     life.during("guest reset during a pass", &[], |lab| {
         lab.reboots(|lab| drop(lab.domain.virsh(&["reset", lab.domain.name()]).unwrap()));
     });
     // It ends within a batch: the pass goes on from the images, or from the QEMU that comes next.
     life.during("destroyed during a pass, off", &RAW, |lab| {
-        lab.domain.destroy().unwrap()
+        lab.domain.destroy().unwrap();
     });
     assert_eq!(life.lab.state(), "shut off");
     life.start();

@@ -166,7 +166,7 @@ fn an_operator_works_beside_a_pass() {
     let mut life = Life::begin("operator");
     life.during("backup-begin during a pass", &[], |lab| backup_begin(lab));
     life.during("blockresize during a pass", &["vda"], |lab| {
-        resize(lab, "vda", 20)
+        resize(lab, "vda", 20);
     });
     life.during("snapshot and commit during a pass", &ANY, |lab| {
         snapshot(lab);
@@ -185,10 +185,10 @@ fn an_operator_works_beside_a_pass() {
         life.between("checkpoint between", &[], |lab| checkpoint(lab));
         life.between("backup-begin between", &[], |lab| backup_begin(lab));
         life.between("blockresize between", &["vdb"], |lab| {
-            resize(lab, "vdb", 20)
+            resize(lab, "vdb", 20);
         });
         life.during("blockresize of a raw disk during a pass", &["vdb"], |lab| {
-            resize(lab, "vdb", 24)
+            resize(lab, "vdb", 24);
         });
     }
     life.lab.run(&["verify"]).code(0);
@@ -205,15 +205,15 @@ fn chains_change_between_points() {
     life.between("commit between", &ALL, |lab| commit(lab));
     life.exact("on the base again", &[], &[]);
     life.between("blockcopy to qcow2 between", &["vda"], |lab| {
-        copy(lab, "vda", "vda2.qcow2", "qcow2")
+        copy(lab, "vda", "vda2.qcow2", "qcow2");
     });
     life.exact("on the copy", &[], &[]);
     life.between("blockcopy to raw between", &["sda"], |lab| {
-        copy(lab, "sda", "sda2.raw", "raw")
+        copy(lab, "sda", "sda2.raw", "raw");
     });
     life.exact("on the raw copy", &[], &[]);
     life.during("blockcopy during a pass", &ANY, |lab| {
-        copy(lab, "vda", "vda3.qcow2", "qcow2")
+        copy(lab, "vda", "vda3.qcow2", "qcow2");
     });
     life.during("snapshot during a pass", &ANY, |lab| snapshot(lab));
     life.during("commit during a pass", &ANY, |lab| commit(lab));

@@ -1,5 +1,6 @@
 //! Internal snapshots, domains that were saved, and domains that are off while somebody starts them.
 
+use std::path::Path;
 use std::time::Instant;
 
 use forerun::clock;
@@ -110,7 +111,7 @@ fn a_domain_is_off_saved_or_started_under_our_hands() {
         life.lab
             .host_state()
             .iter()
-            .any(|file| file.ends_with(".qsd"))
+            .any(|file| Path::new(file).extension().is_some_and(|ext| ext == "qsd"))
     });
     clock::sleep(std::time::Duration::from_millis(500));
     let begun = Instant::now();
