@@ -166,14 +166,11 @@ fn dies(name: &str, words: &[&str]) {
 fn few(steps: &[Step]) -> Vec<Step> {
     let after = [
         "journal:write:after#1",
-        "qmp:nbd-server-start:answered#1",
-        "qmp:blockdev-create:answered#1",
         "qmp:block-dirty-bitmap-disable:answered#1",
         "qga:guest-fsfreeze-freeze:answered#1",
         "qmp:transaction:answered#1",
         "qmp:block-export-add:answered#1",
         "qmp:block-job-cancel:answered#1",
-        "qmp:blockdev-del:answered#1",
     ];
     let chosen = steps
         .iter()

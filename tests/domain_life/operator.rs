@@ -165,13 +165,6 @@ fn has_plugged(lab: &Lab) {
 fn an_operator_works_beside_a_pass() {
     let mut life = Life::begin("operator");
     life.during("backup-begin during a pass", &[], |lab| backup_begin(lab));
-    life.during("blockresize during a pass", &["vda"], |lab| {
-        resize(lab, "vda", 20);
-    });
-    life.during("snapshot and commit during a pass", &ANY, |lab| {
-        snapshot(lab);
-        commit(lab);
-    });
     life.during("a disk plugged during a pass", &[], |lab| plug(lab));
     has_plugged(&life.lab);
     life.during("a disk unplugged during a pass", &[], |lab| unplug(lab));
@@ -181,6 +174,13 @@ fn an_operator_works_beside_a_pass() {
     life.lab.is_clean();
 
     if all() {
+        life.during("blockresize during a pass", &["vda"], |lab| {
+            resize(lab, "vda", 20);
+        });
+        life.during("snapshot and commit during a pass", &ANY, |lab| {
+            snapshot(lab);
+            commit(lab);
+        });
         life.during("checkpoint during a pass", &[], |lab| checkpoint(lab));
         life.between("checkpoint between", &[], |lab| checkpoint(lab));
         life.between("backup-begin between", &[], |lab| backup_begin(lab));
