@@ -47,7 +47,11 @@ impl Guard {
         lock: &Lock,
         deadline: Duration,
     ) -> Result<Self> {
-        let binary = std::env::current_exe().context("find this program's own file")?;
+        let mut binary = std::env::current_exe().context("find this program's own file")?;
+        if !binary.exists() {
+            // It was replaced by a newer one while we run; what runs is still there.
+            binary = "/proc/self/exe".into();
+        }
         let scoped = scope_command(&binary);
         if let Some(command) = scoped
             && let Ok(guard) = Self::start_with(command, monitor, journal, lock, deadline)
@@ -152,7 +156,7 @@ impl Guard {
 
 /// `systemd-run --scope` where systemd runs, so that stopping our unit does not stop the guard.
 fn scope_command(binary: &Path) -> Option<Command> {
-    if !Path::new("/run/systemd/system").is_dir() {
+    if !Path::new("/run/systemd/system").is_dir() || binary.starts_with("/proc/self") {
         return None;
     }
     let mut command = Command::new("systemd-run");

@@ -105,6 +105,18 @@ pub fn holder_of(spelling: &str) -> Option<Error> {
     })
 }
 
+/// The keys of all targets that this host has state of.
+#[must_use]
+pub fn keys() -> Vec<String> {
+    let entries = std::fs::read_dir(root()).into_iter().flatten().flatten();
+    let mut keys: Vec<String> = entries
+        .filter(|entry| entry.path().is_dir())
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    keys.sort();
+    keys
+}
+
 /// The host state of one target.
 #[derive(Debug, Clone)]
 pub struct TargetState {
@@ -236,11 +248,12 @@ impl TargetState {
 
     /// A new journal for a run; nothing is written yet.
     #[must_use]
-    pub fn journal(&self, run: &str, monitor: &Path, process: &Process) -> Journal {
+    pub fn journal(&self, run: &str, monitor: &Path, found: Found, process: &Process) -> Journal {
         Journal {
             path: self.directory.join(format!("{run}.journal")),
             content: Content {
                 monitor: monitor.to_path_buf(),
+                found: Some(found),
                 process: process.clone(),
                 left: Vec::new(),
                 after: None,
@@ -264,11 +277,24 @@ fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Content {
     monitor: PathBuf,
+    /// As what the VM was found; unknown in journals of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    found: Option<Found>,
     process: Process,
     left: Vec<Leftover>,
     /// The hook that must be run when the guest is thawed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     after: Option<Hook>,
+}
+
+/// As what a VM was found, for a `recover` that is not told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Found {
+    /// The target as it was spelled; the present name of a domain.
+    pub target: String,
+    /// The hypervisor of a domain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connect: Option<String>,
 }
 
 /// What a run has put, or is about to put, into a VM. Written before it is made.
@@ -299,6 +325,12 @@ impl Journal {
     #[must_use]
     pub fn monitor(&self) -> &Path {
         &self.content.monitor
+    }
+
+    /// As what the VM was found.
+    #[must_use]
+    pub fn found(&self) -> Option<&Found> {
+        self.content.found.as_ref()
     }
 
     /// The QEMU process that it was written for.

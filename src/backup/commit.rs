@@ -292,8 +292,8 @@ impl Runner {
             machine["domain"] = record;
         }
         let quiesce = match (self.vm.offline(), instant.quiesced) {
-            (true, _) => image::Quiesce::Offline,
-            (_, true) => image::Quiesce::Quiesced,
+            (true, true) => image::Quiesce::Offline,
+            (false, true) => image::Quiesce::Quiesced,
             (_, false) => image::Quiesce::CrashConsistent,
         };
         let freeze = match (self.vm.offline(), self.options.method) {

@@ -44,12 +44,18 @@ use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::qmp::graph::Bitmap;
 use crate::qmp::names::RunName;
+use crate::qmp::socket::start_time;
 use crate::session::{Session, base_map};
 use crate::throttle::{Pace, Throttle};
 use crate::vm::{Hold, Vm};
 
 /// How long a monitor that somebody else uses is waited for.
 const BUSY_WAIT: Duration = Duration::from_secs(60);
+
+/// How long a QEMU that hung up, or that is about to, may take to end.
+const END_WAIT: Duration = Duration::from_secs(5);
+/// How long a domain that ended may take to be started again before its images are opened: that would keep it from starting.
+const START_WAIT: Duration = Duration::from_secs(10);
 
 /// So much residual is not worth a live pass before the freeze.
 const SMALL: u64 = 64 << 20;
@@ -78,6 +84,21 @@ fn is_lost(error: &anyhow::Error) -> bool {
         matches!(cause.downcast_ref(), Some(crate::qmp::Error::Lost { .. }))
     };
     error.chain().any(lost)
+}
+
+/// Whether the connection to QEMU ended.
+fn is_cut_off(error: &anyhow::Error) -> bool {
+    let closed = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(crate::qmp::Error::Closed))
+    };
+    error.chain().any(closed)
+}
+
+/// Whether QEMU or its NBD server said it, or no longer did. One that is ending takes its exports away first.
+fn is_of_qemu(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .any(|cause| cause.is::<crate::qmp::Error>() || cause.is::<crate::nbd::Error>())
 }
 
 /// When to quiesce the guest's file systems around the freeze.
@@ -238,6 +259,30 @@ impl Runner {
             return Err(Failure::hinted(Kind::Interrupted, "interrupted", hint));
         }
         Ok(())
+    }
+
+    /// Whether an error is that of a domain whose QEMU ended under our hands. It is there, on or off, all the same: after
+    /// some time in which it may be started again the work goes on.
+    fn domain_ended(&self, error: &anyhow::Error) -> Result<bool> {
+        let (Some(domain), Some(process)) = (&self.vm.domain, &self.session.state.process) else {
+            return Ok(false);
+        };
+        if process.pid == 0 || !is_of_qemu(error) {
+            return Ok(false);
+        }
+        let ended = Deadline::after(END_WAIT);
+        while start_time(process.pid) == Some(process.start) {
+            if ended.passed() {
+                return Ok(false);
+            }
+            self.pause(Duration::from_millis(50))?;
+        }
+        tracing::warn!("{error:#}: the domain ended");
+        let started = Deadline::after(START_WAIT);
+        while !domain.active()? && !started.passed() {
+            self.pause(Duration::from_millis(500))?;
+        }
+        Ok(true)
     }
 
     fn hold(&mut self) -> Result<Hold> {

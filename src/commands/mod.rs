@@ -6,6 +6,7 @@ mod define;
 mod forget;
 mod key;
 mod prune;
+mod recover;
 mod repair;
 mod repository;
 mod restore;
@@ -197,7 +198,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         Command::Unpin { repo, point } => forget::unpin(&repo, &point),
         Command::Repair { what } => repair::repair(&what),
         Command::Untrack(args) => target::untrack(&args),
-        Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
+        Command::Recover { target, repo } => recover::run(&target, repo.as_deref(), &interrupted),
         Command::DropSession { repo, target, name } => {
             target::drop_session(&repo, &target, name.as_deref())
         }

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::configuration::Configuration;
 use super::pass::start_server;
 use super::spool::Spool;
-use super::{Quiesce, Runner, is_lost};
+use super::{Quiesce, Runner, is_cut_off, is_lost};
 use crate::bitmap::track::Rotation;
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
@@ -55,7 +55,7 @@ pub(in crate::backup) struct Cut {
     pub(in crate::backup) file_systems: Option<u64>,
     /// Bytes that the scratches took.
     pub(in crate::backup) scratch_bytes: u64,
-    /// Whether the file systems were still frozen after the transaction.
+    /// Whether the file systems were at rest: still frozen after the transaction, or of a guest that was shut down.
     #[serde(skip)]
     pub(in crate::backup) quiesced: bool,
 }
@@ -93,18 +93,28 @@ impl Runner {
                 self.options.quiesce = Quiesce::Never;
                 self.try_freeze()
             }
-            Err(error) if is_lost(&error) => Err(GivenUp(format!("{error:#}")).into()),
+            Err(error) if is_lost(&error) || self.domain_ended(&error)? => {
+                Err(GivenUp(format!("{error:#}")).into())
+            }
             done => done,
         }
     }
 
     fn try_freeze(&mut self) -> Result<Residual> {
         let mut hold = self.hold_without_jobs()?;
+        hold.may_share_files()?;
         let mut guard = None;
-        let result = self.freeze_held(&mut hold, &mut guard);
+        let mut result = self.freeze_held(&mut hold, &mut guard);
         if let Err(error) = &result {
             // The other targets of a common instant go on at once.
             self.seat = None;
+            let nodes = |hold: &Hold| -> Vec<(String, String)> {
+                let disks = hold.disks().iter();
+                disks
+                    .map(|disk| (disk.key.clone(), disk.node.clone()))
+                    .collect()
+            };
+            let before = nodes(&hold);
             // Whatever was put into the VM comes out; the error that is reported is the first one. An overlay that is not
             // committed in its time stays in the journal: another wait of the same length would be no better.
             if matches!(error.downcast_ref(), Some(qmp::Error::NotConverged { .. })) {
@@ -116,6 +126,10 @@ impl Runner {
             for disk in &mut self.disks {
                 disk.open = None;
                 disk.unsound = None;
+            }
+            // What failed may have failed for a disk that has gone.
+            if !error.is::<GivenUp>() && hold.look().is_ok() && nodes(&hold) != before {
+                result = Err(GivenUp(format!("a disk came or went: {error:#}")).into());
             }
         }
         self.note_unreadable(result)
@@ -157,6 +171,8 @@ impl Runner {
                 self.warnings.extend(done.failed_hooks);
                 self.dismiss(guard);
             }
+            // Nothing of it is left but files, which the next command on the target removes.
+            Err(error) if is_cut_off(&error) => tracing::warn!("{error:#}: the VM ended"),
             Err(error) => {
                 tracing::error!(error = format!("{error:#}"), "the VM could not be released");
                 self.warnings.push(format!(
