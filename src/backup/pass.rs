@@ -18,7 +18,6 @@ use crate::exit::{Failure, Kind};
 use crate::image::Content;
 use crate::nbd::{Client, Endpoint, ReadOptions};
 use crate::qmp::export::{self, Export, Listening};
-use crate::qmp::release::Leftover;
 use crate::session::Read;
 use crate::units::{BlockRun, BlockSize, Extent};
 use crate::vm::{Hold, seen};
@@ -282,9 +281,7 @@ impl Runner {
     ) -> Result<()> {
         let mut left = vec![listening.leftover()];
         for disk in 0..disks.len() {
-            left.push(Leftover::Export {
-                id: export::export_id(&self.run, disk),
-            });
+            left.extend(export::leftovers(&self.run, disk));
         }
         hold.journal.write(left)?;
         start_server(listening, hold)?;
@@ -348,7 +345,8 @@ impl Runner {
         key: &str,
         bitmaps: &[(u64, String)],
     ) -> Result<Client> {
-        let node = hold.disk(key)?.node.clone();
+        let disk = hold.disk(key)?;
+        let (node, size) = (disk.node.clone(), disk.size);
         let export = Export {
             disk: index,
             bitmaps: bitmaps
@@ -356,13 +354,14 @@ impl Runner {
                 .map(|(_, name)| (node.clone(), name.clone()))
                 .collect(),
             node,
+            size,
             granularity: u32::from(self.repo.block_size()),
         };
         export::add(&mut hold.monitor, &self.run, &export)?;
         let id = export::export_id(&self.run, index);
         let mut endpoint = Endpoint::new(&listening.socket, id).allocation();
         for (_, name) in bitmaps {
-            endpoint = endpoint.bitmap(&export::copy_name(name));
+            endpoint = endpoint.bitmap(&name);
         }
         Ok(endpoint.connect()?)
     }
@@ -424,7 +423,7 @@ impl Runner {
         for (epoch, name) in pending_names(tracked) {
             let before = open.count();
             let mut found = 0;
-            client.dirty_extents(&export::copy_name(&name), whole, &mut |extent| {
+            client.dirty_extents(&&name, whole, &mut |extent| {
                 found += proofs.unsafe_of(epoch, block_size.cover(extent), &mut open);
                 ControlFlow::Continue(())
             })?;
