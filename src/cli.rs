@@ -1,5 +1,7 @@
 //! The command line: `clap` types and nothing else.
 
+mod command;
+mod instant;
 mod restore;
 
 use std::path::PathBuf;
@@ -7,6 +9,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use self::instant::{HookArgs, MoreArgs};
 pub use self::restore::RestoreArgs;
 use crate::backup::Quiesce;
 use crate::exit::{Failure, Kind};
@@ -84,6 +87,9 @@ pub enum Command {
         #[command(flatten)]
         #[allow(missing_docs)]
         freeze: FreezeArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        more: MoreArgs,
     },
     /// Copy ahead until a time, then make a recovery point.
     Run {
@@ -96,6 +102,9 @@ pub enum Command {
         #[command(flatten)]
         #[allow(missing_docs)]
         freeze: FreezeArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        more: MoreArgs,
         /// When the backup is due: HH:MM (its next occurrence), or a date with a time.
         #[arg(long)]
         at: String,
@@ -546,6 +555,9 @@ pub struct FreezeArgs {
     /// How long the overlay of `--freeze snapshot` may take to be committed back.
     #[arg(long, default_value = "10m", value_parser = parse_duration)]
     pub commit_deadline: Duration,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub hooks: HookArgs,
 }
 
 /// The methods of freezing.
@@ -618,59 +630,5 @@ impl TargetArgs {
         let hint = "name a domain, qmp:SOCKET or disk:PATH; `--all` is for precopy, backup, run, status and inspect";
         let nothing = || Failure::hinted(Kind::Usage, "no target is named", hint);
         self.target.as_ref().ok_or_else(nothing)
-    }
-}
-
-impl Command {
-    /// Whether a signal must not end it at once: a VM is released first, and what is long ends where the next one goes on best, and
-    /// lets go of its locks and leases. The others are ended by one at once.
-    #[must_use]
-    pub fn ends_in_order(&self) -> bool {
-        matches!(
-            self,
-            Self::Track(_)
-                | Self::Changed(_)
-                | Self::Precopy { .. }
-                | Self::Backup { .. }
-                | Self::Run { .. }
-                | Self::Prune(_)
-                | Self::Verify { .. }
-                | Self::Check { .. }
-                | Self::Copy { .. }
-                | Self::Restore { .. }
-        )
-    }
-
-    /// The command's name, for reports.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Init(_) => "init",
-            Self::Key { .. } => "key",
-            Self::Inspect(_) => "inspect",
-            Self::Track(_) => "track",
-            Self::Changed(_) => "changed",
-            Self::Precopy { .. } => "precopy",
-            Self::Backup { .. } => "backup",
-            Self::Run { .. } => "run",
-            Self::Status(_) => "status",
-            Self::List { .. } => "list",
-            Self::Show { .. } => "show",
-            Self::Diff { .. } => "diff",
-            Self::Stats { .. } => "stats",
-            Self::Verify { .. } => "verify",
-            Self::Check { .. } => "check",
-            Self::Restore(_) => "restore",
-            Self::Prune(_) => "prune",
-            Self::Copy { .. } => "copy",
-            Self::Forget { .. } => "forget",
-            Self::Pin { .. } => "pin",
-            Self::Unpin { .. } => "unpin",
-            Self::Repair { .. } => "repair",
-            Self::Untrack(_) => "untrack",
-            Self::Recover { .. } => "recover",
-            Self::DropSession { .. } => "drop-session",
-            Self::Guard { .. } => "guard",
-        }
     }
 }

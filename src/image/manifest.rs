@@ -92,6 +92,18 @@ pub enum Quiesce {
     Offline,
 }
 
+impl Quiesce {
+    /// As the manifest and the reports have it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Quiesced => "quiesced",
+            Self::CrashConsistent => "crash-consistent",
+            Self::Offline => "offline",
+        }
+    }
+}
+
 /// A disk of a point.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DiskPoint {

@@ -67,6 +67,10 @@ impl Domain {
         match *self {}
     }
 
+    pub fn is_saved(&self) -> Result<bool> {
+        match *self {}
+    }
+
     pub fn monitor(&self) -> Result<Box<dyn Monitor>> {
         match *self {}
     }

@@ -128,6 +128,13 @@ impl Domain {
         )
     }
 
+    /// Whether it is to go on from a managed save, with the memory that its guest had.
+    pub fn is_saved(&self) -> Result<bool> {
+        self.ask("ask for a managed save of the domain", |domain| {
+            domain.has_managed_save(0)
+        })
+    }
+
     /// Its monitor; [`Error::Closed`] when it is off.
     pub fn monitor(&self) -> Result<Box<dyn Monitor>> {
         monitor(&self.uri, &self.uuid)

@@ -180,6 +180,23 @@ impl Graph {
         self.child(node, "backing")
     }
 
+    /// The nodes under another, each before its own.
+    #[must_use]
+    pub fn below(&self, node: &str) -> Vec<String> {
+        let mut below = Vec::new();
+        let mut next = vec![node.to_owned()];
+        while let Some(parent) = next.pop() {
+            let children = self.children.iter().filter(|((of, _), _)| *of == parent);
+            for child in children.flat_map(|(_, children)| children) {
+                if !child.is_empty() && !below.contains(child) {
+                    below.push(child.clone());
+                    next.push(child.clone());
+                }
+            }
+        }
+        below
+    }
+
     /// Whether a device, filter, job or other node uses this one.
     #[must_use]
     pub fn has_parents(&self, node: &str) -> bool {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
 use super::{
-    BOOT, Builder, Bus, Disk, Format, Libvirtd, UP, initramfs, kernel, last_line, line_with,
+    BOOT, Builder, Bus, Disk, Format, Libvirtd, UP, initramfs, kernel, last_line, line_with, system,
 };
 
 /// OVMF, as Debian's package has it.
@@ -25,13 +25,16 @@ pub struct Domain {
 
 impl Builder {
     /// Defines the guest as a domain, starts it, and waits until it is up. A disk's id is its target's `dev`, which
-    /// says its bus, too: `vda` is on virtio-blk, `sda` on virtio-scsi.
+    /// says its bus, too: `vda` is on virtio-blk, `sda` on virtio-scsi. Another bus is one of libvirt's names.
     pub fn domain(
         self,
         libvirtd: std::sync::Arc<std::sync::Mutex<Libvirtd>>,
         name: &str,
     ) -> Result<Domain> {
         fs::create_dir_all(&self.dir)?;
+        if self.system.is_some() {
+            system::create_root(&self.dir, &self.disks)?;
+        }
         for disk in &self.disks {
             disk.create(&self.dir)?;
         }
@@ -42,7 +45,7 @@ impl Builder {
             &self.dir.join("initrd"),
             &kernel,
             &self.run_script(),
-            self.agent,
+            self.agent && self.system.is_none(),
         )?;
         let file = self.dir.join(format!("{name}.xml"));
         fs::write(&file, self.xml(name))?;
@@ -117,6 +120,7 @@ fn emulator(binary: &Path) -> String {
 fn disk_xml(disk: &Disk, dir: &Path) -> String {
     let (bus, iothread) = match (disk.bus_kind(), disk.iothread_name()) {
         (Bus::Scsi, _) => ("scsi", ""),
+        (Bus::Other(bus), _) => (bus.as_str(), ""),
         (_, Some(_)) => ("virtio", " iothread='1'"),
         (_, None) => ("virtio", ""),
     };
@@ -124,8 +128,11 @@ fn disk_xml(disk: &Disk, dir: &Path) -> String {
         Format::Qcow2 => "qcow2",
         Format::Raw => "raw",
     };
+    let serial = disk.serial_number();
+    let serial = serial.map(|serial| format!("<serial>{serial}</serial>"));
+    let serial = serial.unwrap_or_default();
     format!(
-        "<disk type='file' device='disk'><driver name='qemu' type='{format}' discard='unmap'{iothread}/><source file='{}'/><target dev='{}' bus='{bus}'/></disk>",
+        "<disk type='file' device='disk'><driver name='qemu' type='{format}' discard='unmap'{iothread}/><source file='{}'/><target dev='{}' bus='{bus}'/>{serial}</disk>",
         disk.path(dir).display(),
         disk.id()
     )

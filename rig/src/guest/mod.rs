@@ -11,6 +11,7 @@ mod initramfs;
 mod kernel;
 mod libvirtd;
 mod machine;
+mod system;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -27,6 +28,7 @@ pub use libvirtd::Libvirtd;
 pub use machine::Machine;
 use machine::machine_args;
 pub(crate) use machine::machine_without_guest;
+pub use system::SystemFile;
 
 /// How long a boot may take; a starved machine is slow.
 const BOOT: Duration = Duration::from_secs(240);
@@ -66,6 +68,7 @@ pub struct Builder {
     disks: Vec<Disk>,
     program: Program,
     agent: bool,
+    system: Option<Vec<SystemFile>>,
     mounts: Vec<(String, String)>,
     uuid: Option<String>,
     extra: Vec<String>,
@@ -208,6 +211,9 @@ impl Builder {
     }
 
     fn run_script(&self) -> String {
+        if let Some(files) = &self.system {
+            return system::switch_script(files);
+        }
         let mut script = String::new();
         for (device, path) in &self.mounts {
             let mount = format!("mkdir -p {path} && mount -t ext4 {device} {path}");
@@ -281,6 +287,7 @@ impl Guest {
             disks: Vec::new(),
             program: Program::Idle,
             agent: false,
+            system: None,
             mounts: Vec::new(),
             uuid: None,
             extra: Vec::new(),
