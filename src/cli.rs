@@ -1,9 +1,12 @@
 //! The command line: `clap` types and nothing else.
 
+mod load;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+pub use load::LoadArgs;
 
 use crate::backup::Quiesce;
 use crate::exit::{Failure, Kind};
@@ -96,6 +99,24 @@ pub enum Command {
         /// When the backup is due: HH:MM (its next occurrence), or a date with a time.
         #[arg(long)]
         at: String,
+    },
+    /// Show what the load of a VM and its host is, and which pace it leaves for copying.
+    Load {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        target: TargetArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        load: LoadArgs,
+        /// The repository, for the load of its disk.
+        #[arg(long, env = "FORERUN_REPO")]
+        repo: Option<PathBuf>,
+        /// Between two samples.
+        #[arg(long, default_value = "1s", value_parser = parse_duration)]
+        interval: Duration,
+        /// How many samples; without it 10, or on a terminal until it is interrupted.
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+        count: Option<u32>,
     },
     /// Show what is not copied yet, the session, and what was left behind.
     Status(RepoTargetArgs),
@@ -523,12 +544,15 @@ pub struct RepoTargetArgs {
 /// How fast to copy live.
 #[derive(Debug, Args)]
 pub struct PaceArgs {
-    /// Read at most this much a second: 100MiB/s.
+    /// Read at most this much a second, however much room there is: 100MiB/s.
     #[arg(long, value_parser = parse_rate)]
     pub rate: Option<u64>,
     /// Keep at most so many requests in flight.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub in_flight: u8,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub load: LoadArgs,
     /// What new blocks are compressed with, instead of what `init` said: lz4, zstd, zstd:LEVEL or none.
     #[arg(long, value_name = "CODEC")]
     pub compression: Option<Compression>,
@@ -603,6 +627,7 @@ impl Command {
                 | Self::Precopy { .. }
                 | Self::Backup { .. }
                 | Self::Run { .. }
+                | Self::Load { .. }
                 | Self::Prune(_)
         )
     }
@@ -619,6 +644,7 @@ impl Command {
             Self::Precopy { .. } => "precopy",
             Self::Backup { .. } => "backup",
             Self::Run { .. } => "run",
+            Self::Load { .. } => "load",
             Self::Status(_) => "status",
             Self::List { .. } => "list",
             Self::Show { .. } => "show",

@@ -15,8 +15,8 @@ mod pass;
 mod spool;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -35,12 +35,14 @@ use crate::copy::CopyDisk;
 use crate::exit::{Failure, Kind};
 use crate::hoststate::Lock;
 use crate::image::{MapReader, Repository};
+use crate::load::Load;
+use crate::load::config::Config as LoadConfig;
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::qmp::graph::Bitmap;
 use crate::qmp::names::RunName;
 use crate::session::{Session, base_map};
-use crate::throttle::{Pace, Throttle};
+use crate::throttle::Throttle;
 use crate::vm::{Hold, Vm};
 
 /// How long a monitor that somebody else uses is waited for.
@@ -90,8 +92,10 @@ pub enum Quiesce {
 /// How a run goes about it.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The pace of passes.
-    pub pace: Pace,
+    /// What sets the pace of passes.
+    pub load: LoadConfig,
+    /// Where the repository is, for its disk's load.
+    pub repository: Option<PathBuf>,
     /// How the block snapshot is taken.
     pub method: Method,
     /// It was asked for by name.
@@ -160,7 +164,8 @@ pub struct Runner {
     run: RunName,
     session: Session,
     options: Options,
-    throttle: Throttle,
+    throttle: Arc<Throttle>,
+    load: Mutex<Load>,
     progress: Arc<Progress>,
     interrupted: Arc<AtomicBool>,
     disks: Vec<RunDisk>,
@@ -190,9 +195,11 @@ impl Runner {
         let mut session = Session::open(&repo, &vm.key)?;
         session.remove_committed()?;
         session.settle()?;
+        let load = Load::new(&vm.key, options.load.clone(), options.repository.as_deref());
         Ok(Self {
             run: RunName::new(&short),
-            throttle: Throttle::new(options.pace.rate),
+            throttle: load.throttle(),
+            load: Mutex::new(load),
             vm,
             repo,
             session,
@@ -208,6 +215,17 @@ impl Runner {
             begun: clock::utc_now(),
             _lock: lock,
         })
+    }
+
+    /// The watch over guest and host.
+    fn watch(&self) -> MutexGuard<'_, Load> {
+        self.load.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What giving way to the guest and the host came to, for reports.
+    #[must_use]
+    pub fn load_report(&self) -> serde_json::Value {
+        self.watch().report().to_json()
     }
 
     /// Fails when a signal has asked for the end.

@@ -3,6 +3,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -29,6 +30,10 @@ const BATCH: Duration = Duration::from_secs(3);
 const AFTER_LOSS: Duration = Duration::from_millis(500);
 /// Between two batches, so that an operator's command that waits gets its turn.
 const BETWEEN: Duration = Duration::from_millis(20);
+/// Between two looks at whether a pause is over.
+const LOOK: Duration = Duration::from_millis(50);
+/// A pause as short as those that measure is not.
+const WORTH_TELLING: Duration = Duration::from_secs(2);
 /// A run of at least this many blocks is worth asking the block status for.
 const WORTH_ASKING: u64 = 16;
 /// The most blocks that are asked for at once.
@@ -128,11 +133,32 @@ impl Runner {
                 self.strike()?;
                 return Ok(PassEnd::Complete);
             }
+            clock::sleep(BETWEEN);
+            self.give_way(until)?;
             if until.is_some_and(Deadline::passed) {
                 return Ok(PassEnd::OutOfTime);
             }
-            clock::sleep(BETWEEN);
         }
+    }
+
+    /// Waits between two batches for as long as the guest or the host has no room for one, or until the time is up.
+    fn give_way(&self, until: Option<Deadline>) -> Result<()> {
+        let begun = clock::now();
+        let mut told = false;
+        while !until.is_some_and(Deadline::passed) {
+            self.check_interrupt()?;
+            let Some(words) = self.watch().waits() else {
+                break;
+            };
+            if !told && clock::now() - begun > WORTH_TELLING {
+                tracing::info!("{words}");
+                told = true;
+            }
+            self.progress.note(&words);
+            clock::sleep(LOOK);
+        }
+        self.progress.note("");
+        Ok(())
     }
 
     /// Why the newest rotation cannot be gone on with, when it cannot.
@@ -274,6 +300,9 @@ impl Runner {
         }
         hold.journal.write(left)?;
         start_server(listening, hold)?;
+        let off = self.vm.offline();
+        let machine = hold.machine_seen()?.clone();
+        self.watch().begin(&mut hold.monitor, &machine, off);
         let mut total = 0;
         let mut clients = Vec::new();
         for (index, disk) in disks.iter_mut().enumerate() {
@@ -298,17 +327,39 @@ impl Runner {
             Ordering::Relaxed,
         );
         let interrupted = &self.interrupted;
+        let monitor = Mutex::new(&mut hold.monitor);
+        let look = || {
+            let mut load = self.watch();
+            if load.is_due() {
+                let mut monitor = monitor.lock().unwrap_or_else(PoisonError::into_inner);
+                load.within(&mut **monitor);
+            }
+        };
+        let options = self.read_options();
+        let go_on = || {
+            look();
+            let pace = self.throttle.pace();
+            // With far fewer requests in flight than it has, a batch gives way to one that begins anew.
+            let fits = pace.rate != Some(0) && pace.in_flight * 2 > options.depth;
+            fits && !ends.passed() && !interrupted.load(Ordering::Relaxed)
+        };
         let reading = Reading {
             block_size: self.repo.block_size(),
-            options: self.read_options(),
+            options,
             permit: &|bytes| {
-                let go_on = || !ends.passed() && !interrupted.load(Ordering::Relaxed);
                 if self.throttle.wait(bytes, &go_on) {
+                    self.watch().copied(bytes);
                     ControlFlow::Continue(())
                 } else {
                     ControlFlow::Break(())
                 }
             },
+        };
+        let give = &mut |piece: Piece| {
+            let begun = clock::now();
+            let taken = give(piece);
+            self.watch().stalled(clock::now() - begun);
+            taken
         };
         for (index, (disk, client)) in disks.iter().zip(&mut clients).enumerate() {
             let Some(open) = &disk.open else { continue };
@@ -322,6 +373,7 @@ impl Runner {
         for client in clients {
             client.disconnect()?;
         }
+        self.watch().end(&mut hold.monitor);
         Ok(())
     }
 
@@ -354,7 +406,7 @@ impl Runner {
 
     pub(super) fn read_options(&self) -> ReadOptions {
         let request_bytes = (256 << 10).max(u32::from(self.repo.block_size()));
-        let depth = self.options.pace.in_flight;
+        let depth = self.throttle.pace().in_flight;
         // Hole chunks are not asked for: QEMU drops the connection on a read error when they are.
         ReadOptions {
             request_bytes,

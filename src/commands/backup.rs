@@ -13,11 +13,11 @@ use crate::backup::{Options, Point, Quiesce, Runner};
 use crate::cli::{FreezeArgs, FreezeMethod, PaceArgs, RepoTargetArgs, TargetArgs};
 use crate::clock;
 use crate::exit::{Kind, classify};
+use crate::load::config::Config;
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::report::{Bar, Outcome, Style};
 use crate::schedule::{self, Due};
-use crate::throttle::Pace;
 use crate::units::Bytes;
 
 /// What ends a `precopy`.
@@ -28,13 +28,10 @@ pub(super) struct Limits {
 }
 
 fn options(pace: Option<&PaceArgs>, freeze: Option<&FreezeArgs>, doing: &str) -> Options {
-    let default = Pace::default();
     let named = freeze.and_then(|freeze| freeze.method);
     Options {
-        pace: Pace {
-            rate: pace.and_then(|pace| pace.rate),
-            in_flight: pace.map_or(default.in_flight, |pace| usize::from(pace.in_flight)),
-        },
+        load: pace.map_or_else(Config::default, |pace| pace.load.config(Some(pace))),
+        repository: None,
         method: match named {
             Some(FreezeMethod::Snapshot) => Method::Snapshot,
             _ => Method::Fleece,
@@ -72,7 +69,10 @@ fn begin(
     let vm = super::find(&args.target, repo.is_encrypted())?;
     let progress = Arc::new(Progress::default());
     let (target, key) = (vm.target.to_string(), vm.key.clone());
-    let options = options(pace, freeze, doing);
+    let options = Options {
+        repository: Some(args.repo.repo.clone()),
+        ..options(pace, freeze, doing)
+    };
     let runner = Runner::begin(vm, repo, options, Arc::clone(&progress), interrupted)?;
     Ok(Begun {
         runner,
@@ -162,7 +162,7 @@ pub(super) fn precopy(
     }
     outcome.targets.push(json!({
         "target": begun.target, "key": begun.key, "bytes": bytes, "residual": left,
-        "rescanned": rescanned,
+        "rescanned": rescanned, "load": begun.runner.load_report(),
     }));
     outcome.warnings.append(&mut begun.runner.warnings);
     if !reached {
@@ -300,6 +300,7 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
     let point_json = serde_json::to_value(point).unwrap_or(Value::Null);
     outcome.targets.push(json!({
         "target": begun.target, "key": begun.key, "point": point_json, "late": late.is_some(),
+        "load": begun.runner.load_report(),
     }));
     outcome.warnings.append(&mut begun.runner.warnings);
     if let Some(due) = late {

@@ -4,6 +4,7 @@ mod backup;
 mod copy;
 mod forget;
 mod key;
+mod load;
 mod prune;
 mod repair;
 mod repository;
@@ -129,6 +130,20 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             several::each_of(&target, &interrupted, |target| {
                 backup::run(target, &pace, &freeze, at, style, Arc::clone(&interrupted))
             })
+        }
+        Command::Load {
+            target,
+            load,
+            repo,
+            interval,
+            count,
+        } => {
+            let sampling = load::Sampling {
+                interval,
+                count,
+                repo,
+            };
+            load::load(&target, &load, &sampling, style, &interrupted)
         }
         Command::Status(args) => several::each_of(&args, &interrupted, target::status),
         Command::List { repo, target } => repository::list(&repo, target.as_deref()),
