@@ -23,8 +23,12 @@ use super::baseline::{Cpus, Increase, Latency, Requests, SHORT, Slowness};
 use super::config::{Config, Urgency};
 use super::number::{real, whole};
 
-/// The promise on delays holds over so long.
+/// What tells old times from now: a pace that was too much, a baseline, a stop.
 const LONG: Duration = Duration::from_secs(60);
+/// The promise on delays holds over a minute; what forgets in half of that sees it coming.
+const PROMISE: Duration = Duration::from_secs(30);
+/// What is aimed at, as a share of what is promised.
+const AIM: f64 = 0.75;
 /// The first pace, bytes a second.
 const START: f64 = 64.0 * 1024.0 * 1024.0;
 /// The slowest pace; when even that is too much we stop.
@@ -39,6 +43,8 @@ const LOWER: f64 = 0.8;
 const STOP: f64 = 4.0;
 /// A guest whose requests are in flight for less than this share of the time does not wait for its disks.
 const IDLE: f64 = 0.02;
+/// What differs by more than this by itself is not believed to.
+const MOST_SPREAD: f64 = 0.25;
 /// The promise is but for the time of a reaction: a second counts for no more than twice as long.
 const REACTION_COUNTS: f64 = 1.0;
 /// Between two steps down, so that the first one can show.
@@ -53,6 +59,8 @@ const MEASURE_SOON: Duration = Duration::from_secs(5);
 /// How long we stop: twice as long each time that it was in vain.
 const STOP_FIRST: Duration = Duration::from_secs(1);
 const STOP_LONGEST: Duration = Duration::from_secs(30);
+/// How long it is tried at a trickle after the longest.
+const TRIED: Duration = Duration::from_secs(2);
 /// After so long without a stop the next one is short again.
 const CALM: Duration = Duration::from_secs(60);
 
@@ -256,7 +264,7 @@ impl State {
             measured_rate: 0.0,
             latency: Latency::new(past.requests.as_ref()),
             slowness: Slowness::new(past.cpus.as_ref()),
-            delay: Average::new(LONG),
+            delay: Average::new(PROMISE),
             own: average,
             quiet: Quiet {
                 io_pressure: average,
@@ -384,6 +392,11 @@ impl State {
                 if self.latency.pause(now, requests) {
                     self.delay.clear();
                     self.latency.fresh();
+                    // Nobody knows yet which pace a guest bears that has only begun.
+                    if requests.in_flight(*span) >= IDLE {
+                        self.rate = self.rate.min(START / 2.0);
+                        self.unhurt = false;
+                    }
                 }
                 self.measured_rate = real(requests.total()) / span.as_secs_f64();
             }
@@ -424,19 +437,19 @@ impl State {
                 of(mean(&self.quiet.io_pressure_copying), config.io_pressure),
             ));
         }
-        let allowed = config.latency_increase.max(1e-6);
+        let allowed = (config.latency_increase * AIM).max(1e-6);
         if self.guest_waits()
             && let Some(increase) = self.latency.increase()
         {
             // How much the guest's latency differs by itself is not ours; over a minute that evens out, and counts.
-            let score = increase.share / allowed.max(increase.spread);
+            let score = increase.share / allowed.max(increase.spread.min(MOST_SPREAD));
             found.push((Cause::Latency, score));
         }
         if self.delay.evidence() > 1.0 {
             found.push((Cause::Delay, self.delay.integral() / allowed));
         }
         if let Some((share, spread)) = self.slowness.increase() {
-            found.push((Cause::Vcpu, share / allowed.max(spread)));
+            found.push((Cause::Vcpu, share / allowed.max(spread.min(MOST_SPREAD))));
         }
         found
             .into_iter()
@@ -457,11 +470,14 @@ impl State {
         if since >= MEASURE_EACH {
             return true;
         }
+        if self.guest_waits() && !self.latency.measured() && since >= MEASURE {
+            return true;
+        }
         if since < MEASURE_SOON || !self.guest_waits() {
             return false;
         }
         let (then, rate) = (self.measured_rate.max(5.0), self.latency.rate().max(5.0));
-        !self.latency.measured() || then.max(rate) > 2.0 * then.min(rate)
+        then.max(rate) > 2.0 * then.min(rate)
     }
 
     fn fall(&mut self, now: Duration, score: f64) {
@@ -491,7 +507,7 @@ impl State {
         self.slowness.fresh();
     }
 
-    fn rise(&mut self, now: Duration, span: Duration) {
+    fn rise(&mut self, now: Duration, span: Duration, score: f64) {
         let recently = self
             .fell_at
             .is_some_and(|fell| now.saturating_sub(fell) < SHORT);
@@ -506,10 +522,11 @@ impl State {
         }
         let near = (0.8..1.2).contains(&(self.rate / self.knee));
         let busy = self.latency.in_flight() >= 1.0 || self.blind;
-        let growth: f64 = match (self.unhurt && !self.blind, near || busy) {
+        let growth = match (self.unhurt && !self.blind, near || busy) {
             (true, _) => 1024.0,
             (false, true) => 1.05,
-            (false, false) => 1.5,
+            // The closer to what is allowed, the slower: what is seen comes late.
+            (false, false) => 1.0 + 0.5 * (1.0 - score.max(0.0) / LOWER),
         };
         self.rate *= growth.powf(span.as_secs_f64().min(1.0));
         if self.rate >= FULL {
@@ -532,7 +549,7 @@ impl State {
             return false;
         }
         // The guest's delays of the last minute are made up for by waiting, and by nothing else.
-        if self.delay.integral() > config.latency_increase {
+        if self.delay.integral() > config.latency_increase * AIM {
             return false;
         }
         // Never for ever: after the longest stop it is tried, at a trickle.
@@ -619,6 +636,14 @@ fn copying(state: &mut State, sample: &Sample, config: &Config, worst: (Cause, f
         let unmeasured = state
             .measured_at
             .is_none_or(|measured| at.saturating_sub(measured) >= MEASURE_SOON);
+        // Tried at a trickle after the longest stop, a batch gets its time.
+        let tried = state.stop >= STOP_LONGEST
+            && state
+                .resumed_at
+                .is_some_and(|resumed| at.saturating_sub(resumed) < TRIED);
+        if tried && !of_the_guest(cause) {
+            return;
+        }
         if may_stop(cause) && (score > STOP || (at_trickle && score > 2.0)) {
             state.halt(at, cause);
         } else if unmeasured && of_the_guest(cause) {
@@ -637,7 +662,7 @@ fn copying(state: &mut State, sample: &Sample, config: &Config, worst: (Cause, f
         return;
     }
     if score < LOWER && sample.doing == Doing::Copying {
-        state.rise(at, sample.span);
+        state.rise(at, sample.span, score);
     }
 }
 

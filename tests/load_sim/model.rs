@@ -91,11 +91,20 @@ impl Dice {
     }
 }
 
-fn whole(value: f64) -> u64 {
-    Duration::from_secs_f64(value.max(0.0) / 1e9)
-        .as_nanos()
-        .try_into()
-        .unwrap()
+/// What the guest's counters grew by since they were looked at last.
+fn close(seen: &mut Requests, since: &mut f64, copying: bool) -> Guest {
+    let span = Duration::from_secs_f64(std::mem::take(since));
+    Guest::Seen {
+        requests: std::mem::take(seen),
+        span,
+        doing: if copying {
+            Doing::Copying
+        } else if span >= Duration::from_millis(600) {
+            Doing::Pausing
+        } else {
+            Doing::Between
+        },
+    }
 }
 
 /// Runs the controller through it.
@@ -118,6 +127,14 @@ pub(crate) fn run(world: &World, config: &Config, seconds: f64) -> Run {
     let mut copying = false;
     let mut at = 0.0;
     while at < seconds && run.finished.is_none() {
+        let now_copying = !decision.stops();
+        // A batch begins or ends: the guest is looked at before it, and after it.
+        let closed =
+            (now_copying != copying && since > 0.0).then(|| close(&mut seen, &mut since, copying));
+        if now_copying != copying {
+            copying = now_copying;
+            doing_since = at;
+        }
         let load = (world.load)(at).clamp(0.0, 0.97);
         let pace = decision.rate.map_or(f64::INFINITY, |rate| {
             f64::from(u32::try_from(rate >> 10).unwrap_or(u32::MAX)) * 1024.0
@@ -142,46 +159,27 @@ pub(crate) fn run(world: &World, config: &Config, seconds: f64) -> Run {
         at += world.tick;
         since += world.tick;
         let requests = load * REQUESTS * world.tick;
-        seen.count[1] += whole(requests);
-        seen.nanos[1] += whole(requests * latency * 1e9 * (1.0 + world.noise * dice.roll()));
-        let now_copying = !decision.stops();
+        seen.count[1] += requests as u64;
+        seen.nanos[1] += (requests * latency * 1e9 * (1.0 + world.noise * dice.roll())) as u64;
         let settled = at - doing_since >= 0.35;
         let doing = match (now_copying, settled) {
             (true, _) => Doing::Copying,
             (false, true) => Doing::Pausing,
             (false, false) => Doing::Between,
         };
-        let guest = if !world.guest_seen {
-            Guest::Unknown
-        } else if now_copying != copying || (now_copying && since >= 0.95) {
-            // A batch begins or ends, or runs for another second.
-            let span = Duration::from_secs_f64(since.max(world.tick));
-            since = 0.0;
-            Guest::Seen {
-                requests: std::mem::take(&mut seen),
-                span,
-                doing: if copying {
-                    Doing::Copying
-                } else if span >= Duration::from_millis(600) {
-                    Doing::Pausing
-                } else {
-                    Doing::Between
-                },
-            }
-        } else {
-            Guest::NotNow
+        let guest = match closed {
+            _ if !world.guest_seen => Guest::Unknown,
+            Some(closed) => closed,
+            None if now_copying && since >= 0.95 => close(&mut seen, &mut since, true),
+            None => Guest::NotNow,
         };
-        if now_copying != copying {
-            copying = now_copying;
-            doing_since = at;
-        }
         let (cpu, used) = ((world.cpu)(at), load + speed / world.disk);
         let ran = 0.5 * world.tick * 1e9;
         let waited = ran * (cpu + speed / world.disk * 0.1 - 1.0).max(0.0);
         let sample = Sample {
             span: Duration::from_secs_f64(world.tick),
             doing,
-            copied: whole(speed * world.tick),
+            copied: (speed * world.tick) as u64,
             stalled: if speed < pace && speed < 1.0 {
                 1.0
             } else {
@@ -189,8 +187,8 @@ pub(crate) fn run(world: &World, config: &Config, seconds: f64) -> Run {
             },
             guest,
             cpus: world.guest_seen.then(|| Cpus {
-                ran: whole(ran),
-                waited: whole(waited),
+                ran: ran as u64,
+                waited: waited as u64,
             }),
             host: if world.host_seen {
                 Host {
@@ -204,7 +202,7 @@ pub(crate) fn run(world: &World, config: &Config, seconds: f64) -> Run {
                 Host::default()
             },
         };
-        let minute = u16::try_from(whole(at / 60.0) % 1440).unwrap();
+        let minute = (at / 60.0) as u16 % 1440;
         let now = Now {
             at: Duration::from_secs_f64(at),
             minute,
@@ -219,12 +217,12 @@ impl Run {
     pub(crate) fn worst_minute(&self, reaction: f64) -> (f64, f64) {
         let tick = self.points[1].at - self.points[0].at;
         let mut rose = f64::NEG_INFINITY;
-        let mut low = f64::INFINITY;
+        let mut low = -1.0;
         let added: Vec<f64> = self
             .points
             .iter()
             .map(|point| {
-                low = low.min(point.load);
+                low = f64::min(low, point.load);
                 if point.load > low + 0.1 {
                     (rose, low) = (point.at, point.load);
                 }
