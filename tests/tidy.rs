@@ -194,7 +194,10 @@ fn nothing_names_a_host() {
         "CONTRIBUTING.md",
         "NOTICE",
     ];
+    // The name of the format of pictures, which nobody connects to.
+    let format = format!("xmlns=\"{scheme}www.w3.org/2000/svg\"");
     for (name, text) in files(&places) {
+        let text = text.replace(&format, "");
         assert!(
             !text.contains(&scheme) && !text.contains(&secure),
             "{name} names a host"

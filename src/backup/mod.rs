@@ -11,12 +11,13 @@
 mod changed;
 mod commit;
 mod freeze;
+mod give_way;
 mod pass;
 mod spool;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -215,17 +216,6 @@ impl Runner {
             begun: clock::utc_now(),
             _lock: lock,
         })
-    }
-
-    /// The watch over guest and host.
-    fn watch(&self) -> MutexGuard<'_, Load> {
-        self.load.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What giving way to the guest and the host came to, for reports.
-    #[must_use]
-    pub fn load_report(&self) -> serde_json::Value {
-        self.watch().report().to_json()
     }
 
     /// Fails when a signal has asked for the end.

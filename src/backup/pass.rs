@@ -30,10 +30,6 @@ const BATCH: Duration = Duration::from_secs(3);
 const AFTER_LOSS: Duration = Duration::from_millis(500);
 /// Between two batches, so that an operator's command that waits gets its turn.
 const BETWEEN: Duration = Duration::from_millis(20);
-/// Between two looks at whether a pause is over.
-const LOOK: Duration = Duration::from_millis(50);
-/// A pause as short as those that measure is not.
-const WORTH_TELLING: Duration = Duration::from_secs(2);
 /// A run of at least this many blocks is worth asking the block status for.
 const WORTH_ASKING: u64 = 16;
 /// The most blocks that are asked for at once.
@@ -139,26 +135,6 @@ impl Runner {
                 return Ok(PassEnd::OutOfTime);
             }
         }
-    }
-
-    /// Waits between two batches for as long as the guest or the host has no room for one, or until the time is up.
-    fn give_way(&self, until: Option<Deadline>) -> Result<()> {
-        let begun = clock::now();
-        let mut told = false;
-        while !until.is_some_and(Deadline::passed) {
-            self.check_interrupt()?;
-            let Some(words) = self.watch().waits() else {
-                break;
-            };
-            if !told && clock::now() - begun > WORTH_TELLING {
-                tracing::info!("{words}");
-                told = true;
-            }
-            self.progress.note(&words);
-            clock::sleep(LOOK);
-        }
-        self.progress.note("");
-        Ok(())
     }
 
     /// Why the newest rotation cannot be gone on with, when it cannot.
