@@ -1,14 +1,15 @@
 //! The command line: `clap` types and nothing else.
 
+mod freeze;
 mod load;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+pub use freeze::{FreezeArgs, FreezeMethod};
 pub use load::LoadArgs;
 
-use crate::backup::Quiesce;
 use crate::exit::{Failure, Kind};
 use crate::image::Compression;
 use crate::target::{Target, absolute_name};
@@ -201,10 +202,15 @@ pub enum Command {
         #[arg(value_parser = absolute_name)]
         point: String,
         /// All disks, as files in this directory.
-        #[arg(long, required_unless_present = "disk", conflicts_with = "disk")]
+        #[arg(
+            long,
+            value_name = "DIR",
+            required_unless_present = "disk",
+            conflicts_with = "disk"
+        )]
         output: Option<PathBuf>,
         /// One disk to this file or device: `vda=/path`. May be repeated.
-        #[arg(long)]
+        #[arg(long, value_name = "DISK=PATH")]
         disk: Vec<String>,
         /// The image format.
         #[arg(long, value_enum, default_value_t = Format::Raw)]
@@ -230,7 +236,7 @@ pub enum Command {
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
-        #[arg(required_unless_present = "all", conflicts_with = "all", value_parser = absolute_name)]
+        #[arg(value_name = "POINT", required_unless_present = "all", conflicts_with = "all", value_parser = absolute_name)]
         points: Vec<String>,
         /// All points.
         #[arg(long)]
@@ -558,45 +564,6 @@ pub struct PaceArgs {
     pub compression: Option<Compression>,
 }
 
-/// How to freeze.
-#[derive(Debug, Args)]
-pub struct FreezeArgs {
-    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back. Without it `fleece`, but not
-    /// where the guest would feel the errors of its disk or of a full scratch.
-    #[arg(long = "freeze", value_enum)]
-    pub method: Option<FreezeMethod>,
-    /// Freeze the guest's file systems around the instant.
-    #[arg(long, value_enum, default_value_t = Quiesce::Auto)]
-    pub quiesce: Quiesce,
-    /// How long the guest's file systems may take to freeze.
-    #[arg(long, default_value = "10s", value_parser = parse_duration)]
-    pub freeze_timeout: Duration,
-    /// The guest agent's socket; a domain's is known.
-    #[arg(long, value_name = "SOCKET")]
-    pub agent: Option<PathBuf>,
-    /// Where scratches, overlays and the spool go; by default in the host state directory.
-    #[arg(long, value_name = "DIR")]
-    pub scratch: Option<PathBuf>,
-    /// What each disk's scratch may take, instead of the computed limit.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub scratch_reserve: Option<u64>,
-    /// How long the snapshot may be held.
-    #[arg(long, default_value = "10s", value_parser = parse_duration)]
-    pub deadline: Duration,
-    /// How long the overlay of `--freeze snapshot` may take to be committed back.
-    #[arg(long, default_value = "10m", value_parser = parse_duration)]
-    pub commit_deadline: Duration,
-}
-
-/// The methods of freezing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum FreezeMethod {
-    /// Image fleecing.
-    Fleece,
-    /// External snapshot.
-    Snapshot,
-}
-
 /// The formats of restored images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
@@ -604,6 +571,52 @@ pub enum Format {
     Raw,
     /// qcow2 version 3.
     Qcow2,
+}
+
+/// What a missing argument is, in words.
+const MISSING: [(&str, &str); 6] = [
+    ("--repo", "the repository, or set FORERUN_REPO"),
+    ("--to", "the second repository, to copy to"),
+    (
+        "--output",
+        "the directory for all disks, or `--disk DISK=PATH` for one",
+    ),
+    (
+        "<POINT>...",
+        "the points to copy, each by the beginning of its id or as TARGET@latest, or `--all`",
+    ),
+    (
+        "<POINT>",
+        "the beginning of a point's id, TARGET@latest or TARGET@2026-11-22T02:00",
+    ),
+    (
+        "<TARGET>",
+        "a libvirt domain, qmp:SOCKET of a running QEMU, or disk:PATH of an image of a VM that is off",
+    ),
+];
+
+impl Cli {
+    /// Reads the command line; of what is missing it says what it is.
+    #[must_use]
+    pub fn read() -> Self {
+        Self::try_parse().unwrap_or_else(|error| explained(error).exit())
+    }
+}
+
+fn explained(mut error: clap::Error) -> clap::Error {
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+    if error.kind() != ErrorKind::MissingRequiredArgument {
+        return error;
+    }
+    if let Some(ContextValue::Strings(missing)) = error.get(ContextKind::InvalidArg) {
+        let explain = |argument: &String| {
+            let known = MISSING.iter().find(|(name, _)| argument.starts_with(name));
+            known.map_or(argument.clone(), |(_, what)| format!("{argument}: {what}"))
+        };
+        let missing = missing.iter().map(explain).collect();
+        error.insert(ContextKind::InvalidArg, ContextValue::Strings(missing));
+    }
+    error
 }
 
 impl TargetArgs {
@@ -616,8 +629,8 @@ impl TargetArgs {
 }
 
 impl Command {
-    /// Whether a signal must not end it at once: a VM is released first, a prune ends where the next one goes on best. The
-    /// others are ended by one at once.
+    /// Whether a signal must not end it at once: a VM is released first, and what is long ends where the next one goes on best, and
+    /// lets go of its locks and leases. The others are ended by one at once.
     #[must_use]
     pub fn ends_in_order(&self) -> bool {
         matches!(
@@ -629,6 +642,10 @@ impl Command {
                 | Self::Run { .. }
                 | Self::Load { .. }
                 | Self::Prune(_)
+                | Self::Verify { .. }
+                | Self::Check { .. }
+                | Self::Copy { .. }
+                | Self::Restore { .. }
         )
     }
 
