@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! guest   QEMU: requests and their time   once a second, while a batch holds the monitor  \
-//!         /proc: its CPUs ran, waited     ten times a second                               } control --> Throttle
-//! host    /proc: pressure, CPUs, disks    ten times a second                              /  (pure)
+//!         /proc: its CPUs ran, waited     five times a second                              } control --> Throttle
+//! host    /proc: pressure, CPUs, disks    five times a second                             /  (pure)
 //! ```
 //!
 //! A pause needs no question to QEMU: its counters before and after it are enough, and both are read in batches. What
@@ -35,7 +35,7 @@ use crate::qmp::machine::Machine;
 use crate::throttle::{Pace, Throttle};
 
 /// Between two looks at what `/proc` tells.
-const LOOK: Duration = Duration::from_millis(100);
+const LOOK: Duration = Duration::from_millis(200);
 /// Between two questions to QEMU.
 const ASK: Duration = Duration::from_secs(1);
 /// What a batch began is done by then: a pause is one from here on.
@@ -97,6 +97,8 @@ pub struct Load {
     stalled: Duration,
     /// When the last batch ended; none ends while it runs.
     ended: Option<Instant>,
+    /// The time since the last look is that of a batch, or of waiting for one.
+    waited: bool,
     /// What was seen last.
     pub seen: Seen,
 }
@@ -130,6 +132,7 @@ impl Load {
             copied: 0,
             stalled: Duration::ZERO,
             ended: Some(clock::now()),
+            waited: false,
             seen: Seen {
                 host: Host::default(),
                 cpus: None,
@@ -199,7 +202,9 @@ impl Load {
     /// The VM is in our hands: what happened since the last batch is taken in.
     pub fn begin(&mut self, monitor: &mut dyn Monitor, machine: &Machine, off: bool) {
         if !self.config.control {
-            self.look(Doing::Copying, Guest::NotNow);
+            self.waited = false;
+            self.look(Doing::Between, Guest::NotNow);
+            self.ended = None;
             return;
         }
         self.off = off;
@@ -232,6 +237,7 @@ impl Load {
             }));
         }
         let doing = self.pausing();
+        self.waited = false;
         self.look(doing, guest);
         self.note_unknown(&guest);
         self.ended = None;
@@ -268,10 +274,12 @@ impl Load {
 
     /// The last read of a batch was answered.
     pub fn end(&mut self, monitor: &mut dyn Monitor) {
-        if self.config.control {
-            let guest = self.ask(monitor, Doing::Copying);
-            self.look(Doing::Copying, guest);
-        }
+        let guest = if self.config.control {
+            self.ask(monitor, Doing::Copying)
+        } else {
+            Guest::NotNow
+        };
+        self.look(Doing::Copying, guest);
         self.ended = Some(clock::now());
     }
 
@@ -279,6 +287,7 @@ impl Load {
     pub fn waits(&mut self) -> Option<String> {
         if self.is_due() {
             let doing = self.pausing();
+            self.waited = true;
             self.look(doing, Guest::NotNow);
         }
         self.decision.stops().then(|| self.words())
@@ -337,7 +346,10 @@ impl Load {
         self.cpus = cpus;
         self.seen.host = host;
         self.seen.cpus = ran.map(|ran| (ran, span));
-        self.report.held(&self.decision, span);
+        // What came before a batch that nobody waited for is no time of ours.
+        if self.waited || self.ended.is_none() {
+            self.report.held(&self.decision, span);
+        }
         self.report.copied += self.copied;
         let sample = Sample {
             span,

@@ -22,7 +22,7 @@ pub struct Report {
     pub reasons: BTreeMap<Cause, Duration>,
     /// Bytes read, and the time of it, pauses included.
     pub copied: u64,
-    /// From the first batch to the last look.
+    /// Of batches, and of waiting for them.
     pub took: Duration,
     /// What could not be seen.
     pub unknown: Vec<&'static str>,
