@@ -20,6 +20,7 @@ pub mod report;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -95,6 +96,7 @@ pub struct Load {
     requests: Option<(Instant, Requests)>,
     copied: u64,
     stalled: Duration,
+    urgent: Arc<AtomicBool>,
     /// When the last batch ended; none ends while it runs.
     ended: Option<Instant>,
     /// The time since the last look is that of a batch, or of waiting for one.
@@ -131,6 +133,7 @@ impl Load {
             requests: None,
             copied: 0,
             stalled: Duration::ZERO,
+            urgent: Arc::default(),
             ended: Some(clock::now()),
             waited: false,
             seen: Seen {
@@ -194,9 +197,9 @@ impl Load {
         self.ended = Some(clock::now());
     }
 
-    /// Whether the schedule may override the guest from now on.
-    pub fn set_urgency(&mut self, urgency: Urgency) {
-        self.config.urgency = urgency;
+    /// While this is raised the schedule overrides the guest, up to the operator's ceilings.
+    pub fn heed(&mut self, urgent: Arc<AtomicBool>) {
+        self.urgent = urgent;
     }
 
     /// The VM is in our hands: what happened since the last batch is taken in.
@@ -359,6 +362,11 @@ impl Load {
             guest,
             cpus: ran,
             host,
+        };
+        self.config.urgency = if self.urgent.load(Ordering::Relaxed) {
+            Urgency::Hard(u64::MAX)
+        } else {
+            Urgency::Usual
         };
         let state = self
             .state

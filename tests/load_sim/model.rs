@@ -186,7 +186,7 @@ pub(crate) fn run(world: &World, config: &Config, seconds: f64) -> Run {
                 0.0
             },
             guest,
-            cpus: world.guest_seen.then(|| Cpus {
+            cpus: world.guest_seen.then_some(Cpus {
                 ran: ran as u64,
                 waited: waited as u64,
             }),
