@@ -532,7 +532,7 @@ impl State {
         if self.rate >= FULL {
             self.rate = f64::INFINITY;
         }
-        // A pace that is not reached anyway limits nothing; it stays close, so that a fall is one.
+        // A pace that is not reached anyway limits nothing.
         if !self.unhurt
             && self.own.evidence() > 1.0
             && let Some(own) = self.own.mean()
