@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
+use super::HookArgs;
 use crate::backup::Quiesce;
 use crate::units::{parse_duration, parse_size};
 
@@ -36,6 +37,9 @@ pub struct FreezeArgs {
     /// How long the overlay of `--freeze snapshot` may take to be committed back.
     #[arg(long, default_value = "10m", value_parser = parse_duration)]
     pub commit_deadline: Duration,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub hooks: HookArgs,
 }
 
 /// The methods of freezing.

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::Result;
+use clap::ValueEnum as _;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -13,12 +14,15 @@ use crate::backup::{Options, Point, Quiesce, Runner};
 use crate::cli::{FreezeArgs, FreezeMethod, PaceArgs, RepoTargetArgs, TargetArgs};
 use crate::clock;
 use crate::exit::{Kind, classify};
+use crate::hooks::{Hooks, When};
+use crate::image;
 use crate::load::config::Config;
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::report::{Bar, Outcome, Style};
 use crate::schedule::{self, Due};
 use crate::units::Bytes;
+use crate::vm::Vm;
 
 /// What ends a `precopy`.
 pub(super) struct Limits {
@@ -27,7 +31,21 @@ pub(super) struct Limits {
     pub(super) converge: Option<u64>,
 }
 
-fn options(pace: Option<&PaceArgs>, freeze: Option<&FreezeArgs>, doing: &str) -> Options {
+/// How a backup is made.
+#[derive(Clone, Copy)]
+pub(super) struct How<'a> {
+    pub(super) pace: &'a PaceArgs,
+    pub(super) freeze: &'a FreezeArgs,
+    pub(super) style: Style,
+    pub(super) interrupted: &'a Arc<AtomicBool>,
+}
+
+fn options(
+    pace: Option<&PaceArgs>,
+    freeze: Option<&FreezeArgs>,
+    doing: &str,
+    told: Vec<(String, String)>,
+) -> Options {
     let named = freeze.and_then(|freeze| freeze.method);
     Options {
         load: pace.map_or_else(Config::default, |pace| pace.load.config(Some(pace))),
@@ -39,6 +57,7 @@ fn options(pace: Option<&PaceArgs>, freeze: Option<&FreezeArgs>, doing: &str) ->
         method_named: named.is_some(),
         quiesce: freeze.map_or(Quiesce::Never, |freeze| freeze.quiesce),
         freeze_timeout: freeze.map_or(Duration::ZERO, |freeze| freeze.freeze_timeout),
+        hooks: freeze.map_or_else(Hooks::default, |freeze| freeze.hooks.hooks(told)),
         agent: freeze.and_then(|freeze| freeze.agent.clone()),
         scratch: freeze.and_then(|freeze| freeze.scratch.clone()),
         scratch_reserve: freeze.and_then(|freeze| freeze.scratch_reserve),
@@ -48,14 +67,33 @@ fn options(pace: Option<&PaceArgs>, freeze: Option<&FreezeArgs>, doing: &str) ->
     }
 }
 
-struct Begun {
-    runner: Runner,
-    target: String,
+/// A run that has begun on a target.
+pub(super) struct Begun {
+    pub(super) runner: Runner,
+    pub(super) target: String,
     key: String,
     progress: Arc<Progress>,
+    hooks: Hooks,
 }
 
-fn begin(
+/// What the hooks of a run are told of it.
+fn told(args: &RepoTargetArgs, vm: &Vm, freeze: Option<&FreezeArgs>) -> Vec<(String, String)> {
+    let repo = std::path::absolute(&args.repo.repo);
+    let repo = repo.unwrap_or_else(|_| args.repo.repo.clone());
+    let quiesce = freeze.and_then(|freeze| freeze.quiesce.to_possible_value());
+    let quiesce = quiesce.map_or_else(String::new, |value| value.get_name().to_owned());
+    [
+        ("TARGET", vm.target.to_string()),
+        ("KEY", vm.key.clone()),
+        ("REPO", repo.display().to_string()),
+        ("QUIESCE", quiesce),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .to_vec()
+}
+
+/// Begins a run on a target.
+pub(super) fn begin(
     args: &RepoTargetArgs,
     pace: Option<&PaceArgs>,
     freeze: Option<&FreezeArgs>,
@@ -71,14 +109,16 @@ fn begin(
     let (target, key) = (vm.target.to_string(), vm.key.clone());
     let options = Options {
         repository: Some(args.repo.repo.clone()),
-        ..options(pace, freeze, doing)
+        ..options(pace, freeze, doing, told(args, &vm, freeze))
     };
+    let hooks = options.hooks.clone();
     let runner = Runner::begin(vm, repo, options, Arc::clone(&progress), interrupted)?;
     Ok(Begun {
         runner,
         target,
         key,
         progress,
+        hooks,
     })
 }
 
@@ -175,22 +215,19 @@ pub(super) fn precopy(
 }
 
 /// `backup`.
-pub(super) fn backup(
-    args: &RepoTargetArgs,
-    pace: &PaceArgs,
-    freeze: &FreezeArgs,
-    style: Style,
-    interrupted: Arc<AtomicBool>,
-) -> Result<Outcome> {
+pub(super) fn backup(args: &RepoTargetArgs, how: &How) -> Result<Outcome> {
     let due = clock::utc_now();
-    let mut begun = begin(args, Some(pace), Some(freeze), "backup", interrupted)?;
-    let bar = Bar::show(Arc::clone(&begun.progress), style);
+    let mut begun = begin_backup(args, how, "backup")?;
+    let bar = Bar::show(Arc::clone(&begun.progress), how.style);
     let point = begun.runner.backup(due);
     drop(bar);
-    Ok(match point {
-        Ok(point) => finished(begun, &point, None),
-        Err(error) => failed(begun, error),
-    })
+    Ok(ended(begun, point, None))
+}
+
+/// Begins a run that ends with a backup.
+pub(super) fn begin_backup(args: &RepoTargetArgs, how: &How, doing: &str) -> Result<Begun> {
+    let interrupted = Arc::clone(how.interrupted);
+    begin(args, Some(how.pace), Some(how.freeze), doing, interrupted)
 }
 
 /// The time of one of several targets, before the next one gets its turn.
@@ -201,10 +238,8 @@ const TURN: Duration = Duration::from_secs(60);
 pub(super) fn copy_ahead_in_turns(
     args: &RepoTargetArgs,
     targets: &[TargetArgs],
-    pace: &PaceArgs,
-    freeze: &FreezeArgs,
+    how: &How,
     at: Due,
-    interrupted: &Arc<AtomicBool>,
 ) -> Result<()> {
     let deadline = at.deadline();
     while !deadline.passed() {
@@ -214,14 +249,7 @@ pub(super) fn copy_ahead_in_turns(
                 target: target.clone(),
                 repo: args.repo.clone(),
             };
-            let turn = begin(
-                &single,
-                Some(pace),
-                Some(freeze),
-                "run",
-                Arc::clone(interrupted),
-            )
-            .and_then(|mut begun| {
+            let turn = begin_backup(&single, how, "run").and_then(|mut begun| {
                 let until = deadline.at_most(TURN);
                 begun.runner.precopy(false, Some(until), None).map(drop)
             });
@@ -239,30 +267,48 @@ pub(super) fn copy_ahead_in_turns(
 }
 
 /// `run`.
-pub(super) fn run(
-    args: &RepoTargetArgs,
-    pace: &PaceArgs,
-    freeze: &FreezeArgs,
-    at: Due,
-    style: Style,
-    interrupted: Arc<AtomicBool>,
-) -> Result<Outcome> {
-    let mut begun = begin(args, Some(pace), Some(freeze), "run", interrupted)?;
-    let bar = Bar::show(Arc::clone(&begun.progress), style);
+pub(super) fn run(args: &RepoTargetArgs, how: &How, at: Due) -> Result<Outcome> {
+    let mut begun = begin_backup(args, how, "run")?;
+    let bar = Bar::show(Arc::clone(&begun.progress), how.style);
     let deadline = at.deadline();
     if !deadline.passed() {
         begun.progress.begin("copy ahead", 0);
         if let Err(error) = begun.runner.precopy(false, Some(deadline), None) {
-            return Ok(failed(begun, error));
+            return Ok(ended(begun, Err(error), None));
         }
     }
     let point = begun.runner.backup(at.due);
     drop(bar);
     let late = at.late.then_some(at.due);
-    Ok(match point {
-        Ok(point) => finished(begun, &point, late),
+    Ok(ended(begun, point, late))
+}
+
+/// The end of a backup, and the hook that comes after it.
+pub(super) fn ended(begun: Begun, point: Result<Point>, late: Option<Timestamp>) -> Outcome {
+    let hook = begun.hooks.of(When::PostBackup);
+    let mut more = Vec::new();
+    let mut outcome = match point {
+        Ok(point) => {
+            let level = point.quiesce.name().to_owned();
+            more.extend([("POINT", point.id.to_string()), ("CONSISTENCY", level)]);
+            finished(begun, &point, late)
+        }
         Err(error) => failed(begun, error),
-    })
+    };
+    if let Some(mut hook) = hook {
+        let (status, code) = match outcome.ends_as() {
+            Some(kind) => (kind.name(), kind.code()),
+            None => ("done", 0),
+        };
+        more.extend([("STATUS", status.to_owned()), ("EXIT", code.to_string())]);
+        for (name, value) in more {
+            hook = hook.tell(name, value);
+        }
+        if let Err(error) = hook.run(&|| false) {
+            outcome.warnings.push(error.to_string());
+        }
+    }
+    outcome
 }
 
 /// A run that failed: what happened on the way is told all the same.
@@ -294,6 +340,24 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
         point.released_ms,
         seconds(point.window_ms)
     ));
+    outcome.line(format!("  {}", consistency(point)));
+    if let Some(together) = &point.together {
+        outcome.line(format!(
+            "  together with {} others within {} ms{}",
+            together.targets.len().saturating_sub(1),
+            together.spread_ms,
+            if together.one_instant {
+                ": one instant"
+            } else {
+                ", not all of them quiesced"
+            }
+        ));
+    }
+    if !point.files.is_empty() {
+        let names = point.files.iter().map(|file| file.name.as_str());
+        let names: Vec<&str> = names.collect();
+        outcome.line(format!("  of the domain: {}", names.join(", ")));
+    }
     for disk in &point.rescanned {
         outcome.line(format!("  {} was read in full: {}", disk.disk, disk.reason));
     }
@@ -309,6 +373,15 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
             .push(format!("the backup was due at {due} and began late"));
     }
     outcome
+}
+
+/// What the guest knew of the instant, in words.
+fn consistency(point: &Point) -> String {
+    match (point.quiesce, point.file_systems, &point.not_quiesced) {
+        (image::Quiesce::Quiesced, Some(count), _) => format!("quiesced: {count} file systems"),
+        (level, _, Some(why)) => format!("{}: {why}", level.name()),
+        (level, ..) => level.name().to_owned(),
+    }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "one decimal is shown")]

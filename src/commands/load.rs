@@ -42,7 +42,7 @@ pub(super) fn load(
 ) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     let mut watched = Vec::new();
-    let several = several::chosen(args)?;
+    let several = several::chosen(args, &[])?;
     for target in several.as_deref().unwrap_or(std::slice::from_ref(args)) {
         match super::find(target, true) {
             Ok(vm) => watched.push(Watched {

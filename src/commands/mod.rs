@@ -2,10 +2,12 @@
 
 mod backup;
 mod copy;
+mod define;
 mod forget;
 mod key;
 mod load;
 mod prune;
+mod recover;
 mod repair;
 mod repository;
 mod restore;
@@ -13,6 +15,7 @@ mod secret;
 mod several;
 mod stats;
 mod target;
+mod together;
 mod verify;
 
 use std::process::ExitCode;
@@ -22,6 +25,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use self::backup::How;
 use crate::cli::{Cli, Command, TargetArgs};
 use crate::guard::Watched;
 use crate::report::{self, Outcome, Style};
@@ -88,9 +92,9 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         Command::Key { command } => key::run(command),
         Command::Inspect(args) if args.target.is_none() => {
             let all = TargetArgs { all: true, ..args };
-            several::each(&all, &interrupted, target::overview)
+            several::each(&all, &[], &interrupted, target::overview)
         }
-        Command::Inspect(args) => several::each(&args, &interrupted, target::inspect),
+        Command::Inspect(args) => several::each(&args, &[], &interrupted, target::inspect),
         Command::Track(args) => backup::track(&args, interrupted),
         Command::Changed(args) => backup::changed(&args, interrupted),
         Command::Precopy {
@@ -105,7 +109,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 until,
                 converge,
             };
-            several::each_of(&target, &interrupted, |target| {
+            several::each_of(&target, &[], &interrupted, |target| {
                 backup::precopy(target, &pace, &limits, style, Arc::clone(&interrupted))
             })
         }
@@ -113,21 +117,45 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             target,
             pace,
             freeze,
-        } => several::each_of(&target, &interrupted, |target| {
-            backup::backup(target, &pace, &freeze, style, Arc::clone(&interrupted))
-        }),
+            more,
+        } => {
+            let how = How {
+                pace: &pace,
+                freeze: &freeze,
+                style,
+                interrupted: &interrupted,
+            };
+            if more.together {
+                let targets = several::chosen(&target.target, &more.more)?;
+                return together::backup(&target, targets, &how, None);
+            }
+            several::each_of(&target, &more.more, &interrupted, |target| {
+                backup::backup(target, &how)
+            })
+        }
         Command::Run {
             target,
             pace,
             freeze,
+            more,
             at,
         } => {
             let at = schedule::parse(&at)?;
-            if let Some(targets) = several::chosen(&target.target)? {
-                backup::copy_ahead_in_turns(&target, &targets, &pace, &freeze, at, &interrupted)?;
+            let how = How {
+                pace: &pace,
+                freeze: &freeze,
+                style,
+                interrupted: &interrupted,
+            };
+            let targets = several::chosen(&target.target, &more.more)?;
+            if let Some(targets) = &targets {
+                backup::copy_ahead_in_turns(&target, targets, &how, at)?;
             }
-            several::each_of(&target, &interrupted, |target| {
-                backup::run(target, &pace, &freeze, at, style, Arc::clone(&interrupted))
+            if more.together && targets.is_some() {
+                return together::backup(&target, targets, &how, Some(at));
+            }
+            several::each_of(&target, &more.more, &interrupted, |target| {
+                backup::run(target, &how, at)
             })
         }
         Command::Load {
@@ -144,7 +172,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             };
             load::load(&target, &load, &sampling, style, &interrupted)
         }
-        Command::Status(args) => several::each_of(&args, &interrupted, target::status),
+        Command::Status(args) => several::each_of(&args, &[], &interrupted, target::status),
         Command::List { repo, target } => repository::list(&repo, target.as_deref()),
         Command::Show { repo, point } => repository::show(&repo, &point),
         Command::Diff { repo, a, b } => repository::diff(&repo, &a, &b),
@@ -166,23 +194,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             verify::verify(&repo, &points, &limits, style, interrupted)
         }
         Command::Check { repo, points } => verify::check(&repo, &points, style, interrupted),
-        Command::Restore {
-            repo,
-            point,
-            output,
-            disk,
-            format,
-            force,
-        } => {
-            let request = restore::Request {
-                point,
-                output,
-                disks: disk,
-                format,
-                force,
-            };
-            restore::restore(&repo, &request, style, &interrupted)
-        }
+        Command::Restore(args) => restore::restore(&args, style, &interrupted),
         Command::Prune(args) => prune::prune(&args, style, &interrupted),
         Command::Copy {
             repo,
@@ -201,7 +213,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         Command::Unpin { repo, point } => forget::unpin(&repo, &point),
         Command::Repair { what } => repair::repair(&what),
         Command::Untrack(args) => target::untrack(&args),
-        Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
+        Command::Recover { target, repo } => recover::run(&target, repo.as_deref(), &interrupted),
         Command::DropSession { repo, target, name } => {
             target::drop_session(&repo, &target, name.as_deref())
         }
