@@ -63,11 +63,20 @@ pub(super) fn load(
     // The first look only begins the first interval.
     for round in 0..=count {
         let next = Deadline::after(sampling.interval);
-        for one in &mut watched {
-            let line = one.sample(round > 0)?;
-            if let Some(line) = line {
-                report::at_once(style, &line);
+        watched.retain_mut(|one| match one.sample(round > 0) {
+            Ok(line) => {
+                if let Some(line) = line {
+                    report::at_once(style, &line);
+                }
+                true
             }
+            Err(error) => {
+                outcome.join(&one.vm.target.to_string(), Err(error));
+                false
+            }
+        });
+        if watched.is_empty() {
+            break;
         }
         while round < count && !next.passed() && !interrupted.load(Ordering::Relaxed) {
             clock::sleep(next.left().min(Duration::from_millis(50)));
