@@ -17,6 +17,7 @@ pub mod guest;
 pub mod host;
 mod number;
 pub mod report;
+pub mod sample;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
