@@ -28,7 +28,12 @@ pub struct LoadArgs {
     #[arg(long, value_name = "FROM-TO=RATE")]
     pub busy_hours: Vec<BusyHours>,
     /// Do not look at the load: copy at `--rate`, or as fast as it goes.
-    #[arg(long, env = "FORERUN_NO_LOAD_CONTROL")]
+    #[arg(
+        long,
+        env = "FORERUN_NO_LOAD_CONTROL",
+        action = clap::ArgAction::SetTrue,
+        value_parser = clap::builder::FalseyValueParser::new()
+    )]
     pub no_load_control: bool,
 }
 
