@@ -1,17 +1,20 @@
 //! The command line: `clap` types and nothing else.
 
 mod command;
+mod freeze;
 mod instant;
+mod load;
 mod restore;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+pub use freeze::{FreezeArgs, FreezeMethod};
+pub use load::LoadArgs;
 
 pub use self::instant::{HookArgs, MoreArgs};
 pub use self::restore::RestoreArgs;
-use crate::backup::Quiesce;
 use crate::exit::{Failure, Kind};
 use crate::image::Compression;
 use crate::target::{Target, absolute_name};
@@ -108,6 +111,24 @@ pub enum Command {
         /// When the backup is due: HH:MM (its next occurrence), or a date with a time.
         #[arg(long)]
         at: String,
+    },
+    /// Show what the load of a VM and its host is, and which pace it leaves for copying.
+    Load {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        target: TargetArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        load: LoadArgs,
+        /// The repository, for the load of its disk.
+        #[arg(long, env = "FORERUN_REPO")]
+        repo: Option<PathBuf>,
+        /// Between two samples.
+        #[arg(long, default_value = "1s", value_parser = parse_duration)]
+        interval: Duration,
+        /// How many samples; without it 10, or on a terminal until it is interrupted.
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+        count: Option<u32>,
     },
     /// Show what is not copied yet, the session, and what was left behind.
     Status(RepoTargetArgs),
@@ -516,57 +537,18 @@ pub struct RepoTargetArgs {
 /// How fast to copy live.
 #[derive(Debug, Args)]
 pub struct PaceArgs {
-    /// Read at most this much a second: 100MiB/s.
+    /// Read at most this much a second, however much room there is: 100MiB/s.
     #[arg(long, value_parser = parse_rate)]
     pub rate: Option<u64>,
     /// Keep at most so many requests in flight.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub in_flight: u8,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub load: LoadArgs,
     /// What new blocks are compressed with, instead of what `init` said: lz4, zstd, zstd:LEVEL or none.
     #[arg(long, value_name = "CODEC")]
     pub compression: Option<Compression>,
-}
-
-/// How to freeze.
-#[derive(Debug, Args)]
-pub struct FreezeArgs {
-    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back. Without it `fleece`, but not
-    /// where the guest would feel the errors of its disk or of a full scratch.
-    #[arg(long = "freeze", value_enum)]
-    pub method: Option<FreezeMethod>,
-    /// Freeze the guest's file systems around the instant.
-    #[arg(long, value_enum, default_value_t = Quiesce::Auto)]
-    pub quiesce: Quiesce,
-    /// How long the guest's file systems may take to freeze.
-    #[arg(long, default_value = "10s", value_parser = parse_duration)]
-    pub freeze_timeout: Duration,
-    /// The guest agent's socket; a domain's is known.
-    #[arg(long, value_name = "SOCKET")]
-    pub agent: Option<PathBuf>,
-    /// Where scratches, overlays and the spool go; by default in the host state directory.
-    #[arg(long, value_name = "DIR")]
-    pub scratch: Option<PathBuf>,
-    /// What each disk's scratch may take, instead of the computed limit.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub scratch_reserve: Option<u64>,
-    /// How long the snapshot may be held.
-    #[arg(long, default_value = "10s", value_parser = parse_duration)]
-    pub deadline: Duration,
-    /// How long the overlay of `--freeze snapshot` may take to be committed back.
-    #[arg(long, default_value = "10m", value_parser = parse_duration)]
-    pub commit_deadline: Duration,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub hooks: HookArgs,
-}
-
-/// The methods of freezing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum FreezeMethod {
-    /// Image fleecing.
-    Fleece,
-    /// External snapshot.
-    Snapshot,
 }
 
 /// The formats of restored images.

@@ -50,6 +50,7 @@ pub mod libvirt;
 #[cfg(not(feature = "libvirt"))]
 #[path = "libvirt/absent.rs"]
 pub mod libvirt;
+pub mod load;
 pub mod nbd;
 mod offline;
 mod owner;

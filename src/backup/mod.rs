@@ -12,13 +12,14 @@ mod changed;
 mod commit;
 mod configuration;
 mod freeze;
+mod give_way;
 mod pass;
 mod spool;
 mod together;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -40,13 +41,15 @@ use crate::exit::{Failure, Kind};
 use crate::hooks::{self, Hooks};
 use crate::hoststate::Lock;
 use crate::image::{MapReader, Repository};
+use crate::load::Load;
+use crate::load::config::Config as LoadConfig;
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::qmp::graph::Bitmap;
 use crate::qmp::names::RunName;
 use crate::qmp::socket::start_time;
 use crate::session::{Session, base_map};
-use crate::throttle::{Pace, Throttle};
+use crate::throttle::Throttle;
 use crate::vm::{Hold, Vm};
 
 /// How long a monitor that somebody else uses is waited for.
@@ -116,8 +119,10 @@ pub enum Quiesce {
 /// How a run goes about it.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The pace of passes.
-    pub pace: Pace,
+    /// What sets the pace of passes.
+    pub load: LoadConfig,
+    /// Where the repository is, for its disk's load.
+    pub repository: Option<PathBuf>,
     /// How the block snapshot is taken.
     pub method: Method,
     /// It was asked for by name.
@@ -188,7 +193,8 @@ pub struct Runner {
     run: RunName,
     session: Session,
     options: Options,
-    throttle: Throttle,
+    throttle: Arc<Throttle>,
+    load: Mutex<Load>,
     progress: Arc<Progress>,
     interrupted: Arc<AtomicBool>,
     disks: Vec<RunDisk>,
@@ -224,9 +230,11 @@ impl Runner {
         let mut session = Session::open(&repo, &vm.key)?;
         session.remove_committed()?;
         session.settle()?;
+        let load = Load::new(&vm.key, options.load.clone(), options.repository.as_deref());
         Ok(Self {
             run: RunName::new(&short),
-            throttle: Throttle::new(options.pace.rate),
+            throttle: load.throttle(),
+            load: Mutex::new(load),
             vm,
             repo,
             session,

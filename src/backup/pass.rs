@@ -3,6 +3,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -137,14 +138,16 @@ impl Runner {
                 self.strike()?;
                 return Ok(PassEnd::Complete);
             }
-            if until.is_some_and(Deadline::passed) {
-                return Ok(PassEnd::OutOfTime);
-            }
-            clock::sleep(match (self.vm.offline(), &self.vm.domain) {
+            let between = match (self.vm.offline(), &self.vm.domain) {
                 (true, _) => BETWEEN_OFF,
                 (_, Some(_)) => BETWEEN_DOMAIN,
                 (_, None) => BETWEEN,
-            });
+            };
+            clock::sleep(until.map_or(between, |until| between.min(until.left())));
+            self.give_way(until)?;
+            if until.is_some_and(Deadline::passed) {
+                return Ok(PassEnd::OutOfTime);
+            }
         }
     }
 
@@ -288,6 +291,9 @@ impl Runner {
         }
         hold.journal.write(left)?;
         start_server(listening, hold)?;
+        let off = self.vm.offline();
+        let machine = hold.machine_seen()?.clone();
+        self.watch().begin(&mut hold.monitor, &machine, off);
         let mut total = 0;
         let mut clients = Vec::new();
         for (index, disk) in disks.iter_mut().enumerate() {
@@ -312,17 +318,39 @@ impl Runner {
             Ordering::Relaxed,
         );
         let interrupted = &self.interrupted;
+        let monitor = Mutex::new(&mut hold.monitor);
+        let look = || {
+            let mut load = self.watch();
+            if load.is_due() {
+                let mut monitor = monitor.lock().unwrap_or_else(PoisonError::into_inner);
+                load.within(&mut **monitor);
+            }
+        };
+        let options = self.read_options();
+        let go_on = || {
+            look();
+            let pace = self.throttle.pace();
+            // With far fewer requests in flight than it has, a batch gives way to one that begins anew.
+            let fits = pace.rate != Some(0) && pace.in_flight * 2 > options.depth;
+            fits && !ends.passed() && !interrupted.load(Ordering::Relaxed)
+        };
         let reading = Reading {
             block_size: self.repo.block_size(),
-            options: self.read_options(),
+            options,
             permit: &|bytes| {
-                let go_on = || !ends.passed() && !interrupted.load(Ordering::Relaxed);
                 if self.throttle.wait(bytes, &go_on) {
+                    self.watch().copied(bytes);
                     ControlFlow::Continue(())
                 } else {
                     ControlFlow::Break(())
                 }
             },
+        };
+        let give = &mut |piece: Piece| {
+            let begun = clock::now();
+            let taken = give(piece);
+            self.watch().stalled(clock::now() - begun);
+            taken
         };
         for (index, (disk, client)) in disks.iter().zip(&mut clients).enumerate() {
             let Some(open) = &disk.open else { continue };
@@ -336,6 +364,7 @@ impl Runner {
         for client in clients {
             client.disconnect()?;
         }
+        self.watch().end(&mut hold.monitor);
         Ok(())
     }
 
@@ -369,7 +398,7 @@ impl Runner {
 
     pub(super) fn read_options(&self) -> ReadOptions {
         let request_bytes = (256 << 10).max(u32::from(self.repo.block_size()));
-        let depth = self.options.pace.in_flight;
+        let depth = self.throttle.pace().in_flight;
         // Hole chunks are not asked for: QEMU drops the connection on a read error when they are.
         ReadOptions {
             request_bytes,

@@ -14,6 +14,7 @@ impl Command {
                 | Self::Precopy { .. }
                 | Self::Backup { .. }
                 | Self::Run { .. }
+                | Self::Load { .. }
                 | Self::Prune(_)
                 | Self::Verify { .. }
                 | Self::Check { .. }
@@ -34,6 +35,7 @@ impl Command {
             Self::Precopy { .. } => "precopy",
             Self::Backup { .. } => "backup",
             Self::Run { .. } => "run",
+            Self::Load { .. } => "load",
             Self::Status(_) => "status",
             Self::List { .. } => "list",
             Self::Show { .. } => "show",

@@ -16,11 +16,11 @@ use crate::clock;
 use crate::exit::{Kind, classify};
 use crate::hooks::{Hooks, When};
 use crate::image;
+use crate::load::config::Config;
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::report::{Bar, Outcome, Style};
 use crate::schedule::{self, Due};
-use crate::throttle::Pace;
 use crate::units::Bytes;
 use crate::vm::Vm;
 
@@ -46,13 +46,10 @@ fn options(
     doing: &str,
     told: Vec<(String, String)>,
 ) -> Options {
-    let default = Pace::default();
     let named = freeze.and_then(|freeze| freeze.method);
     Options {
-        pace: Pace {
-            rate: pace.and_then(|pace| pace.rate),
-            in_flight: pace.map_or(default.in_flight, |pace| usize::from(pace.in_flight)),
-        },
+        load: pace.map_or_else(Config::default, |pace| pace.load.config(Some(pace))),
+        repository: None,
         method: match named {
             Some(FreezeMethod::Snapshot) => Method::Snapshot,
             _ => Method::Fleece,
@@ -110,7 +107,10 @@ pub(super) fn begin(
     let vm = super::find(&args.target, repo.is_encrypted())?;
     let progress = Arc::new(Progress::default());
     let (target, key) = (vm.target.to_string(), vm.key.clone());
-    let options = options(pace, freeze, doing, told(args, &vm, freeze));
+    let options = Options {
+        repository: Some(args.repo.repo.clone()),
+        ..options(pace, freeze, doing, told(args, &vm, freeze))
+    };
     let hooks = options.hooks.clone();
     let runner = Runner::begin(vm, repo, options, Arc::clone(&progress), interrupted)?;
     Ok(Begun {
@@ -202,7 +202,7 @@ pub(super) fn precopy(
     }
     outcome.targets.push(json!({
         "target": begun.target, "key": begun.key, "bytes": bytes, "residual": left,
-        "rescanned": rescanned,
+        "rescanned": rescanned, "load": begun.runner.load_report(),
     }));
     outcome.warnings.append(&mut begun.runner.warnings);
     if !reached {
@@ -364,6 +364,7 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
     let point_json = serde_json::to_value(point).unwrap_or(Value::Null);
     outcome.targets.push(json!({
         "target": begun.target, "key": begun.key, "point": point_json, "late": late.is_some(),
+        "load": begun.runner.load_report(),
     }));
     outcome.warnings.append(&mut begun.runner.warnings);
     if let Some(due) = late {

@@ -5,6 +5,7 @@ mod copy;
 mod define;
 mod forget;
 mod key;
+mod load;
 mod prune;
 mod recover;
 mod repair;
@@ -156,6 +157,20 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             several::each_of(&target, &more.more, &interrupted, |target| {
                 backup::run(target, &how, at)
             })
+        }
+        Command::Load {
+            target,
+            load,
+            repo,
+            interval,
+            count,
+        } => {
+            let sampling = load::Sampling {
+                interval,
+                count,
+                repo,
+            };
+            load::load(&target, &load, &sampling, style, &interrupted)
         }
         Command::Status(args) => several::each_of(&args, &[], &interrupted, target::status),
         Command::List { repo, target } => repository::list(&repo, target.as_deref()),

@@ -13,6 +13,7 @@ mod dropped;
 mod foreign;
 mod heal;
 mod lab;
+mod load;
 mod offline;
 mod overlay;
 mod restore;
