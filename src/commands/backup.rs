@@ -13,6 +13,7 @@ use crate::backup::{Options, Point, Quiesce, Runner};
 use crate::cli::{FreezeArgs, FreezeMethod, PaceArgs, RepoTargetArgs, TargetArgs};
 use crate::clock;
 use crate::exit::{Kind, classify};
+use crate::plan::Limits;
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::report::{Bar, Outcome, Style};
@@ -21,13 +22,36 @@ use crate::throttle::Pace;
 use crate::units::Bytes;
 
 /// What ends a `precopy`.
-pub(super) struct Limits {
+pub(super) struct Ends {
     pub(super) once: bool,
     pub(super) until: Option<String>,
     pub(super) converge: Option<u64>,
+    pub(super) audit: f64,
 }
 
-fn options(pace: Option<&PaceArgs>, freeze: Option<&FreezeArgs>, doing: &str) -> Options {
+/// What a run has before it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Plan {
+    pub(super) limits: Limits,
+    pub(super) hard: bool,
+    pub(super) audit: f64,
+}
+
+/// What `run` was told.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Job<'a> {
+    pub(super) pace: &'a PaceArgs,
+    pub(super) freeze: &'a FreezeArgs,
+    pub(super) plan: Plan,
+    pub(super) at: Due,
+}
+
+fn options(
+    pace: Option<&PaceArgs>,
+    freeze: Option<&FreezeArgs>,
+    plan: Plan,
+    doing: &str,
+) -> Options {
     let default = Pace::default();
     let named = freeze.and_then(|freeze| freeze.method);
     Options {
@@ -48,20 +72,25 @@ fn options(pace: Option<&PaceArgs>, freeze: Option<&FreezeArgs>, doing: &str) ->
         deadline: freeze.map_or(Duration::from_secs(10), |freeze| freeze.deadline),
         commit_deadline: freeze.map_or(Duration::ZERO, |freeze| freeze.commit_deadline),
         doing: format!("forerun {doing}"),
+        limits: plan.limits,
+        hard: plan.hard,
+        urgent: Arc::default(),
+        audit: Some(plan.audit).filter(|share| *share > 0.0),
     }
 }
 
-struct Begun {
-    runner: Runner,
-    target: String,
-    key: String,
+pub(super) struct Begun {
+    pub(super) runner: Runner,
+    pub(super) target: String,
+    pub(super) key: String,
     progress: Arc<Progress>,
 }
 
-fn begin(
+pub(super) fn begin(
     args: &RepoTargetArgs,
     pace: Option<&PaceArgs>,
     freeze: Option<&FreezeArgs>,
+    plan: Plan,
     doing: &str,
     interrupted: Arc<AtomicBool>,
 ) -> Result<Begun> {
@@ -72,7 +101,7 @@ fn begin(
     let vm = super::find(&args.target, repo.is_encrypted())?;
     let progress = Arc::new(Progress::default());
     let (target, key) = (vm.target.to_string(), vm.key.clone());
-    let options = options(pace, freeze, doing);
+    let options = options(pace, freeze, plan, doing);
     let runner = Runner::begin(vm, repo, options, Arc::clone(&progress), interrupted)?;
     Ok(Begun {
         runner,
@@ -84,7 +113,7 @@ fn begin(
 
 /// `track`.
 pub(super) fn track(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Result<Outcome> {
-    let mut begun = begin(args, None, None, "track", interrupted)?;
+    let mut begun = begin(args, None, None, Plan::default(), "track", interrupted)?;
     let started = begun.runner.track()?;
     let mut outcome = Outcome::default();
     let state = if started {
@@ -104,7 +133,7 @@ pub(super) fn track(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Resu
 
 /// `changed`.
 pub(super) fn changed(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Result<Outcome> {
-    let mut begun = begin(args, None, None, "changed", interrupted)?;
+    let mut begun = begin(args, None, None, Plan::default(), "changed", interrupted)?;
     let changed = begun.runner.changed()?;
     let mut outcome = Outcome::default();
     for disk in &changed {
@@ -132,16 +161,20 @@ pub(super) fn changed(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Re
 pub(super) fn precopy(
     args: &RepoTargetArgs,
     pace: &PaceArgs,
-    limits: &Limits,
+    ends: &Ends,
     style: Style,
     interrupted: Arc<AtomicBool>,
 ) -> Result<Outcome> {
-    let until = limits.until.as_deref().map(schedule::parse).transpose()?;
-    let mut begun = begin(args, Some(pace), None, "precopy", interrupted)?;
+    let until = ends.until.as_deref().map(schedule::parse).transpose()?;
+    let plan = Plan {
+        audit: ends.audit,
+        ..Plan::default()
+    };
+    let mut begun = begin(args, Some(pace), None, plan, "precopy", interrupted)?;
     let bar = Bar::show(Arc::clone(&begun.progress), style);
     begun.progress.begin("copy ahead", 0);
     let until = until.map(super::super::schedule::Due::deadline);
-    let left = begun.runner.precopy(limits.once, until, limits.converge);
+    let left = begun.runner.precopy(ends.once, until, ends.converge);
     drop(bar);
     let (left, reached) = match left {
         Ok(left) => left,
@@ -179,11 +212,12 @@ pub(super) fn backup(
     args: &RepoTargetArgs,
     pace: &PaceArgs,
     freeze: &FreezeArgs,
+    plan: Plan,
     style: Style,
     interrupted: Arc<AtomicBool>,
 ) -> Result<Outcome> {
     let due = clock::utc_now();
-    let mut begun = begin(args, Some(pace), Some(freeze), "backup", interrupted)?;
+    let mut begun = begin(args, Some(pace), Some(freeze), plan, "backup", interrupted)?;
     let bar = Bar::show(Arc::clone(&begun.progress), style);
     let point = begun.runner.backup(due);
     drop(bar);
@@ -195,64 +229,91 @@ pub(super) fn backup(
 
 /// The time of one of several targets, before the next one gets its turn.
 const TURN: Duration = Duration::from_secs(60);
+/// Between two rounds in which nothing was to be done, or something failed.
+const BETWEEN_ROUNDS: Duration = Duration::from_secs(2);
 
 /// The first half of `run` on several targets: each in turn copies ahead, until the backup is due. What fails now is told by
 /// the backup that follows.
 pub(super) fn copy_ahead_in_turns(
     args: &RepoTargetArgs,
     targets: &[TargetArgs],
-    pace: &PaceArgs,
-    freeze: &FreezeArgs,
-    at: Due,
+    job: &Job<'_>,
     interrupted: &Arc<AtomicBool>,
 ) -> Result<()> {
-    let deadline = at.deadline();
-    while !deadline.passed() {
-        for target in targets {
+    let due = job.at.deadline();
+    let mut runs: Vec<Option<Begun>> = targets.iter().map(|_| None).collect();
+    while !due.passed() {
+        let mut idle = true;
+        for (target, begun) in targets.iter().zip(&mut runs) {
             let shown = target.named()?;
-            let single = RepoTargetArgs {
-                target: target.clone(),
-                repo: args.repo.clone(),
-            };
-            let turn = begin(
-                &single,
-                Some(pace),
-                Some(freeze),
-                "run",
-                Arc::clone(interrupted),
-            )
-            .and_then(|mut begun| {
-                let until = deadline.at_most(TURN);
-                begun.runner.precopy(false, Some(until), None).map(drop)
-            });
-            match turn {
+            match take_turn(args, target, begun, job, interrupted) {
                 Err(error) if classify(&error).0 == Kind::Interrupted => return Err(error),
                 Err(error) => {
                     tracing::warn!("{shown}: {error:#}");
-                    clock::sleep(Duration::from_secs(1).min(deadline.left()));
+                    *begun = None;
                 }
-                Ok(()) => {}
+                Ok(nothing) => idle &= nothing,
             }
+        }
+        if idle {
+            clock::sleep(BETWEEN_ROUNDS.min(due.left()));
         }
     }
     Ok(())
 }
 
+/// One turn; whether there was nothing to do.
+fn take_turn(
+    args: &RepoTargetArgs,
+    target: &TargetArgs,
+    begun: &mut Option<Begun>,
+    job: &Job<'_>,
+    interrupted: &Arc<AtomicBool>,
+) -> Result<bool> {
+    let due = job.at.deadline();
+    let run = match begun {
+        Some(run) => run,
+        None => {
+            let single = RepoTargetArgs {
+                target: target.clone(),
+                repo: args.repo.clone(),
+            };
+            let run = begin(
+                &single,
+                Some(job.pace),
+                Some(job.freeze),
+                job.plan,
+                "run",
+                Arc::clone(interrupted),
+            )?;
+            run.runner.note_due(job.at.due);
+            begun.insert(run)
+        }
+    };
+    run.runner.precopy_turn(due.at_most(TURN), due)
+}
+
 /// `run`.
 pub(super) fn run(
     args: &RepoTargetArgs,
-    pace: &PaceArgs,
-    freeze: &FreezeArgs,
-    at: Due,
+    job: &Job<'_>,
     style: Style,
     interrupted: Arc<AtomicBool>,
 ) -> Result<Outcome> {
-    let mut begun = begin(args, Some(pace), Some(freeze), "run", interrupted)?;
+    let Job {
+        pace,
+        freeze,
+        plan,
+        at,
+    } = *job;
+    let mut begun = begin(args, Some(pace), Some(freeze), plan, "run", interrupted)?;
     let bar = Bar::show(Arc::clone(&begun.progress), style);
     let deadline = at.deadline();
     if !deadline.passed() {
         begun.progress.begin("copy ahead", 0);
-        if let Err(error) = begun.runner.precopy(false, Some(deadline), None) {
+        begun.runner.note_due(at.due);
+        let ahead = begun.runner.precopy(false, Some(deadline), None);
+        if let Err(error) = ahead.and_then(|_| begun.runner.wait_until(at.due)) {
             return Ok(failed(begun, error));
         }
     }
@@ -294,8 +355,19 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
         point.released_ms,
         seconds(point.window_ms)
     ));
+    if let Some(predicted) = point.residual.predicted {
+        outcome.line(format!(
+            "  expected: residual {}, window {:.1} s",
+            Bytes(predicted),
+            seconds(point.window.predicted_ms.unwrap_or(0))
+        ));
+    }
     for disk in &point.rescanned {
         outcome.line(format!("  {} was read in full: {}", disk.disk, disk.reason));
+    }
+    if let Some(missed) = &point.missed {
+        outcome.kind = Some(Kind::Missed);
+        outcome.line(format!("  MISSED: {missed}"));
     }
     let point_json = serde_json::to_value(point).unwrap_or(Value::Null);
     outcome.targets.push(json!({

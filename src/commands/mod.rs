@@ -1,5 +1,6 @@
 //! The commands: each turns its arguments into calls of the library and the results into an [`Outcome`].
 
+mod audit;
 mod backup;
 mod copy;
 mod forget;
@@ -11,6 +12,7 @@ mod restore;
 mod secret;
 mod several;
 mod stats;
+mod status;
 mod target;
 mod verify;
 
@@ -99,11 +101,13 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             once,
             until,
             converge,
+            audit,
         } => {
-            let limits = backup::Limits {
+            let limits = backup::Ends {
                 once,
                 until,
                 converge,
+                audit,
             };
             several::each_of(&target, &interrupted, |target| {
                 backup::precopy(target, &pace, &limits, style, Arc::clone(&interrupted))
@@ -113,24 +117,66 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             target,
             pace,
             freeze,
+            limits,
         } => several::each_of(&target, &interrupted, |target| {
-            backup::backup(target, &pace, &freeze, style, Arc::clone(&interrupted))
+            let plan = backup::Plan {
+                limits: limits.limits(),
+                ..backup::Plan::default()
+            };
+            backup::backup(
+                target,
+                &pace,
+                &freeze,
+                plan,
+                style,
+                Arc::clone(&interrupted),
+            )
         }),
         Command::Run {
             target,
             pace,
             freeze,
             at,
+            limits,
+            hard,
+            audit,
         } => {
             let at = schedule::parse(&at)?;
+            let plan = backup::Plan {
+                limits: limits.limits(),
+                hard,
+                audit,
+            };
+            let job = backup::Job {
+                pace: &pace,
+                freeze: &freeze,
+                plan,
+                at,
+            };
             if let Some(targets) = several::chosen(&target.target)? {
-                backup::copy_ahead_in_turns(&target, &targets, &pace, &freeze, at, &interrupted)?;
+                backup::copy_ahead_in_turns(&target, &targets, &job, &interrupted)?;
             }
             several::each_of(&target, &interrupted, |target| {
-                backup::run(target, &pace, &freeze, at, style, Arc::clone(&interrupted))
+                backup::run(target, &job, style, Arc::clone(&interrupted))
             })
         }
-        Command::Status(args) => several::each_of(&args, &interrupted, target::status),
+        Command::Status {
+            target,
+            at,
+            max_window,
+            max_residual,
+        } => {
+            let asked = status::Asked::new(at.as_deref(), max_window, max_residual)?;
+            status::status(&target, &asked, &interrupted)
+        }
+        Command::Audit {
+            target,
+            pace,
+            share,
+            max_duration,
+        } => several::each_of(&target, &interrupted, |target| {
+            audit::audit(target, &pace, share, max_duration, Arc::clone(&interrupted))
+        }),
         Command::List { repo, target } => repository::list(&repo, target.as_deref()),
         Command::Show { repo, point } => repository::show(&repo, &point),
         Command::Diff { repo, a, b } => repository::diff(&repo, &a, &b),

@@ -7,6 +7,8 @@
 )]
 
 mod agent;
+mod ahead;
+mod audit;
 mod changes;
 mod choice;
 mod dropped;
