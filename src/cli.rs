@@ -1,15 +1,17 @@
 //! The command line: `clap` types and nothing else.
 
+mod ahead;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use self::ahead::parse_share_or_none;
+pub use self::ahead::{AuditArgs, LimitArgs, StatusArgs};
 use crate::backup::Quiesce;
 use crate::exit::{Failure, Kind};
 use crate::image::Compression;
-use crate::plan::Limits;
-use crate::plan::outlook::OnMiss;
 use crate::target::{Target, absolute_name};
 use crate::units::{parse_duration, parse_rate, parse_share, parse_size};
 
@@ -116,38 +118,12 @@ pub enum Command {
         audit: f64,
     },
     /// Show what is not copied yet and how fast that grows, what is to be expected of the backup, and what was left behind.
-    Status {
-        #[command(flatten)]
-        #[allow(missing_docs)]
-        target: RepoTargetArgs,
-        /// When the backup is due: HH:MM, or a date with a time. By default what a live `run` was told, else now.
-        #[arg(long)]
-        at: Option<String>,
-        /// Ends with 4 when the window would be longer.
-        #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-        max_window: Option<Duration>,
-        /// Ends with 4 when the residual would be larger.
-        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-        max_residual: Option<u64>,
-    },
+    Status(StatusArgs),
     /// Re-read unchanged blocks and compare them with what is stored, to find out whether a bitmap has missed changes.
     ///
     /// Goes on where the last one ended. A disk whose bitmap has missed a change is read in full by the next backup, and the
     /// points that may be wrong are named.
-    Audit {
-        #[command(flatten)]
-        #[allow(missing_docs)]
-        target: RepoTargetArgs,
-        #[command(flatten)]
-        #[allow(missing_docs)]
-        pace: PaceArgs,
-        /// Only this share of every disk; by default all of it.
-        #[arg(long, value_name = "PERCENT", value_parser = parse_share)]
-        share: Option<f64>,
-        /// Begin nothing after this time.
-        #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-        max_duration: Option<Duration>,
-    },
+    Audit(AuditArgs),
     /// List the recovery points.
     List {
         #[command(flatten)]
@@ -613,40 +589,6 @@ pub struct FreezeArgs {
     pub commit_deadline: Duration,
 }
 
-/// What a backup may cost.
-#[derive(Debug, Clone, Args)]
-pub struct LimitArgs {
-    /// How long the backup may take, from due until the guest is free of it.
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-    pub max_window: Option<Duration>,
-    /// How much the freeze may find to copy.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub max_residual: Option<u64>,
-    /// What to do when these limits cannot be held; it ends with 4 in both cases.
-    #[arg(long, value_enum, default_value_t = OnMiss::Backup)]
-    pub on_miss: OnMiss,
-}
-
-impl LimitArgs {
-    /// As limits.
-    #[must_use]
-    pub fn limits(&self) -> Limits {
-        Limits {
-            window: self.max_window,
-            residual: self.max_residual,
-            on_miss: self.on_miss,
-        }
-    }
-}
-
-/// A share, or 0 for nothing.
-fn parse_share_or_none(text: &str) -> Result<f64, String> {
-    match text.trim() {
-        "0" | "0%" => Ok(0.0),
-        share => parse_share(share),
-    }
-}
-
 /// The methods of freezing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum FreezeMethod {
@@ -686,7 +628,7 @@ impl Command {
                 | Self::Precopy { .. }
                 | Self::Backup { .. }
                 | Self::Run { .. }
-                | Self::Audit { .. }
+                | Self::Audit(_)
                 | Self::Prune(_)
         )
     }
@@ -703,8 +645,8 @@ impl Command {
             Self::Precopy { .. } => "precopy",
             Self::Backup { .. } => "backup",
             Self::Run { .. } => "run",
-            Self::Status { .. } => "status",
-            Self::Audit { .. } => "audit",
+            Self::Status(_) => "status",
+            Self::Audit(_) => "audit",
             Self::List { .. } => "list",
             Self::Show { .. } => "show",
             Self::Diff { .. } => "diff",

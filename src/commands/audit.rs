@@ -2,35 +2,32 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::json;
 
 use super::backup::{Plan, begin};
-use crate::cli::{PaceArgs, RepoTargetArgs};
+use crate::cli::{AuditArgs, RepoTargetArgs};
 use crate::clock::Deadline;
 use crate::report::Outcome;
 use crate::units::Bytes;
 
 /// `audit`.
 pub(super) fn audit(
-    args: &RepoTargetArgs,
-    pace: &PaceArgs,
-    share: Option<f64>,
-    max_duration: Option<Duration>,
+    target: &RepoTargetArgs,
+    args: &AuditArgs,
     interrupted: Arc<AtomicBool>,
 ) -> Result<Outcome> {
-    let until = max_duration.map(Deadline::after);
+    let until = args.max_duration.map(Deadline::after);
     let mut begun = begin(
-        args,
-        Some(pace),
+        target,
+        Some(&args.pace),
         None,
         Plan::default(),
         "audit",
         interrupted,
     )?;
-    let report = begun.runner.audit(share.unwrap_or(100.0), until)?;
+    let report = begun.runner.audit(args.share.unwrap_or(100.0), until)?;
     let mut outcome = Outcome::default();
     let how = match (report.findings.is_empty(), report.complete) {
         (false, _) => "BITMAPS HAVE MISSED CHANGES",

@@ -160,22 +160,9 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 backup::run(target, &job, style, Arc::clone(&interrupted))
             })
         }
-        Command::Status {
-            target,
-            at,
-            max_window,
-            max_residual,
-        } => {
-            let asked = status::Asked::new(at.as_deref(), max_window, max_residual)?;
-            status::status(&target, &asked, &interrupted)
-        }
-        Command::Audit {
-            target,
-            pace,
-            share,
-            max_duration,
-        } => several::each_of(&target, &interrupted, |target| {
-            audit::audit(target, &pace, share, max_duration, Arc::clone(&interrupted))
+        Command::Status(args) => status::status(&args, &interrupted),
+        Command::Audit(args) => several::each_of(&args.target, &interrupted, |target| {
+            audit::audit(target, &args, Arc::clone(&interrupted))
         }),
         Command::List { repo, target } => repository::list(&repo, target.as_deref()),
         Command::Show { repo, point } => repository::show(&repo, &point),

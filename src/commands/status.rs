@@ -11,7 +11,7 @@ use super::target::looking;
 use super::{secret, several};
 use crate::backup::{Learned, Note};
 use crate::bitmap::track::{self, Tracked};
-use crate::cli::RepoTargetArgs;
+use crate::cli::{RepoTargetArgs, StatusArgs};
 use crate::clock;
 use crate::exit::Kind;
 use crate::plan::outlook::OnMiss;
@@ -25,39 +25,26 @@ use crate::vm::seen;
 
 /// What was asked besides the targets.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Asked {
+struct Asked {
     at: Option<Timestamp>,
     limits: Limits,
 }
 
-impl Asked {
-    pub(super) fn new(
-        at: Option<&str>,
-        window: Option<Duration>,
-        residual: Option<u64>,
-    ) -> Result<Self> {
-        let at = at.map(schedule::parse).transpose()?;
-        Ok(Self {
-            at: at.map(|at| at.due),
-            limits: Limits {
-                window,
-                residual,
-                on_miss: OnMiss::Backup,
-            },
-        })
-    }
-}
-
 /// `status`: of one target in words, of several a line each.
-pub(super) fn status(
-    args: &RepoTargetArgs,
-    asked: &Asked,
-    interrupted: &AtomicBool,
-) -> Result<Outcome> {
-    if several::chosen(&args.target)?.is_none() {
-        return one(args, asked);
+pub(super) fn status(args: &StatusArgs, interrupted: &AtomicBool) -> Result<Outcome> {
+    let at = args.at.as_deref().map(schedule::parse).transpose()?;
+    let asked = Asked {
+        at: at.map(|at| at.due),
+        limits: Limits {
+            window: args.max_window,
+            residual: args.max_residual,
+            on_miss: OnMiss::Backup,
+        },
+    };
+    if several::chosen(&args.target.target)?.is_none() {
+        return one(&args.target, &asked);
     }
-    let mut all = several::each_of(args, interrupted, |target| one(target, asked))?;
+    let mut all = several::each_of(&args.target, interrupted, |target| one(target, &asked))?;
     all.lines = vec![line([
         "TARGET", "DIRTY", "PER HOUR", "RESIDUAL", "WINDOW", "DUE", "",
     ])];
