@@ -205,10 +205,15 @@ pub enum Command {
         #[arg(value_parser = absolute_name)]
         point: String,
         /// All disks, as files in this directory.
-        #[arg(long, required_unless_present = "disk", conflicts_with = "disk")]
+        #[arg(
+            long,
+            value_name = "DIR",
+            required_unless_present = "disk",
+            conflicts_with = "disk"
+        )]
         output: Option<PathBuf>,
         /// One disk to this file or device: `vda=/path`. May be repeated.
-        #[arg(long)]
+        #[arg(long, value_name = "DISK=PATH")]
         disk: Vec<String>,
         /// The image format.
         #[arg(long, value_enum, default_value_t = Format::Raw)]
@@ -234,7 +239,7 @@ pub enum Command {
         #[allow(missing_docs)]
         repo: RepoArgs,
         /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
-        #[arg(required_unless_present = "all", conflicts_with = "all", value_parser = absolute_name)]
+        #[arg(value_name = "POINT", required_unless_present = "all", conflicts_with = "all", value_parser = absolute_name)]
         points: Vec<String>,
         /// All points.
         #[arg(long)]
@@ -607,6 +612,52 @@ pub enum Format {
     Qcow2,
 }
 
+/// What a missing argument is, in words.
+const MISSING: [(&str, &str); 6] = [
+    ("--repo", "the repository, or set FORERUN_REPO"),
+    ("--to", "the second repository, to copy to"),
+    (
+        "--output",
+        "the directory for all disks, or `--disk DISK=PATH` for one",
+    ),
+    (
+        "<POINT>...",
+        "the points to copy, each by the beginning of its id or as TARGET@latest, or `--all`",
+    ),
+    (
+        "<POINT>",
+        "the beginning of a point's id, TARGET@latest or TARGET@2026-11-22T02:00",
+    ),
+    (
+        "<TARGET>",
+        "a libvirt domain, qmp:SOCKET of a running QEMU, or disk:PATH of an image of a VM that is off",
+    ),
+];
+
+impl Cli {
+    /// Reads the command line; of what is missing it says what it is.
+    #[must_use]
+    pub fn read() -> Self {
+        Self::try_parse().unwrap_or_else(|error| explained(error).exit())
+    }
+}
+
+fn explained(mut error: clap::Error) -> clap::Error {
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+    if error.kind() != ErrorKind::MissingRequiredArgument {
+        return error;
+    }
+    if let Some(ContextValue::Strings(missing)) = error.get(ContextKind::InvalidArg) {
+        let explain = |argument: &String| {
+            let known = MISSING.iter().find(|(name, _)| argument.starts_with(name));
+            known.map_or(argument.clone(), |(_, what)| format!("{argument}: {what}"))
+        };
+        let missing = missing.iter().map(explain).collect();
+        error.insert(ContextKind::InvalidArg, ContextValue::Strings(missing));
+    }
+    error
+}
+
 impl TargetArgs {
     /// The one target that was named.
     pub fn named(&self) -> anyhow::Result<&Target> {
@@ -617,8 +668,8 @@ impl TargetArgs {
 }
 
 impl Command {
-    /// Whether a signal must not end it at once: a VM is released first, a prune ends where the next one goes on best. The
-    /// others are ended by one at once.
+    /// Whether a signal must not end it at once: a VM is released first, and what is long ends where the next one goes on best, and
+    /// lets go of its locks and leases. The others are ended by one at once.
     #[must_use]
     pub fn ends_in_order(&self) -> bool {
         matches!(
@@ -630,6 +681,10 @@ impl Command {
                 | Self::Run { .. }
                 | Self::Audit(_)
                 | Self::Prune(_)
+                | Self::Verify { .. }
+                | Self::Check { .. }
+                | Self::Copy { .. }
+                | Self::Restore { .. }
         )
     }
 

@@ -181,6 +181,14 @@ fn of_image(error: &image::Error) -> Option<(Kind, Option<String>)> {
         image::Error::Corrupt { .. } => {
             (Kind::Corrupt, "run `forerun verify` for all that is hurt")
         }
+        image::Error::NoRepository { path } => {
+            let hint = format!("make one with `forerun init {path}`, or mount what it is on");
+            return Some((Kind::Failed, Some(hint)));
+        }
+        image::Error::NoPoint { .. } => (
+            Kind::Failed,
+            "`forerun list --repo REPO` shows the points that there are",
+        ),
         image::Error::NoSpace { .. } => (
             Kind::NoSpace,
             "free space in the repository and run the command again: it goes on from where it was",

@@ -25,6 +25,15 @@ impl Progress {
         phase.clone_into(&mut name);
     }
 
+    /// What a part of the repository tells: a phase that begins and its total, or, without a name, how much more is done.
+    pub fn told(&self, phase: &str, more: u64, total: u64) {
+        if phase.is_empty() {
+            self.done.fetch_add(more, Ordering::Relaxed);
+        } else {
+            self.begin(phase, total);
+        }
+    }
+
     /// What is being done.
     #[must_use]
     pub fn phase(&self) -> String {

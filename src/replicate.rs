@@ -15,7 +15,8 @@
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Deref};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -84,6 +85,7 @@ pub struct Replication<'a> {
     options: Options,
     throttle: Throttle,
     progress: &'a Progress,
+    interrupted: Arc<AtomicBool>,
 }
 
 /// What the session says of itself, at its beginning.
@@ -169,11 +171,31 @@ impl<'a> Replication<'a> {
             options,
             throttle: Throttle::new(options.rate),
             progress,
+            interrupted: Arc::default(),
         })
+    }
+
+    /// Ends when this is set: what was read until then is in the session, and the next copy of the point goes on from there.
+    #[must_use]
+    pub fn ended_by(mut self, interrupted: Arc<AtomicBool>) -> Self {
+        self.interrupted = interrupted;
+        self
+    }
+
+    fn keeps_on(&self) -> bool {
+        !self.interrupted.load(Ordering::Relaxed)
+    }
+
+    fn go_on(&self) -> Result<()> {
+        if self.keeps_on() {
+            return Ok(());
+        }
+        Err(Error::Interrupted.into())
     }
 
     /// Copies a point, or what is missing of one.
     pub fn copy(&self, id: PointId) -> Result<Copied> {
+        self.go_on()?;
         let point = self.from.point(id).context("read the point")?;
         let origin = self.from.origin(&point)?;
         let _lock = lock(self.to, id)?;
@@ -433,6 +455,7 @@ impl PointCopy<'_> {
             .with_context(|| format!("compare the maps of disk {}", disk.key))?;
         let mut batch = Batch::default();
         for run in runs {
+            self.all.go_on()?;
             let run = run.with_context(|| format!("read the map of disk {}", disk.key))?;
             let RunContent::Data(ids) = &run.content else {
                 batch.proofs.push((run.blocks(), Content::Zero));
@@ -522,6 +545,7 @@ impl PointCopy<'_> {
             Some(since) => since,
             None => self.all.to.generation()?,
         };
+        let mut ended_at = None;
         if !jobs.is_empty() {
             let disks = [CopyDisk {
                 key: disk.key.clone(),
@@ -530,7 +554,7 @@ impl PointCopy<'_> {
                 base_size: 0,
             }];
             let counted = AtomicU64::new(0);
-            let ((), mut copied) = copy::copy(
+            let (end, mut copied) = copy::copy(
                 self.all.to,
                 &disks,
                 (self.session.id(), "copy"),
@@ -541,9 +565,15 @@ impl PointCopy<'_> {
             self.read += copied.bytes;
             self.stored += copied.stored;
             proofs.extend(copied.proofs.drain(..).flatten());
+            ended_at = end;
+        }
+        if let Some(end) = ended_at {
+            // Where the segment ends is where the next run begins: nothing behind that may be in it.
+            let end = end / self.all.from.block_size().bytes();
+            proofs.retain(|(run, _)| run.first < end);
         }
         if proofs.is_empty() {
-            return Ok(());
+            return self.all.go_on();
         }
         proofs.sort_unstable_by_key(|(run, _)| run.first);
         let header = SegmentHeader {
@@ -555,16 +585,20 @@ impl PointCopy<'_> {
         };
         let segment = self.session.prove(&header, &proofs, since)?;
         self.segments.push(segment);
-        Ok(())
+        match ended_at {
+            Some(_) => Err(Error::Interrupted.into()),
+            None => Ok(()),
+        }
     }
 
-    /// Reads from the source, with many readers, and hands on in the order that comes.
+    /// Reads from the source, with many readers, and hands on in the order that comes. Gives where it ended when it was to end
+    /// before all of it: everything before that was handed on.
     fn read(
         &self,
         jobs: Vec<Job>,
         disk: &DiskPoint,
         give: &mut dyn FnMut(Piece) -> ControlFlow<()>,
-    ) -> Result<()> {
+    ) -> Result<Option<u64>> {
         let readers = std::thread::available_parallelism().map_or(1, usize::from);
         let (work, taken) = bounded::<Job>(readers * IN_FLIGHT);
         let (done, results) = bounded::<Result<Piece>>(readers * IN_FLIGHT);
@@ -577,18 +611,24 @@ impl PointCopy<'_> {
             drop((taken, done));
             let mut jobs = jobs.into_iter();
             let mut in_flight = 0;
+            let mut ended_at = None;
             loop {
-                while in_flight < readers * IN_FLIGHT
+                while ended_at.is_none()
+                    && in_flight < readers * IN_FLIGHT
                     && let Some(job) = jobs.next()
                 {
-                    self.all.throttle.wait(job.extent.length, &|| true);
+                    let keeps_on = || self.all.keeps_on();
+                    if !self.all.throttle.wait(job.extent.length, &keeps_on) {
+                        ended_at = Some(job.extent.offset);
+                        break;
+                    }
                     let at = &self.all.progress.done;
                     at.store(job.extent.offset, Ordering::Relaxed);
                     work.send(job).ok().context("the readers ended early")?;
                     in_flight += 1;
                 }
                 if in_flight == 0 {
-                    return Ok(());
+                    return Ok(ended_at);
                 }
                 let piece = results.recv().context("the readers ended early")?;
                 in_flight -= 1;
@@ -596,7 +636,7 @@ impl PointCopy<'_> {
                     piece.with_context(|| format!("read disk {} of the source", disk.key))?;
                 if give(piece).is_break() {
                     // Why it takes no more is the copier's error.
-                    return Ok(());
+                    return Ok(None);
                 }
             }
         })

@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -33,6 +33,28 @@ pub struct Task {
     pub path: PathBuf,
     /// As qcow2, else raw.
     pub qcow2: bool,
+}
+
+/// Who is told how far it is, and who may end it.
+pub struct Watch<'a> {
+    /// The bytes of the disk.
+    pub progress: &'a Progress,
+    /// Set by whoever wants it to end.
+    pub interrupted: &'a AtomicBool,
+}
+
+impl Watch<'_> {
+    fn go_on(&self) -> io::Result<()> {
+        if self.interrupted.load(Ordering::Relaxed) {
+            return Err(ErrorKind::Interrupted.into());
+        }
+        Ok(())
+    }
+
+    fn done(&self, bytes: u64) -> io::Result<()> {
+        self.progress.done.fetch_add(bytes, Ordering::Relaxed);
+        self.go_on()
+    }
 }
 
 /// Refuses what could not end well, before anything is written.
@@ -159,15 +181,16 @@ pub fn make_directory(path: &Path) -> Result<()> {
 
 /// Restores one disk. A new file gets its name only when it is complete: until then it is `NAME.partial`, so that what a
 /// killed restore leaves is not taken for an image.
-pub fn apply(repo: &Repository, task: &Task, force: bool, progress: &Progress) -> Result<()> {
+/// One that is to end by the flag in `watch` fails, and leaves nothing new behind either.
+pub fn apply(repo: &Repository, task: &Task, force: bool, watch: &Watch<'_>) -> Result<()> {
     let write = if task.qcow2 { apply_qcow2 } else { apply_raw };
     let done = if task.path.exists() {
         anyhow::ensure!(force, "{} exists already", task.path.display());
-        write(repo, task, &task.path, progress)
+        write(repo, task, &task.path, watch)
     } else {
         let partial = with_suffix(&task.path, ".partial");
         let done = claim(&partial)
-            .and_then(|()| write(repo, task, &partial, progress))
+            .and_then(|()| write(repo, task, &partial, watch))
             .and_then(|()| give_name(&partial, &task.path));
         if done.is_err() {
             std::fs::remove_file(&partial).ok();
@@ -218,7 +241,7 @@ fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn apply_raw(repo: &Repository, task: &Task, path: &Path, progress: &Progress) -> Result<()> {
+fn apply_raw(repo: &Repository, task: &Task, path: &Path, watch: &Watch<'_>) -> Result<()> {
     let regular = std::fs::metadata(path).context("look at it")?.is_file();
     let file = if regular {
         OpenOptions::new()
@@ -236,7 +259,7 @@ fn apply_raw(repo: &Repository, task: &Task, path: &Path, progress: &Progress) -
     let mut sink = RawSink {
         file,
         fresh: regular,
-        progress,
+        watch,
         unwritten: None,
     };
     repo.read_disk(&task.disk, threads(), &mut sink)?;
@@ -249,7 +272,7 @@ struct RawSink<'a> {
     file: File,
     /// What is not written reads as zeros.
     fresh: bool,
-    progress: &'a Progress,
+    watch: &'a Watch<'a>,
     /// What was written since the kernel was last told to begin writing it out, as one span, with its bytes.
     unwritten: Option<(Extent, u64)>,
 }
@@ -277,14 +300,14 @@ impl RawSink<'_> {
 impl BlockSink for RawSink<'_> {
     fn data(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         let length = data.len() as u64;
-        self.progress.done.fetch_add(length, Ordering::Relaxed);
+        self.watch.done(length)?;
         self.file.write_all_at(data, offset)?;
         self.write_out(Extent { offset, length });
         Ok(())
     }
 
     fn zero(&mut self, offset: u64, length: u64) -> io::Result<()> {
-        self.progress.done.fetch_add(length, Ordering::Relaxed);
+        self.watch.done(length)?;
         if self.fresh {
             return Ok(());
         }
@@ -296,6 +319,7 @@ impl BlockSink for RawSink<'_> {
                 while at < offset + length {
                     let part = (offset + length - at).min(zeros.len() as u64);
                     let part = usize::try_from(part).unwrap_or(zeros.len());
+                    self.watch.go_on()?;
                     self.file.write_all_at(&zeros[..part], at)?;
                     at += part as u64;
                 }
@@ -306,7 +330,7 @@ impl BlockSink for RawSink<'_> {
     }
 }
 
-fn apply_qcow2(repo: &Repository, task: &Task, path: &Path, progress: &Progress) -> Result<()> {
+fn apply_qcow2(repo: &Repository, task: &Task, path: &Path, watch: &Watch<'_>) -> Result<()> {
     let created = Command::new("qemu-img")
         .args(["create", "-q", "-f", "qcow2", "--"])
         .arg(path)
@@ -318,9 +342,9 @@ fn apply_qcow2(repo: &Repository, task: &Task, path: &Path, progress: &Progress)
         "qemu-img create: {}",
         String::from_utf8_lossy(&created.stderr).trim()
     );
-    let (server, client) = ImageServer::start(path)?;
+    let (server, client) = ImageServer::start(path, watch)?;
     let writer = Writer::new(client, IN_FLIGHT)?;
-    let mut sink = NbdSink { writer, progress };
+    let mut sink = NbdSink { writer, watch };
     repo.read_disk(&task.disk, threads(), &mut sink)?;
     sink.writer.flush()?;
     sink.writer.finish()?.disconnect()?;
@@ -332,19 +356,17 @@ fn apply_qcow2(repo: &Repository, task: &Task, path: &Path, progress: &Progress)
 /// An image behind an NBD server; a new qcow2 image reads as zeros where nothing is written.
 struct NbdSink<'a> {
     writer: Writer,
-    progress: &'a Progress,
+    watch: &'a Watch<'a>,
 }
 
 impl BlockSink for NbdSink<'_> {
     fn data(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.progress
-            .done
-            .fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.watch.done(data.len() as u64)?;
         self.writer.write(offset, data).map_err(io::Error::other)
     }
 
     fn zero(&mut self, offset: u64, length: u64) -> io::Result<()> {
-        self.progress.done.fetch_add(length, Ordering::Relaxed);
+        self.watch.done(length)?;
         let extent = Extent { offset, length };
         self.writer
             .write_zeroes(extent, ZeroMode::MayPunch)
@@ -352,19 +374,38 @@ impl BlockSink for NbdSink<'_> {
     }
 }
 
+/// A directory of our own that goes with us.
+struct Private(PathBuf);
+
+impl Private {
+    fn make() -> Result<Self> {
+        let name = format!("forerun-{}", crate::qmp::names::random_hex(8));
+        let path = std::env::temp_dir().join(name);
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .with_context(|| format!("create {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Private {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.0).ok();
+    }
+}
+
 /// A private `qemu-nbd` over one image.
 struct ImageServer {
     child: Child,
-    directory: PathBuf,
+    _directory: Private,
 }
 
 impl ImageServer {
     /// Starts it and connects once it listens; its socket is there a moment before that.
-    fn start(image: &Path) -> Result<(Self, Client)> {
-        let directory =
-            std::env::temp_dir().join(format!("forerun-{}", crate::qmp::names::random_hex(8)));
-        std::fs::DirBuilder::new().mode(0o700).create(&directory)?;
-        let socket = directory.join("nbd");
+    fn start(image: &Path, watch: &Watch<'_>) -> Result<(Self, Client)> {
+        let directory = Private::make()?;
+        let socket = directory.0.join("nbd");
         let child = Command::new("qemu-nbd")
             .args(["-f", "qcow2", "--cache=writeback", "-k"])
             .arg(&socket)
@@ -375,10 +416,14 @@ impl ImageServer {
             .stderr(Stdio::piped())
             .spawn()
             .context("start qemu-nbd")?;
-        let mut server = Self { child, directory };
+        let mut server = Self {
+            child,
+            _directory: directory,
+        };
         let deadline = Deadline::after(Duration::from_secs(20));
         let endpoint = Endpoint::new(&socket, "");
         loop {
+            watch.go_on()?;
             match endpoint.connect() {
                 Ok(client) => return Ok((server, client)),
                 Err(error) if server.child.try_wait()?.is_some() || deadline.passed() => {
@@ -403,6 +448,5 @@ impl Drop for ImageServer {
             self.child.kill().ok();
             self.child.wait().ok();
         }
-        std::fs::remove_dir_all(&self.directory).ok();
     }
 }

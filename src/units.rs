@@ -226,8 +226,14 @@ pub fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
     let bad = || format!("`{text}` is not a duration such as 250ms, 30s, 5m, 2h, 14d or 8w");
     let number: u64 = number.parse().map_err(|_| bad())?;
     let millis = match unit.trim() {
+        // Seconds to one who writes 30, days to one who writes 14.
+        "" => {
+            return Err(format!(
+                "`{text}` of what? say {number}d for days, {number}h for hours, {number}m for minutes or {number}s for seconds"
+            ));
+        }
         "ms" => 1,
-        "" | "s" => 1000,
+        "s" => 1000,
         "m" | "min" => 60_000,
         "h" => 3_600_000,
         "d" => 86_400_000,
@@ -266,6 +272,19 @@ mod tests {
         assert_eq!(Bytes(3 << 29).to_string(), "1.5 GiB");
         assert_eq!(parse_rate("100MiB/s"), Ok(100 << 20));
         assert!(parse_rate("0").is_err() && parse_rate("0.0MiB/s").is_err());
+    }
+
+    #[test]
+    fn a_duration_has_a_unit() {
+        for (text, seconds) in [("30s", 30), ("5m", 300), ("12h", 43200), ("1d", 86400)] {
+            let duration = std::time::Duration::from_secs(seconds);
+            assert_eq!(parse_duration(text), Ok(duration));
+        }
+        let refused = parse_duration("1").unwrap_err();
+        assert!(refused.contains("say 1d for days, 1h"), "{refused}");
+        for text in ["", "d", "1y", "-1d", "99999999999999999d"] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
     }
 
     #[test]

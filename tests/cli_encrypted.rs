@@ -144,7 +144,9 @@ fn a_backup_of_an_image_is_encrypted_and_restored_with_the_key_file_only() {
     let second = ["init", "second", "--encrypt", "--key-file", "key2"];
     assert_eq!(place.run(&second).0, 0);
     let copy = ["copy", "--all", "--to", "second"];
-    assert_eq!(with_key(&copy).0, 2);
+    let (code, asked) = with_key(&copy);
+    assert_eq!(code, 2);
+    assert!(asked.to_string().contains("--to-key-file"), "{asked}");
     let (code, copied) = with_key(&[&copy[..], &["--to-key-file", "key2"]].concat());
     assert_eq!(code, 0, "{copied}");
     let verify = ["verify", "--repo", "second", "--key-file", "key2"];
@@ -216,6 +218,28 @@ fn keys_are_added_changed_and_removed_and_a_wrong_one_is_told_what_there_is() {
         (code, &added["key"]["kind"]),
         (0, &"key file".into()),
         "{added}"
+    );
+    // What opens it already is not added once more.
+    let (code, twice) = place.run(&add);
+    assert_eq!(code, 1, "{twice}");
+    let slot = format!(
+        "key {} (key file `safe`) opens",
+        added["key"]["id"].as_str().unwrap()
+    );
+    assert!(twice.to_string().contains(&slot), "{twice}");
+    let same = [
+        "key",
+        "add",
+        "--key-file",
+        "file",
+        "--new-passphrase-file",
+        &words,
+    ];
+    let (code, twice) = place.run(&same);
+    assert_eq!(code, 1, "{twice}");
+    assert!(
+        twice.to_string().contains("(passphrase `first`) opens"),
+        "{twice}"
     );
     let (code, listed) = place.run(&["key", "list"]);
     assert_eq!((code, listed["keys"].as_array().unwrap().len()), (0, 2));

@@ -12,6 +12,8 @@ mod image_common;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use forerun::image::{
     Compression, InitOptions, Manifest, PointId, Repository, Session, Tracking, VerifyOptions,
@@ -348,6 +350,57 @@ fn a_crash_after_any_operation_of_a_copy_loses_nothing_and_it_goes_on() {
 #[test]
 fn a_full_second_repository_is_told_and_the_copy_goes_on() {
     crash_everywhere(Fate::Full, false);
+}
+
+#[test]
+fn a_copy_that_is_interrupted_goes_on_where_it_ended() {
+    const BLOCKS: usize = 192;
+    let mut bench = Bench::in_memory(BLOCKS * BLOCK);
+    for block in 0..BLOCKS {
+        // Some need no reading.
+        if block % 64 != 40 {
+            bench.write(
+                block * BLOCK,
+                &(block as u32 + 1).to_le_bytes().repeat(BLOCK / 4),
+            );
+        }
+    }
+    let points = [(bench.backup(), bench.disk.clone())];
+    let to = second();
+    let id = points[0].0.id;
+    let slow = Options {
+        rate: Some(8 << 20),
+        ..Options::default()
+    };
+    let progress = Progress::default();
+    let flag = Arc::new(AtomicBool::new(false));
+    let failed = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // The third read has begun.
+            while progress.done.load(Ordering::Relaxed) < 4 << 20 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            flag.store(true, Ordering::Relaxed);
+        });
+        Replication::new(&bench.repo, &to, slow, &progress)
+            .unwrap()
+            .ended_by(Arc::clone(&flag))
+            .copy(id)
+            .unwrap_err()
+    });
+    let ended = failed.downcast_ref::<forerun::image::Error>();
+    assert!(
+        matches!(ended, Some(forerun::image::Error::Interrupted)),
+        "{failed:#}"
+    );
+    assert!(to.points().unwrap().points.is_empty());
+    // Nothing is held.
+    assert!(to.store().held("").unwrap().is_empty());
+    assert_eq!(bench.objects("leases/"), Vec::<String>::new());
+    let all = (BLOCKS - 3) * BLOCK;
+    let (bytes, _) = read(copy(&bench.repo, &to, id).unwrap());
+    assert!((1..=all - (6 << 20)).contains(&bytes), "{bytes} of {all}");
+    check(&to, &points, "after an interruption");
 }
 
 #[test]

@@ -223,12 +223,15 @@ fn sealed(kind: &str, value: &Value) -> Vec<u8> {
 }
 
 #[test]
-fn a_disk_that_only_a_forgotten_point_has_is_told() {
+fn a_rule_counts_the_points_of_each_disk_and_what_a_name_takes_is_told() {
     let (bench, a, _) = bench();
     let mut like = bench.repo.point(a[2]).unwrap();
     like.disks[0].key = "vdb".into();
-    point(&bench.repo, &like, "a", "2026-11-04T00:00Z");
-    let plan = bench.repo.forget(&last(1)).unwrap();
+    let other = point(&bench.repo, &like, "a", "2026-11-04T00:00Z");
+    bench.repo.forget(&last(1)).unwrap();
+    assert!(ids(&bench.repo).contains(&a[2]) && ids(&bench.repo).contains(&other));
+    assert!(!ids(&bench.repo).contains(&a[1]));
+    let plan = bench.repo.forget(&these(&[a[2]], false)).unwrap();
     assert_eq!(
         plan.warnings,
         [format!("{} is the last point that has disk vda of a", a[2])]

@@ -9,11 +9,11 @@ mod image_common;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use forerun::image::{Encoded, Manifest, Repository, Session, VerifyOptions, VerifyReport};
+use forerun::image::{Encoded, Error, Manifest, Repository, Session, VerifyOptions, VerifyReport};
 use image_common::{BLOCK, Bench, id_of, restore};
 use serde_json::{Value, json};
 
@@ -173,6 +173,65 @@ fn a_killed_run_is_gone_on_with_and_one_without_time_does_nothing() {
     assert_eq!(report.packs.unwrap().never, 0);
     assert_eq!(report.damage.len(), 6, "{report:?}");
     assert_eq!(again(&bench).lost_blocks().unwrap().len(), 6);
+}
+
+#[test]
+fn an_interrupted_run_tells_what_it_found_and_writes_down_how_far_it_was() {
+    let (bench, _) = rounds(6);
+    for seed in 1..=6 {
+        flip(&pack_of(&bench, &noise(seed)), STORED);
+    }
+    let flag = Arc::new(AtomicBool::new(false));
+    let (reads, ends) = (AtomicU32::new(0), Arc::clone(&flag));
+    let options = VerifyOptions {
+        threads: 1,
+        interrupted: Some(Arc::clone(&flag)),
+        pace: Some(Arc::new(move |_| {
+            if reads.fetch_add(1, Ordering::Relaxed) == 2 {
+                ends.store(true, Ordering::Relaxed);
+            }
+        })),
+        ..VerifyOptions::default()
+    };
+    let report = verify(&again(&bench), &options);
+    assert!(report.interrupted && !report.complete);
+    assert_eq!(report.damage.len(), 3, "{report:?}");
+    assert_eq!(checked(&bench).len(), 3);
+    assert_eq!(again(&bench).lost_blocks().unwrap().len(), 3);
+    // The rest is the next run's.
+    let report = verify(&again(&bench), &share(50.0));
+    assert_eq!((report.packs.unwrap().never, report.damage.len()), (0, 6));
+    // One that is interrupted at once has nothing to tell.
+    let error = again(&bench).verify(&options).unwrap_err();
+    assert!(matches!(error, Error::Interrupted), "{error}");
+}
+
+#[test]
+fn what_is_done_adds_up_to_what_there_is_to_do() {
+    let (bench, points) = rounds(5);
+    for chosen in [None, Some(vec![points[3].0.id])] {
+        let told: Arc<Mutex<BTreeMap<String, (u64, u64)>>> = Arc::default();
+        let (phase, shared) = (Mutex::new(String::new()), Arc::clone(&told));
+        let progress = move |name: &str, done: u64, total: u64| {
+            let mut phase = phase.lock().unwrap();
+            if !name.is_empty() {
+                name.clone_into(&mut phase);
+            }
+            let mut shared = shared.lock().unwrap();
+            let known = shared.entry(phase.clone()).or_default();
+            known.0 += done;
+            known.1 += total;
+        };
+        let options = VerifyOptions {
+            points: chosen,
+            progress: Some(Arc::new(progress)),
+            ..VerifyOptions::default()
+        };
+        verify(&bench.repo, &options);
+        let (done, total) = told.lock().unwrap()["verify"];
+        assert!(total > 4 * BLOCK as u64);
+        assert_eq!(done, total);
+    }
 }
 
 #[test]

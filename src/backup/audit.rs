@@ -243,14 +243,9 @@ impl Runner {
                     };
                     let open = disk.open.as_ref().context("what is open is not known")?;
                     let clean = (group.first..group.end()).filter(|block| !open.contains(*block));
-                    let (read, reached) = this.compare(
-                        &mut clients[index],
-                        index,
-                        disk,
-                        clean.collect(),
-                        ends,
-                        found,
-                    )?;
+                    let clean: Vec<u64> = clean.collect();
+                    let (read, reached) =
+                        this.compare(&mut clients[index], index, disk, &clean, ends, found)?;
                     checked += read;
                     let reached = reached.unwrap_or(group.end());
                     left[index] -= reached - group.first;
@@ -336,7 +331,7 @@ impl Runner {
         client: &mut crate::nbd::Client,
         index: usize,
         disk: &RunDisk,
-        blocks: Vec<u64>,
+        blocks: &[u64],
         ends: Deadline,
         found: &mut Differences,
     ) -> Result<(u64, Option<u64>)> {
@@ -350,7 +345,7 @@ impl Runner {
         };
         let stored = self.stored(index, disk, range)?;
         let mut wanted: BTreeMap<u64, Stored> = BTreeMap::new();
-        for block in &blocks {
+        for block in blocks {
             let at = usize::try_from(block - first).unwrap_or(usize::MAX);
             if let Some(known) = stored.get(at).copied().flatten() {
                 wanted.insert(*block, known);
@@ -463,14 +458,7 @@ impl Runner {
                     for group in clean.chunk_by(|a, b| b - a < APART) {
                         for part in group.chunks(TOGETHER) {
                             let ends = Deadline::after(BATCH);
-                            this.compare(
-                                &mut clients[index],
-                                index,
-                                disk,
-                                part.to_vec(),
-                                ends,
-                                &mut found,
-                            )?;
+                            this.compare(&mut clients[index], index, disk, part, ends, &mut found)?;
                         }
                     }
                 }

@@ -27,6 +27,25 @@ pub fn belongs_to(name: &str, repository: &str) -> bool {
         && token.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
+/// Greater epochs are nobody's: they would leave no room for the next.
+const LAST: u64 = u64::MAX / 2;
+
+/// The epoch of a bitmap of this repository.
+#[must_use]
+pub fn epoch(name: &str, repository: &str) -> Option<u64> {
+    if !belongs_to(name, repository) {
+        return None;
+    }
+    let epoch = name.rsplit('-').nth(1)?.parse().ok()?;
+    (epoch <= LAST).then_some(epoch)
+}
+
+/// The repository in a bitmap's name.
+#[must_use]
+pub fn repository(name: &str) -> Option<&str> {
+    name.strip_prefix(PREFIX)?.split('-').next()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -36,6 +55,11 @@ mod tests {
         let name = new("0123abcd", 7);
         assert!(belongs_to(&name, "0123abcd"));
         assert!(!belongs_to(&name, "0123abce"));
+        assert_eq!(epoch(&name, "0123abcd"), Some(7));
+        assert_eq!(epoch(&name, "0123abce"), None);
+        assert_eq!(repository(&name), Some("0123abcd"));
+        let absurd = new("0123abcd", u64::MAX);
+        assert_eq!(epoch(&absurd, "0123abcd"), None);
         for foreign in [
             "forerun-0123abcd",
             "forerun-0123abcd-x-0123456789abcdef",

@@ -383,6 +383,11 @@ pub fn trust(disk: &Tracked, confirmed: bool, seen: &Seen) -> Result<Vec<Named>,
     if !find(live).is_some_and(|bitmap| bitmap.recording) {
         return Err(format!("its live bitmap {} does not record", live.name));
     }
+    if let Some(later) = later(disk, seen) {
+        return Err(format!(
+            "it has a later bitmap, {later}, of a point or session that is gone"
+        ));
+    }
     // A rotation that was cut off between its two commands leaves the one before the newest recording, no other.
     let rotated = disk.new.as_ref() == Some(live);
     let older = if rotated {
@@ -396,6 +401,17 @@ pub fn trust(disk: &Tracked, confirmed: bool, seen: &Seen) -> Result<Vec<Named>,
         }
     }
     Ok(chain)
+}
+
+/// A bitmap of the same repository that came after all that are known of a disk. Whoever made it disabled those before, and a point or
+/// session that said so is gone (the newest point was forgotten): that one of them records again, by whatever hand, proves nothing.
+fn later<'a>(disk: &Tracked, seen: &'a Seen) -> Option<&'a str> {
+    let newest = disk.names().max_by_key(|named| named.epoch)?;
+    let repository = name::repository(&newest.name)?;
+    let names = seen.bitmaps.iter().map(|bitmap| bitmap.name.as_str());
+    let mut later = names
+        .filter(|name| name::epoch(name, repository).is_some_and(|epoch| epoch > newest.epoch));
+    later.next()
 }
 
 /// What a rotation will do, from what is known and seen.
@@ -445,7 +461,13 @@ pub fn plan(
         .flat_map(Tracked::names)
         .map(|named| named.epoch)
         .max();
-    let epoch = state.epoch.max(newest.unwrap_or(0)) + 1;
+    // After those, too, that only the disks still know of.
+    let on_disks = seen
+        .iter()
+        .flat_map(|disk| &disk.bitmaps)
+        .filter_map(|bitmap| name::epoch(&bitmap.name, repository))
+        .max();
+    let epoch = state.epoch.max(newest.max(on_disks).unwrap_or(0)) + 1;
     let mut add = Vec::new();
     let mut disable = Vec::new();
     let mut retired = Vec::new();
@@ -523,5 +545,104 @@ pub fn plan(
         record,
         add,
         disable,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by it")]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    const REPOSITORY: &str = "0123abcd";
+
+    fn bitmap(name: &str, recording: bool) -> Bitmap {
+        Bitmap {
+            name: name.to_owned(),
+            recording,
+            persistent: true,
+            inconsistent: false,
+            busy: false,
+            granularity: 65536,
+            count: 0,
+        }
+    }
+
+    fn seen(bitmaps: Vec<Bitmap>) -> Seen {
+        Seen {
+            key: "vda".to_owned(),
+            size: 1 << 20,
+            identity: json!(["image"]),
+            persistent: true,
+            bitmaps,
+        }
+    }
+
+    /// The disk as the point says that stayed, whose bitmap is of epoch 3.
+    fn base() -> Tracked {
+        Tracked {
+            key: "vda".to_owned(),
+            size: 1 << 20,
+            identity: json!(["image"]),
+            persistent: true,
+            granularity: 65536,
+            base: None,
+            needed: Vec::new(),
+            new: Some(Named {
+                epoch: 3,
+                name: name::new(REPOSITORY, 3),
+            }),
+            whole: None,
+            doubt: None,
+        }
+    }
+
+    #[test]
+    fn a_bitmap_of_an_older_point_is_no_base_once_a_newer_point_was_forgotten() {
+        let base = base();
+        let old = base.new.clone().unwrap().name;
+        let forgotten = name::new(REPOSITORY, 5);
+        assert!(trust(&base, true, &seen(vec![bitmap(&old, true)])).is_ok());
+        // As the newer point left them: it does not record.
+        let left = seen(vec![bitmap(&old, false), bitmap(&forgotten, true)]);
+        assert!(
+            trust(&base, true, &left)
+                .unwrap_err()
+                .contains("does not record")
+        );
+        // Somebody enabled it again: what was written meanwhile is not in it.
+        for newer_records in [true, false] {
+            let bitmaps = vec![bitmap(&old, true), bitmap(&forgotten, newer_records)];
+            let why = trust(&base, true, &seen(bitmaps)).unwrap_err();
+            assert!(why.contains(&forgotten), "{why}");
+        }
+        // Another repository's are no matter.
+        let other = bitmap(&name::new("0123abce", 9), true);
+        assert!(trust(&base, true, &seen(vec![bitmap(&old, true), other])).is_ok());
+
+        // The next rotation comes after what is on the disk, so that the point after it is believed.
+        let bases = BTreeMap::from([("vda".to_owned(), base)]);
+        let there = seen(vec![bitmap(&old, false), bitmap(&forgotten, true)]);
+        let process = Process { pid: 1, start: 1 };
+        let state = State::default();
+        let planned = plan(
+            &state,
+            &bases,
+            std::slice::from_ref(&there),
+            65536,
+            REPOSITORY,
+            &process,
+            true,
+        );
+        let Record::Rotation { epoch, disks, .. } = &planned.record else {
+            panic!("{planned:?}");
+        };
+        assert_eq!(*epoch, 6);
+        let mut next = disks[0].clone();
+        assert_eq!((next.needed.len(), next.whole), (0, Some(5)));
+        let new = next.new.clone().unwrap().name;
+        next.whole = None;
+        let after = seen(vec![bitmap(&forgotten, true), bitmap(&new, true)]);
+        assert!(trust(&next, true, &after).is_ok());
     }
 }

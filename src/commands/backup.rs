@@ -271,24 +271,23 @@ fn take_turn(
     interrupted: &Arc<AtomicBool>,
 ) -> Result<bool> {
     let due = job.at.deadline();
-    let run = match begun {
-        Some(run) => run,
-        None => {
-            let single = RepoTargetArgs {
-                target: target.clone(),
-                repo: args.repo.clone(),
-            };
-            let run = begin(
-                &single,
-                Some(job.pace),
-                Some(job.freeze),
-                job.plan,
-                "run",
-                Arc::clone(interrupted),
-            )?;
-            run.runner.note_due(job.at.due);
-            begun.insert(run)
-        }
+    let run = if let Some(run) = begun {
+        run
+    } else {
+        let single = RepoTargetArgs {
+            target: target.clone(),
+            repo: args.repo.clone(),
+        };
+        let run = begin(
+            &single,
+            Some(job.pace),
+            Some(job.freeze),
+            job.plan,
+            "run",
+            Arc::clone(interrupted),
+        )?;
+        run.runner.note_due(job.at.due);
+        begun.insert(run)
     };
     run.runner.precopy_turn(due.at_most(TURN), due)
 }

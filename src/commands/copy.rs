@@ -1,6 +1,7 @@
 //! `copy`.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -24,6 +25,7 @@ pub(super) fn copy(
     targets: &[String],
     rate: Option<u64>,
     style: Style,
+    interrupted: Arc<AtomicBool>,
 ) -> Result<Outcome> {
     let from = secret::open(from)?;
     let to = secret::open_second(to)?;
@@ -32,7 +34,7 @@ pub(super) fn copy(
         rate,
         ..Options::default()
     };
-    let replication = Replication::new(&from, &to, options, &progress)?;
+    let replication = Replication::new(&from, &to, options, &progress)?.ended_by(interrupted);
     let mut outcome = Outcome::default();
     let mut failed = Vec::new();
     let chosen = if points.is_empty() {

@@ -22,7 +22,6 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::Parser;
 
 use crate::cli::{Cli, Command, TargetArgs};
 use crate::guard::Watched;
@@ -34,7 +33,7 @@ use crate::vm::Vm;
 /// The whole program.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::read();
     let style = Style {
         json: cli.json,
         quiet: cli.quiet,
@@ -182,9 +181,9 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 older_than,
                 rate,
             };
-            verify::verify(&repo, &points, &limits)
+            verify::verify(&repo, &points, &limits, style, interrupted)
         }
-        Command::Check { repo, points } => verify::check(&repo, &points),
+        Command::Check { repo, points } => verify::check(&repo, &points, style, interrupted),
         Command::Restore {
             repo,
             point,
@@ -200,7 +199,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 format,
                 force,
             };
-            restore::restore(&repo, &request, style)
+            restore::restore(&repo, &request, style, &interrupted)
         }
         Command::Prune(args) => prune::prune(&args, style, &interrupted),
         Command::Copy {
@@ -210,7 +209,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             target,
             to,
             rate,
-        } => copy::copy(&repo, &to, &points, &target, rate, style),
+        } => copy::copy(&repo, &to, &points, &target, rate, style, interrupted),
         Command::Forget { repo, forget } => forget::forget(&repo, &forget),
         Command::Pin {
             repo,

@@ -1,7 +1,7 @@
 //! `prune`.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
 use serde_json::json;
@@ -23,13 +23,7 @@ pub(super) fn prune(args: &PruneArgs, style: Style, interrupted: &AtomicBool) ->
     };
     let progress = Arc::new(Progress::default());
     let bar = Bar::show(Arc::clone(&progress), style);
-    let watch = |phase: &str, amount: u64, total: u64| {
-        if phase.is_empty() {
-            progress.done.fetch_add(amount, Ordering::Relaxed);
-        } else {
-            progress.begin(phase, total);
-        }
-    };
+    let watch = |phase: &str, amount: u64, total: u64| progress.told(phase, amount, total);
     let report = repo
         .prune(&options, &watch)
         .context("prune (points, sessions and readers keep all that they need)")?;

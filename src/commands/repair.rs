@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde_json::json;
 
-use super::secret;
+use super::{secret, verify};
 use crate::cli::{Repair, RepoArgs};
 use crate::exit::{Failure, Kind};
 use crate::hoststate::TargetState;
@@ -23,27 +23,37 @@ pub(super) fn repair(what: &Repair) -> Result<Outcome> {
     }
 }
 
+/// The packs tell what is in them; whether that is all that points need is found out by a check.
 fn index(args: &RepoArgs) -> Result<Outcome> {
-    let rebuilt = secret::open(args)?.rebuild_index()?;
+    let repo = secret::open(args)?;
+    let rebuilt = repo.rebuild_index()?;
     let mut outcome = Outcome::default();
     outcome.line(format!(
         "made the index anew: {} blocks, from the footers of {} packs",
         rebuilt.blocks, rebuilt.packs
     ));
-    let mut left_out = Vec::new();
-    for error in &rebuilt.damaged {
-        outcome.line(format!("DAMAGED {error}"));
-        left_out.push(error.to_string());
-    }
+    let left_out: Vec<String> = rebuilt.damaged.iter().map(ToString::to_string).collect();
     if !left_out.is_empty() {
-        outcome.line(
-            "of a damaged pack the index has what it had before; `forerun verify` tells whom it hurts",
-        );
-        outcome.kind = Some(Kind::Corrupt);
+        outcome.line(format!(
+            "{} packs have damaged lists: of these the index has what it had before",
+            left_out.len()
+        ));
     }
+    let checked = repo.check(None, verify::threads())?;
+    let damage = verify::tell(&mut outcome, &checked.damage);
+    if damage.not_indexed > 0 {
+        outcome.line(format!(
+            "{} blocks that are needed are in no pack that is there: put lost packs back from a copy of the repository and run `forerun repair index` again",
+            damage.not_indexed
+        ));
+    }
+    outcome.warnings.extend(checked.notes);
     outcome.more.insert(
         "repair".to_owned(),
-        json!({ "blocks": rebuilt.blocks, "packs": rebuilt.packs, "left_out": left_out }),
+        json!({
+            "blocks": rebuilt.blocks, "packs": rebuilt.packs, "left_out": left_out,
+            "damage": damage.list, "damaged": damage.count, "truncated": damage.truncated,
+        }),
     );
     Ok(outcome)
 }
@@ -52,6 +62,7 @@ fn index(args: &RepoArgs) -> Result<Outcome> {
 /// of the old id is believed: it goes last.
 fn new_id(args: &RepoArgs, drop_sessions: bool) -> Result<Outcome> {
     let repo = secret::open(args)?;
+    repo.expect_renewable()?;
     let old = repo.id();
     let sessions = image::Session::list(&repo)?;
     let keys: Vec<String> = sessions
@@ -77,10 +88,13 @@ fn new_id(args: &RepoArgs, drop_sessions: bool) -> Result<Outcome> {
             "give them up with `--drop-sessions`; the repository that this one was copied from keeps its own",
         ));
     }
+    // All runs are known to have ended before the first session goes.
     let mut runs = Vec::new();
     for key in &keys {
         let state = TargetState::open(key)?;
         runs.push(state.lock_run(&old.short(), "forerun repair new-id")?);
+    }
+    for key in &keys {
         Session::give_up(&repo, key)?;
     }
     for (id, _) in sessions.damaged {

@@ -169,11 +169,38 @@ pub(super) fn show(args: &RepoArgs, point: &str) -> Result<Outcome> {
     if pins.has(point.id) {
         outcome.line(pinned_words(&pins, point.id));
     }
-    outcome.line(format!("  {}", point.statistics));
+    for line in numbers(&point.statistics) {
+        outcome.line(format!("  {line}"));
+    }
     let mut full = summary(&point, &pins);
     full["machine"] = point.machine.clone();
     outcome.more.insert("point".to_owned(), full);
     Ok(outcome)
+}
+
+/// What the backup measured, as far as it is known.
+fn numbers(statistics: &Value) -> Vec<String> {
+    let number = |at: &str| statistics.pointer(at).and_then(Value::as_u64);
+    let bytes = [
+        ("precopied", "/bytes/precopied"),
+        ("superseded", "/bytes/superseded"),
+        ("residual", "/bytes/residual"),
+        ("stored", "/bytes/stored"),
+    ];
+    let bytes = bytes.map(|(what, at)| Some(format!("{what} {}", Bytes(number(at)?))));
+    let times = [
+        ("freeze", "/freeze_ms"),
+        ("guest released after", "/released_ms"),
+        ("file systems frozen for", "/quiesced_ms"),
+        ("window", "/window_ms"),
+    ];
+    let times = times.map(|(what, at)| Some(format!("{what} {} ms", number(at)?)));
+    let joined = |parts: [Option<String>; 4]| parts.into_iter().flatten().collect::<Vec<_>>();
+    [joined(bytes), joined(times)]
+        .into_iter()
+        .filter(|parts| !parts.is_empty())
+        .map(|parts| parts.join(", "))
+        .collect()
 }
 
 /// `diff`.

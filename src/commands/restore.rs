@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use serde_json::json;
@@ -11,7 +12,7 @@ use crate::cli::{Format, RepoArgs};
 use crate::exit::{Failure, Kind};
 use crate::progress::Progress;
 use crate::report::{Bar, Outcome, Style};
-use crate::restore::{self, Task};
+use crate::restore::{self, Task, Watch};
 use crate::units::Bytes;
 
 /// What is asked for.
@@ -24,7 +25,12 @@ pub(super) struct Request {
 }
 
 /// Plans first: nothing is written before every target is known to be good.
-pub(super) fn restore(args: &RepoArgs, request: &Request, style: Style) -> Result<Outcome> {
+pub(super) fn restore(
+    args: &RepoArgs,
+    request: &Request,
+    style: Style,
+    interrupted: &AtomicBool,
+) -> Result<Outcome> {
     let repo = secret::open(args)?;
     let point = repo.resolve(&request.point)?;
     let qcow2 = request.format == Format::Qcow2;
@@ -71,7 +77,20 @@ pub(super) fn restore(args: &RepoArgs, request: &Request, style: Style) -> Resul
     let mut restored = Vec::new();
     for task in &tasks {
         progress.begin(&format!("restore {}", task.disk.key), task.disk.size);
-        restore::apply(&repo, task, request.force, &progress)?;
+        let existed = task.path.exists();
+        let watch = Watch {
+            progress: &progress,
+            interrupted,
+        };
+        match restore::apply(&repo, task, request.force, &watch) {
+            Err(_) if interrupted.load(Ordering::Relaxed) => {
+                outcome
+                    .errors
+                    .push(ended(task, existed, restored.is_empty()));
+                break;
+            }
+            done => done?,
+        }
         outcome.line(format!(
             "{}  {}  {}",
             task.disk.key,
@@ -84,4 +103,20 @@ pub(super) fn restore(args: &RepoArgs, request: &Request, style: Style) -> Resul
     outcome.more.insert("point".to_owned(), json!(point.id));
     outcome.more.insert("restored".to_owned(), restored.into());
     Ok(outcome)
+}
+
+/// A restore that was ended: there is no half of an image to go on with.
+fn ended(task: &Task, existed: bool, is_first: bool) -> anyhow::Error {
+    let (disk, path) = (&task.disk.key, task.path.display());
+    let left = if existed {
+        format!("disk `{disk}` in {path} is incomplete and of no use")
+    } else {
+        format!("nothing of disk `{disk}` is left at {path}")
+    };
+    let hint = if is_first {
+        "a restore is not gone on with: run the command again"
+    } else {
+        "the disks that are listed are complete: restore the others with `--disk DISK=PATH`"
+    };
+    Failure::hinted(Kind::Interrupted, format!("interrupted: {left}"), hint)
 }

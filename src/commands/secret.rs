@@ -19,12 +19,34 @@ use crate::prompt;
 const FILE_LIMIT: usize = 64 << 10;
 const KEY_FILE: &str = "FORERUN_KEY_FILE";
 const PASSPHRASE_FILE: &str = "FORERUN_PASSPHRASE_FILE";
-const HINT: &str = "give `--key-file FILE` (`forerun key generate FILE` makes one) or `--passphrase-file FILE`; on a terminal the passphrase is asked for";
+
+/// Who is asked when no file is given, and what is said when there is no terminal.
+struct Question {
+    what: &'static str,
+    hint: &'static str,
+}
+
+const OF_THE_REPOSITORY: Question = Question {
+    what: "passphrase of the repository",
+    hint: "give `--key-file FILE` or `--passphrase-file FILE` (or FORERUN_KEY_FILE, FORERUN_PASSPHRASE_FILE); on a terminal the passphrase is asked for",
+};
+const OF_THE_SECOND: Question = Question {
+    what: "passphrase of the second repository",
+    hint: "the second repository is encrypted: give `--to-key-file FILE` or `--to-passphrase-file FILE`; on a terminal the passphrase is asked for",
+};
+const OF_A_NEW_REPOSITORY: Question = Question {
+    what: "passphrase of the new repository",
+    hint: "give `--key-file FILE` (`forerun key generate FILE` makes one) or `--passphrase-file FILE`; on a terminal the passphrase is asked for",
+};
+const OF_A_NEW_KEY: Question = Question {
+    what: "new passphrase",
+    hint: "give `--new-key-file FILE` (`forerun key generate FILE` makes one) or `--new-passphrase-file FILE`; on a terminal the passphrase is asked for",
+};
 
 /// Opens a repository with what is given, or asks when it takes a secret and none is.
 pub(super) fn open(args: &RepoArgs) -> Result<Repository> {
     let given = from_files(&args.secret)?;
-    open_with(&args.repo, given, "passphrase of the repository")
+    open_with(&args.repo, given, &OF_THE_REPOSITORY)
 }
 
 /// Opens the repository that is copied to. The environment's secret is the other one's.
@@ -33,10 +55,10 @@ pub(super) fn open_second(args: &ToArgs) -> Result<Repository> {
         args.to_key_file.as_deref(),
         args.to_passphrase_file.as_deref(),
     )?;
-    open_with(&args.to, given, "passphrase of the second repository")
+    open_with(&args.to, given, &OF_THE_SECOND)
 }
 
-fn open_with(path: &Path, given: Option<Secret>, question: &str) -> Result<Repository> {
+fn open_with(path: &Path, given: Option<Secret>, question: &Question) -> Result<Repository> {
     let closed = Closed::at(path)?;
     let secret = match given {
         None if closed.is_encrypted() => Some(ask_once(question)?),
@@ -49,7 +71,7 @@ fn open_with(path: &Path, given: Option<Secret>, question: &str) -> Result<Repos
 pub(super) fn for_keys(args: &SecretArgs) -> Result<Secret> {
     match from_files(args)? {
         Some(secret) => Ok(secret),
-        None => ask_once("passphrase of the repository"),
+        None => ask_once(&OF_THE_REPOSITORY),
     }
 }
 
@@ -57,7 +79,7 @@ pub(super) fn for_keys(args: &SecretArgs) -> Result<Secret> {
 pub(super) fn for_new_repository(encrypt: bool, args: &SecretArgs) -> Result<Option<Secret>> {
     match (from_files(args)?, encrypt) {
         (Some(secret), true) => Ok(Some(secret)),
-        (None, true) => ask_twice("passphrase of the new repository").map(Some),
+        (None, true) => ask_twice(&OF_A_NEW_REPOSITORY).map(Some),
         (None, false) => Ok(None),
         (Some(_), false) => Err(Failure::hinted(
             Kind::Usage,
@@ -73,7 +95,7 @@ pub(super) fn for_new_key(args: &NewKeyArgs) -> Result<Secret> {
         args.new_key_file.as_deref(),
         args.new_passphrase_file.as_deref(),
     )?;
-    given.map_or_else(|| ask_twice("new passphrase"), Ok)
+    given.map_or_else(|| ask_twice(&OF_A_NEW_KEY), Ok)
 }
 
 /// The command line goes before the environment.
@@ -148,24 +170,24 @@ fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>> {
     Ok(bytes)
 }
 
-fn terminal() -> Result<File> {
+fn terminal(question: &Question) -> Result<File> {
     prompt::terminal().ok_or_else(|| {
         Failure::hinted(
             Kind::Usage,
             "a key is needed, and there is no terminal to ask for a passphrase",
-            HINT,
+            question.hint,
         )
     })
 }
 
-fn ask_once(question: &str) -> Result<Secret> {
-    let words = prompt::ask(&terminal()?, question)?;
+fn ask_once(question: &Question) -> Result<Secret> {
+    let words = prompt::ask(&terminal(question)?, question.what)?;
     Ok(Secret::passphrase(words)?)
 }
 
-fn ask_twice(question: &str) -> Result<Secret> {
-    let terminal = terminal()?;
-    let words = prompt::ask(&terminal, question)?;
+fn ask_twice(question: &Question) -> Result<Secret> {
+    let terminal = terminal(question)?;
+    let words = prompt::ask(&terminal, question.what)?;
     let again = prompt::ask(&terminal, "once more")?;
     if words != again {
         return Err(Failure::plain(

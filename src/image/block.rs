@@ -46,6 +46,11 @@ impl Location {
             .saturating_add(ENTRY_BYTES)
     }
 
+    /// Bytes of the entry.
+    pub(super) fn length(&self) -> u64 {
+        ENTRY_BYTES.saturating_add(self.stored.into())
+    }
+
     /// Whether a block can have these lengths: bounded before anything is allocated by them.
     pub(super) fn is_possible(&self) -> bool {
         let plain_is_good = self.plain > 0 && self.plain <= BlockSize::MAX;

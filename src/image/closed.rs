@@ -25,8 +25,8 @@ impl Closed {
     /// Finds the repository in a directory.
     pub fn at(path: &Path) -> Result<Self> {
         if !path.join(CONFIG).exists() {
-            return Err(Error::NotFound {
-                object: format!("a repository at {}", path.display()),
+            return Err(Error::NoRepository {
+                path: path.display().to_string(),
             });
         }
         Self::in_store(Arc::new(DirStore::open(path)?))

@@ -14,6 +14,18 @@ pub enum Error {
         /// Its name.
         object: String,
     },
+    /// There is no repository where one was looked for.
+    #[error("there is no repository at {path}")]
+    NoRepository {
+        /// Where.
+        path: String,
+    },
+    /// No point is called so.
+    #[error("a point {name} does not exist")]
+    NoPoint {
+        /// What was asked for.
+        name: String,
+    },
     /// Something is there already and nothing is ever replaced.
     #[error("{object} exists already")]
     Exists {
@@ -134,7 +146,10 @@ impl Error {
 
     /// Whether the object was not there.
     pub fn is_not_found(&self) -> bool {
-        matches!(self, Self::NotFound { .. })
+        matches!(
+            self,
+            Self::NotFound { .. } | Self::NoRepository { .. } | Self::NoPoint { .. }
+        )
     }
 }
 

@@ -187,8 +187,8 @@ impl Repository {
             }
             if !readable.contains(id) {
                 if !self.has_point(*id)? {
-                    return Err(Error::NotFound {
-                        object: format!("the point {id}"),
+                    return Err(Error::NoPoint {
+                        name: id.to_string(),
                     });
                 }
                 plan.damaged.push(*id);
@@ -251,12 +251,12 @@ fn by_policy(
             continue;
         }
         points.retain(|point| !found.holed.contains_key(&point.id));
-        let instants: Vec<_> = points.iter().map(|point| point.instant).collect();
         let mut target = TargetPlan {
             key: key.to_owned(),
             ..TargetPlan::default()
         };
-        for (point, mut reasons) in points.into_iter().zip(keep(policy, &instants, zone)) {
+        let reasons = keep_of_disks(policy, &points, zone);
+        for (point, mut reasons) in points.into_iter().zip(reasons) {
             if found.pins.has(point.id) {
                 let why = found.pins.reason(point.id).map(str::to_owned);
                 reasons.push(Reason::Pinned(why));
@@ -267,10 +267,30 @@ fn by_policy(
                 target.kept.push((point.clone(), reasons));
             }
         }
-        plan.warnings.extend(lost_disks(found, &target));
         plan.targets.push(target);
     }
     Ok(plan)
+}
+
+/// The reasons to keep each of a target's points: a rule counts the points of every disk by themselves, so that none takes the
+/// last point of a disk that the newer points do not have.
+fn keep_of_disks(policy: &Policy, points: &[&Manifest], zone: &TimeZone) -> Vec<Vec<Reason>> {
+    let keys = points.iter().flat_map(|point| &point.disks);
+    let keys: BTreeSet<&str> = keys.map(|disk| disk.key.as_str()).collect();
+    let mut all: Vec<Vec<Reason>> = points.iter().map(|_| Vec::new()).collect();
+    for key in keys {
+        let has = |point: &Manifest| point.disks.iter().any(|disk| disk.key == key);
+        let of_disk: Vec<usize> = (0..points.len()).filter(|at| has(points[*at])).collect();
+        let instants: Vec<_> = of_disk.iter().map(|at| points[*at].instant).collect();
+        for (at, reasons) in of_disk.into_iter().zip(keep(policy, &instants, zone)) {
+            for reason in reasons {
+                if !all[at].contains(&reason) {
+                    all[at].push(reason);
+                }
+            }
+        }
+    }
+    all
 }
 
 /// Disks that no good point has any more afterwards.

@@ -344,9 +344,18 @@ impl KeyRing {
         self.opened
     }
 
-    /// Adds a key for another secret.
+    /// Adds a key for another secret: one that no key opens with yet.
     pub fn add(&self, secret: &Secret, label: &str) -> Result<KeyInfo> {
         let _lock = lock(&*self.store)?;
+        for record in records(&*self.store)?.0 {
+            if record.unwrap(self.repo, secret)?.is_some() {
+                return Err(Error::Invalid(format!(
+                    "key {} opens with this {} already: there is nothing to add",
+                    record.info(),
+                    secret.kind()
+                )));
+            }
+        }
         if self.store.list(PREFIX)?.len() >= KEYS_LIMIT {
             return Err(Error::Invalid(format!(
                 "the repository has {KEYS_LIMIT} keys, which is as many as it may have"

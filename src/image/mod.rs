@@ -83,4 +83,6 @@ pub use session::{
     Content, Item, SegmentContent, SegmentHeader, SegmentRef, SegmentRuns, Session, Sessions,
 };
 pub use stats::{Amount, Objects, PointStats, Sizes, Stats};
-pub use verify::{CheckReport, Damage, Pace, PackReport, VerifyOptions, VerifyReport};
+pub use verify::{
+    CheckReport, Damage, Need, Pace, PackReport, Progress, VerifyOptions, VerifyReport,
+};

@@ -122,8 +122,8 @@ impl Repository {
             .filter_map(|id| id.parse().ok())
             .collect();
         match matching[..] {
-            [] => Err(Error::NotFound {
-                object: format!("a point {prefix}"),
+            [] => Err(Error::NoPoint {
+                name: prefix.to_owned(),
             }),
             [id] => self.point(id),
             _ => {
@@ -162,8 +162,8 @@ impl Repository {
             )));
         }
         matching.retain(|point| point.instant <= not_after);
-        matching.pop().ok_or_else(|| Error::NotFound {
-            object: format!("a point {text}"),
+        matching.pop().ok_or_else(|| Error::NoPoint {
+            name: text.to_owned(),
         })
     }
 }

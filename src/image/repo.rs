@@ -190,11 +190,7 @@ impl Repository {
     /// it is opened again. Everything else of the configuration stays, also what this build does not know.
     pub fn renew_id(&self) -> Result<RepoId> {
         let _lock = self.store().lock("new-id", "giving the repository an id")?;
-        if let Some(feature) = self.inner.config.features.first() {
-            return Err(Error::Unsupported(format!(
-                "a repository with the feature `{feature}` keeps its id: make another one and copy the points to it"
-            )));
-        }
+        self.expect_renewable()?;
         let mut config: serde_json::Value =
             envelope::open("config", CONFIG, &self.store().get(CONFIG)?)?;
         let mut id = RepoId::random()?;
@@ -205,6 +201,16 @@ impl Repository {
         self.store()
             .replace(CONFIG, &envelope::seal("config", &config)?)?;
         Ok(id)
+    }
+
+    /// Refuses a repository that cannot have another id, before anything is done for one.
+    pub fn expect_renewable(&self) -> Result<()> {
+        if let Some(feature) = self.inner.config.features.first() {
+            return Err(Error::Unsupported(format!(
+                "a repository with the feature `{feature}` keeps its id: make another one and copy the points to it"
+            )));
+        }
+        Ok(())
     }
 
     /// Its name.

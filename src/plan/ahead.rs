@@ -89,7 +89,7 @@ pub fn next(now: &Situation) -> Step {
         if now.dull == 0 || since >= patience {
             return Step::Pass;
         }
-        patience - since
+        patience.saturating_sub(since)
     } else {
         let steady = now.fit.map_or(0.0, |fit| fit.steady);
         if steady > 0.0 {

@@ -330,10 +330,14 @@ pub fn sha256(bytes: impl AsRef<[u8]>) -> String {
     forerun::image::Digest::from_bytes(digest.into()).to_string()
 }
 
-/// What opens the encrypted repositories here.
+/// The key file that opens the encrypted repositories here.
+pub fn key_file() -> Vec<u8> {
+    (0..32).map(|byte: u8| byte.wrapping_mul(37)).collect()
+}
+
+/// What opens them.
 pub fn secret() -> Secret {
-    let bytes: Vec<u8> = (0..32).map(|byte: u8| byte.wrapping_mul(37)).collect();
-    Secret::key_file(bytes.into()).unwrap()
+    Secret::key_file(key_file().into()).unwrap()
 }
 
 /// A repository of no objects in a store.

@@ -1,6 +1,7 @@
 //! What should go: how much of each pack is live, by the index and the mark, and which packs are deleted or repacked for it.
 //!
-//! Of several copies of a block one counts as live. Nothing is given up that the index merely does not know: the packs decide
+//! Of several copies of a block one counts as live. It is not one in a pack whose own list cannot be read, when there is another:
+//! before a copy goes, the pack is opened that has the one that stays. Nothing is given up that the index merely does not know: the packs decide
 //! what exists, so a pack is compared with its own list first.
 
 use std::cmp::Reverse;
@@ -37,6 +38,8 @@ pub(super) struct Sound<'a> {
     pub(super) packs: &'a HashSet<ObjectId>,
     pub(super) condemned: &'a HashSet<ObjectId>,
     pub(super) quarantine: &'a Quarantine,
+    /// Packs whose lists cannot be read: their copies count when there are no others.
+    pub(super) weak: &'a HashSet<ObjectId>,
 }
 
 impl Sound<'_> {
@@ -55,7 +58,10 @@ impl Sound<'_> {
         let sound = locations
             .into_iter()
             .filter(|location| self.has(id, location));
-        sound.min_by_key(|location| (location.pack, location.offset))
+        sound.min_by_key(|location| {
+            let is_weak = self.weak.contains(&location.pack);
+            (is_weak, location.pack, location.offset)
+        })
     }
 }
 
@@ -66,6 +72,20 @@ struct Usage {
     bytes: u64,
     /// Entries that the index has of it.
     entries: u64,
+    /// It has blocks that were found bad and that nobody needs: as long as it is there they are told of.
+    rotten: bool,
+    /// It has blocks that are needed and bad everywhere: what is live in it cannot be copied.
+    lost: bool,
+}
+
+impl Usage {
+    fn is_small(&self) -> bool {
+        self.bytes < SMALL
+    }
+
+    fn is_worth_repacking(&self) -> bool {
+        self.live * 2 < self.bytes || (self.rotten && !self.lost)
+    }
 }
 
 /// What is to be done.
@@ -80,6 +100,8 @@ pub(super) struct Plan {
     /// Packs that are not there although they are needed: the index goes on naming them, so that who reads finds out, and who
     /// backs up reads their blocks again.
     pub(super) lost: HashSet<ObjectId>,
+    /// Packs whose lists cannot be read, and of which other copies count.
+    pub(super) weak: HashSet<ObjectId>,
 }
 
 /// Makes the plan for the packs that were listed before everything was marked.
@@ -90,29 +112,22 @@ pub(super) fn make(
     max_repack: u64,
     report: &mut PruneReport,
 ) -> Result<Plan> {
-    let mut census = Census {
-        repo,
-        mark,
-        packs,
-        usage: HashMap::new(),
-        unlisted: HashMap::new(),
-        unknown: HashMap::new(),
+    let before = report.clone();
+    let mut weak = HashSet::new();
+    let (mut census, mut plan, partly) = loop {
+        *report = before.clone();
+        let mut census = Census::new(repo, mark, packs);
+        census.count(&weak)?;
+        let (mut plan, partly) = census.sort(report)?;
+        let going = plan.dead.iter().chain(partly.iter().map(|(pack, _)| pack));
+        let more = census.find_weak(going)?;
+        // Each time some are found that were not known; there are only so many.
+        if more.is_subset(&weak) {
+            plan.weak = weak;
+            break (census, plan, partly);
+        }
+        weak.extend(more);
     };
-    census.count()?;
-    let mut plan = Plan::default();
-    let mut partly = Vec::new();
-    for pack in packs {
-        let usage = census.usage.get(pack).copied().unwrap_or_default();
-        let small = usage.bytes < SMALL;
-        if usage.live * 2 >= usage.bytes && usage.live > 0 && !small {
-            continue;
-        }
-        match census.inspect(*pack, usage, report)? {
-            Fate::Stays => {}
-            Fate::Dead => plan.dead.push(*pack),
-            Fate::Partly => partly.push((*pack, usage)),
-        }
-    }
     census.refuse_what_is_needed()?;
     plan.dead.sort_unstable();
     plan.repack = choose(&partly, max_repack);
@@ -160,11 +175,11 @@ pub(super) fn quarantine(repo: &Repository, lost: &HashSet<ObjectId>) -> Result<
 
 /// Which packs to repack: those with the most dead bytes for each byte that is copied.
 fn choose(partly: &[(ObjectId, Usage)], max_repack: u64) -> Vec<(ObjectId, u64)> {
-    let small = partly.iter().filter(|(_, usage)| usage.bytes < SMALL);
+    let small = partly.iter().filter(|(_, usage)| usage.is_small());
     let merge = small.count() >= SMALL_PACKS;
     let mut worth: Vec<&(ObjectId, Usage)> = partly
         .iter()
-        .filter(|(_, usage)| usage.live * 2 < usage.bytes || (merge && usage.bytes < SMALL))
+        .filter(|(_, usage)| usage.is_worth_repacking() || (merge && usage.is_small()))
         .collect();
     worth.sort_by_key(|(pack, usage)| {
         let dead = u128::from(usage.bytes - usage.live);
@@ -197,23 +212,85 @@ struct Census<'a> {
     unlisted: HashMap<ObjectId, Vec<BlockId>>,
     /// Blocks that may be needed and that the index does not know, with the pack that has them.
     unknown: HashMap<BlockId, ObjectId>,
+    /// For packs with needed blocks of which copies elsewhere count: the packs that have those.
+    relies_on: HashMap<ObjectId, HashSet<ObjectId>>,
+    /// Packs that were opened and whose lists cannot be read.
+    unreadable: HashSet<ObjectId>,
 }
 
-impl Census<'_> {
+impl<'a> Census<'a> {
+    fn new(repo: &'a Repository, mark: &'a Mark<'a>, packs: &'a HashSet<ObjectId>) -> Self {
+        Self {
+            repo,
+            mark,
+            packs,
+            usage: HashMap::new(),
+            unlisted: HashMap::new(),
+            unknown: HashMap::new(),
+            relies_on: HashMap::new(),
+            unreadable: HashSet::new(),
+        }
+    }
+
+    /// Sorts the packs by what could become of them: the dead ones, and those of which a part is live.
+    fn sort(&mut self, report: &mut PruneReport) -> Result<(Plan, Vec<(ObjectId, Usage)>)> {
+        let mut plan = Plan::default();
+        let mut partly = Vec::new();
+        for pack in self.packs {
+            let usage = self.usage.get(pack).copied().unwrap_or_default();
+            if usage.live > 0 && !usage.is_small() && !usage.is_worth_repacking() {
+                continue;
+            }
+            match self.inspect(*pack, usage, report)? {
+                Fate::Stays => {}
+                Fate::Dead => plan.dead.push(*pack),
+                Fate::Partly => partly.push((*pack, usage)),
+            }
+        }
+        Ok((plan, partly))
+    }
+
+    /// Packs whose lists cannot be read, of those whose copies count: where another copy is about to go, and those that were met.
+    fn find_weak<'b>(
+        &self,
+        going: impl Iterator<Item = &'b ObjectId>,
+    ) -> Result<HashSet<ObjectId>> {
+        let relied_on: HashSet<ObjectId> = self.relies_on.values().flatten().copied().collect();
+        let mut weak: HashSet<ObjectId> =
+            relied_on.intersection(&self.unreadable).copied().collect();
+        let before_they_go: HashSet<ObjectId> = going
+            .filter_map(|pack| self.relies_on.get(pack))
+            .flatten()
+            .copied()
+            .collect();
+        for pack in before_they_go {
+            match pack::open(self.repo.store(), &pack::name(pack)) {
+                Ok(_) => {}
+                Err(Error::Corrupt { .. } | Error::NotFound { .. }) => {
+                    weak.insert(pack);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(weak)
+    }
+
     /// Counts what is live in each pack.
-    fn count(&mut self) -> Result<()> {
+    fn count(&mut self, weak: &HashSet<ObjectId>) -> Result<()> {
         let quarantine = Quarantine::read(self.repo.store())?;
         let condemned = HashSet::new();
         let sound = Sound {
             packs: self.packs,
             condemned: &condemned,
             quarantine: &quarantine,
+            weak,
         };
         let Self {
             repo,
             mark,
             usage,
             unlisted,
+            relies_on,
             packs,
             ..
         } = self;
@@ -228,13 +305,20 @@ impl Census<'_> {
                     }
                     continue;
                 }
-                let length = location.end() - u64::from(location.offset);
+                let length = location.length();
                 let usage = usage.entry(location.pack).or_default();
                 usage.bytes += length;
                 usage.entries += 1;
-                // Where no copy is sound, each may be the one that can still be read.
-                if live && chosen.is_none_or(|chosen| chosen == location) {
-                    usage.live += length;
+                usage.rotten |= !live && quarantine.has(id, location.pack);
+                usage.lost |= live && chosen.is_none();
+                match chosen {
+                    _ if !live => {}
+                    Some(chosen) if chosen != location => {
+                        let others = relies_on.entry(location.pack).or_default();
+                        others.insert(chosen.pack);
+                    }
+                    // Where no copy is sound, each may be the one that can still be read.
+                    _ => usage.live += length,
                 }
             }
             Ok(())
@@ -252,6 +336,7 @@ impl Census<'_> {
                 if nobodys {
                     return Ok(Fate::Dead);
                 }
+                self.unreadable.insert(pack);
                 report.kept_damaged.add(usage.bytes);
                 report.damaged.push(error.to_string());
                 return Ok(Fate::Stays);

@@ -103,7 +103,7 @@ fn prune(
     watch.begin("read the index", 0);
     let plan = plan::make(repo, &mark, &packs, options.max_repack, report)?;
     plan::quarantine(repo, &plan.lost)?;
-    let repacked = repack::repack(repo, &mark, &packs, &plan.repack, watch, report)?;
+    let repacked = repack::repack(repo, &mark, &packs, &plan, watch, report)?;
     for pack in &repacked {
         report.repacked.add(repo.store().size(&pack::name(*pack))?);
     }
@@ -121,6 +121,15 @@ fn prune(
             packs: going,
         };
         sweep::finish(repo, &mark, head, watch, report)?;
+    }
+    watch.go_on()?;
+    watch.begin("merge the index", 0);
+    match repo.index().merge_all() {
+        // Everything is found without the merge.
+        Err(error @ (Error::Busy { .. } | Error::NoSpace { .. })) => {
+            tracing::warn!(%error, "the index runs are not merged");
+        }
+        other => other?,
     }
     // A prune that was cut off at its very end leaves some.
     Condemned::drop_older(repo.store(), u64::MAX)?;

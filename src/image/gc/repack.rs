@@ -11,7 +11,7 @@ use super::super::pack::{self, PackWriter, entry_length};
 use super::super::quarantine::Quarantine;
 use super::super::repo::{Encoded, Repository};
 use super::mark::Mark;
-use super::plan::Sound;
+use super::plan::{Plan, Sound};
 use super::{PruneReport, Watch};
 
 /// What the packs that are written here are labelled with: never a session's.
@@ -22,10 +22,11 @@ pub(super) fn repack(
     repo: &Repository,
     mark: &Mark<'_>,
     packs: &HashSet<ObjectId>,
-    chosen: &[(ObjectId, u64)],
+    plan: &Plan,
     watch: &Watch<'_>,
     report: &mut PruneReport,
 ) -> Result<Vec<ObjectId>> {
+    let chosen = &plan.repack;
     if chosen.is_empty() {
         return Ok(Vec::new());
     }
@@ -36,6 +37,7 @@ pub(super) fn repack(
         mark,
         quarantine: &quarantine,
         packs,
+        weak: &plan.weak,
         writer: repo.pack_writer(LABEL),
     };
     let mut emptied = Vec::new();
@@ -83,6 +85,7 @@ struct Copier<'a> {
     mark: &'a Mark<'a>,
     quarantine: &'a Quarantine,
     packs: &'a HashSet<ObjectId>,
+    weak: &'a HashSet<ObjectId>,
     writer: PackWriter,
 }
 
@@ -96,6 +99,7 @@ impl Copier<'_> {
             packs: self.packs,
             condemned: &condemned,
             quarantine: self.quarantine,
+            weak: self.weak,
         };
         let mut plain = Vec::new();
         for (id, location) in &index.entries {

@@ -76,6 +76,7 @@ fn spared(
         packs: there,
         condemned,
         quarantine: &quarantine,
+        weak: &HashSet::new(),
     };
     let mut spared = HashSet::new();
     repo.index().sweep(&mut |id, locations| {

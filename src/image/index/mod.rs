@@ -38,7 +38,8 @@ use spill::Spill;
 pub const NOT_INDEXED: &str = "no index run has it";
 /// So many groups of runs are looked at, beyond them some are merged.
 const GROUPS: usize = 8;
-/// What a writer merges on its way at most, some ten seconds of work; prune merges the rest.
+/// What a writer merges on its way at most, some ten seconds of work. Groups of half of that do not count for it: every prune merges
+/// them, and without one there is one more for each 2 TiB of blocks of 64 KiB that are stored.
 const QUICK_MERGE: u64 = 1 << 26;
 /// Groups of fewer entries count as equally small.
 const SMALL_RUN: u64 = 4096;
@@ -323,11 +324,22 @@ impl Index {
     /// Merges groups until at most [`GROUPS`] are left, as far as that is little work. Only one process at a time merges; another
     /// one lets it.
     fn compact(&self) -> Result<()> {
-        if self.snapshot()?.groups().len() <= GROUPS {
+        let groups = self.snapshot()?.groups();
+        let sizes: Vec<u64> = groups.iter().map(|group| group.entries).collect();
+        if choose_count(&sizes, QUICK_MERGE) == 0 {
             return Ok(());
         }
         let _lock = self.store.lock("index", "merging index runs")?;
         self.compact_held(QUICK_MERGE)
+    }
+
+    /// Merges groups until at most [`GROUPS`] are left, however long that takes.
+    pub(super) fn merge_all(&self) -> Result<()> {
+        if self.snapshot()?.groups().len() <= GROUPS {
+            return Ok(());
+        }
+        let _lock = self.lock("merging index runs")?;
+        self.compact_held(u64::MAX)
     }
 
     /// The merge itself, of at most `limit` entries, by whoever holds the lock.
@@ -448,8 +460,11 @@ fn write_run(store: &dyn Store, entries: &mut Vec<(BlockId, Location)>) -> Resul
 }
 
 /// How many of the last groups to merge, given their sizes in falling order: as long as the next one is not of a higher tier than
-/// what they make together, enough that at most [`GROUPS`] are left, but not more than `limit` entries.
+/// what they make together, enough that at most [`GROUPS`] are left, but not more than `limit` entries. Groups of half the limit are
+/// left alone and not counted: else each small group that comes would be merged at once with the one before.
 fn choose_count(sizes: &[u64], limit: u64) -> usize {
+    let large = sizes.partition_point(|size| *size >= limit / 2);
+    let sizes = &sizes[large..];
     if sizes.len() <= GROUPS {
         return 0;
     }

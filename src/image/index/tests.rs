@@ -214,6 +214,18 @@ fn who_deletes_runs_waits_for_the_lock_and_then_says_who_has_it() {
     drop(held);
     index.publish(entries(0..20, 12)).unwrap();
     assert!(index.fresh().unwrap().groups().len() <= GROUPS);
+    // What writers left, a prune merges.
+    let held = store.lock("index", "a merge").unwrap();
+    for pack in 13..23 {
+        index.publish(entries(0..20, pack)).unwrap();
+    }
+    drop(held);
+    index.merge_all().unwrap();
+    assert!(index.fresh().unwrap().groups().len() <= GROUPS);
+    for pack in 2..23 {
+        let places = index.locate_all(entries(7..8, pack)[0].0).unwrap();
+        assert!(places.iter().any(|(place, _)| place.pack == pack_id(pack)));
+    }
 }
 
 #[test]
@@ -326,6 +338,33 @@ fn merging_bounds_the_runs_and_does_not_rewrite_the_big_ones_each_time() {
         assert!(sizes.len() <= GROUPS, "{sizes:?}");
     }
     assert!(written < total * 12, "{written} of {total}");
+}
+
+/// What a writer merges stays in proportion also beyond what it may merge at once, and only full groups remain.
+#[test]
+fn without_a_prune_groups_grow_full_one_by_one_and_nothing_is_merged_again_and_again() {
+    const LIMIT: u64 = 1 << 20;
+    let mut sizes: Vec<u64> = Vec::new();
+    let (mut total, mut written) = (0, 0);
+    for step in 0..40_000_u64 {
+        let new = 100 + step * 7919 % 1500;
+        total += new;
+        sizes.push(new);
+        sizes.sort_by_key(|size| Reverse(*size));
+        let count = choose_count(&sizes, LIMIT);
+        if count > 0 {
+            let merged: u64 = sizes.drain(sizes.len() - count..).sum();
+            assert!(merged <= LIMIT);
+            written += merged;
+            sizes.push(merged);
+            sizes.sort_by_key(|size| Reverse(*size));
+        }
+        let full = sizes.iter().filter(|size| **size >= LIMIT / 2).count();
+        assert!(sizes.len() - full <= GROUPS, "{sizes:?}");
+    }
+    assert!(total > 30 * LIMIT);
+    assert!(sizes.len() as u64 <= 2 * total / LIMIT + 9, "{sizes:?}");
+    assert!(written < total * 20, "{written} of {total}");
 }
 
 #[test]

@@ -8,7 +8,6 @@ use super::super::map::{Layer, RunContent};
 use super::places::{Place, Places};
 use super::structure::missing;
 use super::{Verify, VerifyReport, as_damage, in_parallel, lock};
-use crate::clock::Deadline;
 
 /// So many ids are held in memory at a time.
 pub(super) const PART: u64 = 8 << 20;
@@ -72,6 +71,10 @@ impl Verify<'_> {
     ) -> Result<()> {
         let mut parts = Parts::new(layers);
         while let Some((_, ids)) = parts.next()? {
+            if self.is_late() {
+                report.complete = false;
+                break;
+            }
             let mut ids = ids;
             for _ in 0..TRIES {
                 let places = self.locate(&ids)?;
@@ -99,6 +102,7 @@ impl Verify<'_> {
         let found = Mutex::new(Vec::with_capacity(ids.len()));
         let lost = Mutex::new(Vec::new());
         in_parallel(self.threads, CHUNK, ids, &|| false, &|ids| {
+            self.options.go_on()?;
             let mut some = Vec::with_capacity(ids.len());
             for id in ids {
                 match repo.index().locate_stored(*id) {
@@ -118,19 +122,25 @@ impl Verify<'_> {
     /// Reads places that are in order; gives the blocks whose packs are gone.
     fn read_places(&mut self, places: &[Place], report: &mut VerifyReport) -> Result<Vec<BlockId>> {
         let repo = self.repo;
-        let pace = self.options.pace.as_deref();
+        let options = self.options;
+        options.begin(
+            "verify",
+            places.iter().map(|(_, location)| location.length()).sum(),
+        );
         let gone = Mutex::new(Vec::new());
         let found = Mutex::new(Vec::new());
         let counted = Mutex::new((0, 0));
-        let late = || self.deadline.is_some_and(Deadline::passed);
+        let late = || self.is_late();
         let done = in_parallel(self.threads, CHUNK, places, &late, &|places| {
-            let mut reader = Places::new(repo, pace);
+            let mut reader = Places::new(repo, Some(options));
             for one in places.chunk_by(|(_, a), (_, b)| a.pack == b.pack) {
                 match reader.read(one) {
                     Ok(mut bad) => lock(&found).append(&mut bad),
                     Err(Error::NotFound { .. }) => {
                         lock(&gone).extend(one.iter().map(|(id, _)| *id));
                     }
+                    // Whoever asked for it is asked again before the next.
+                    Err(Error::Interrupted) => break,
                     Err(error) => return Err(error),
                 }
             }
@@ -142,7 +152,7 @@ impl Verify<'_> {
         let (blocks, bytes) = counted.into_inner().unwrap_or_default();
         report.checked_blocks += blocks;
         report.checked_bytes += bytes;
-        report.complete &= done;
+        report.complete &= done && !options.is_interrupted();
         self.found
             .append(&mut found.into_inner().unwrap_or_default());
         Ok(gone.into_inner().unwrap_or_default())

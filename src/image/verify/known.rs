@@ -28,6 +28,7 @@ impl Verify<'_> {
             self.damaged(error, Hurts::new())?;
         }
         for (object, record) in records {
+            self.options.go_on()?;
             let before = record.blocks.len();
             let mut kept = Vec::new();
             for bad in record.blocks {

@@ -6,19 +6,21 @@
 //! verify          all that, then whole packs, those not looked at for longest first            packs.rs, checks.rs
 //! verify POINT    points -> layers -> exactly their blocks                                     blocks.rs
 //! all of them     known bad blocks are looked at again                                         known.rs
+//!                 whom it hurts, and whether anybody needs it                                  hurts.rs
 //! ```
 //!
 //! A bad place hurts a point when no other place has the block; that is found out by reading it, as a restore would.
 
 mod blocks;
 mod checks;
+mod hurts;
 mod known;
 mod packs;
 mod places;
 mod structure;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -27,15 +29,18 @@ use jiff::Timestamp;
 use super::error::{Error, Result};
 use super::ids::{BlockId, ObjectId, PointId};
 use super::manifest::Manifest;
-use super::map::{Layer, LayerRef, MAP, MapReader, RunContent};
-use super::pack;
+use super::map::{Layer, LayerRef, MAP};
 use super::quarantine::{Bad, Quarantine};
 use super::repo::Repository;
 use super::session::{Item, Session};
 use crate::clock::Deadline;
 
+pub use hurts::Need;
+
 /// What asks before so many bytes are read, and waits.
 pub type Pace = Arc<dyn Fn(u64) + Send + Sync>;
+/// What is told of a phase and its bytes, then with an empty name of how many more are done.
+pub type Progress = Arc<dyn Fn(&str, u64, u64) + Send + Sync>;
 
 /// What to verify.
 #[derive(Clone, Default)]
@@ -54,6 +59,37 @@ pub struct VerifyOptions {
     pub pace: Option<Pace>,
     /// How often what was checked is written down; `None` for every minute.
     pub save_every: Option<Duration>,
+    /// Set by whoever wants it to end: what was found until then is written down.
+    pub interrupted: Option<Arc<AtomicBool>>,
+    /// Who is told how far it is.
+    pub progress: Option<Progress>,
+}
+
+impl VerifyOptions {
+    fn is_interrupted(&self) -> bool {
+        let flag = self.interrupted.as_ref();
+        flag.is_some_and(|flag| flag.load(Ordering::Relaxed))
+    }
+
+    fn go_on(&self) -> Result<()> {
+        if self.is_interrupted() {
+            return Err(Error::Interrupted);
+        }
+        Ok(())
+    }
+
+    /// Begins a phase of so many bytes.
+    fn begin(&self, phase: &str, bytes: u64) {
+        if let Some(progress) = &self.progress {
+            progress(phase, 0, bytes);
+        }
+    }
+
+    fn done(&self, bytes: u64) {
+        if let Some(progress) = &self.progress {
+            progress("", bytes, 0);
+        }
+    }
 }
 
 /// A damaged or missing object.
@@ -65,6 +101,8 @@ pub struct Damage {
     pub what: String,
     /// The points it hurts, each with the disk; no disk when the point itself is damaged.
     pub hurts: BTreeSet<(PointId, Option<String>)>,
+    /// Who needs what is damaged.
+    pub need: Need,
 }
 
 /// What was verified and found.
@@ -80,6 +118,8 @@ pub struct VerifyReport {
     pub packs: Option<PackReport>,
     /// Whether all that was chosen was checked.
     pub complete: bool,
+    /// Whether it was ended before: then it is not told whom the damage hurts.
+    pub interrupted: bool,
     /// What is damaged.
     pub damage: Vec<Damage>,
     /// Blocks that are bad somewhere and were stored anew since.
@@ -134,6 +174,7 @@ impl Repository {
     /// Verifies points, or everything.
     pub fn verify(&self, options: &VerifyOptions) -> Result<VerifyReport> {
         let mut verify = Verify::new(self, options)?;
+        options.begin("check the structure", 0);
         let points = verify.choose(options.points.as_deref())?;
         let layers = verify.layers(&points)?;
         let mut report = VerifyReport {
@@ -141,6 +182,7 @@ impl Repository {
             complete: true,
             ..VerifyReport::default()
         };
+        let mut unreadable = BTreeMap::new();
         if options.points.is_some() {
             verify.blocks(&layers, &mut report)?;
         } else {
@@ -149,6 +191,7 @@ impl Repository {
             verify.look_at_known(&mut report)?;
             verify.loose(&structure)?;
             verify.packs(&structure, &mut report)?;
+            unreadable = structure.unreadable;
         }
         verify.settle()?;
         if report.complete && report.packs.is_some() {
@@ -156,7 +199,11 @@ impl Repository {
             let deleted = self.store().delete(&verify.worthless);
             verify.note("damaged records of bad blocks stay", deleted);
         }
-        verify.attribute(&points)?;
+        options.begin("look whom it hurts", 0);
+        report.interrupted = match verify.attribute(&points, unreadable) {
+            Err(Error::Interrupted) => true,
+            other => other.map(|()| !report.complete && options.is_interrupted())?,
+        };
         report.damage = verify.damage.into_values().collect();
         report.notes = verify.notes;
         Ok(report)
@@ -164,26 +211,37 @@ impl Repository {
 
     /// Checks what can be told without reading the blocks: of all points, or of these.
     pub fn check(&self, points: Option<&[PointId]>, threads: usize) -> Result<CheckReport> {
-        let options = VerifyOptions {
+        self.check_with(&VerifyOptions {
+            points: points.map(<[PointId]>::to_vec),
             threads,
             ..VerifyOptions::default()
-        };
-        let mut verify = Verify::new(self, &options)?;
-        let points = verify.choose(points)?;
+        })
+    }
+
+    /// The same; only the points, the threads, the wish to end and the progress count. Ended before, it has told nothing.
+    pub fn check_with(&self, options: &VerifyOptions) -> Result<CheckReport> {
+        let mut verify = Verify::new(self, options)?;
+        options.begin("check the structure", 0);
+        let points = verify.choose(options.points.as_deref())?;
         let layers = verify.layers(&points)?;
         let sessions = verify.sessions()?;
         let structure = verify.structure(&layers)?;
         verify.look_at_known(&mut VerifyReport::default())?;
         verify.loose(&structure)?;
         verify.settle()?;
-        verify.attribute(&points)?;
+        let (packs, blocks, entries) = (
+            structure.packs.len() as u64,
+            structure.blocks,
+            structure.entries,
+        );
+        verify.attribute(&points, structure.unreadable)?;
         Ok(CheckReport {
             points: points.len() as u64,
             layers: layers.len() as u64,
             sessions,
-            packs: structure.packs.len() as u64,
-            blocks: structure.blocks,
-            entries: structure.entries,
+            packs,
+            blocks,
+            entries,
             damage: verify.damage.into_values().collect(),
             notes: verify.notes,
         })
@@ -206,6 +264,8 @@ struct Verify<'a> {
     found: Vec<Bad>,
     /// Blocks that cannot be read anywhere: the object and how.
     lost: BTreeMap<BlockId, (String, String)>,
+    /// Blocks that are bad in an object, and can be read elsewhere.
+    elsewhere: Vec<(BlockId, String, String)>,
 }
 
 /// The object and the fault of an error that is damage; other errors end the verification.
@@ -230,16 +290,28 @@ impl<'a> Verify<'a> {
             worthless: Vec::new(),
             found: Vec::new(),
             lost: BTreeMap::new(),
+            elsewhere: Vec::new(),
         })
     }
 
+    /// Whether nothing more is to be begun.
+    fn is_late(&self) -> bool {
+        self.options.is_interrupted() || self.deadline.is_some_and(Deadline::passed)
+    }
+
     fn damage(&mut self, object: String, what: &str, hurts: Hurts) {
+        self.damage_of(object, what, hurts, Need::Somebody);
+    }
+
+    fn damage_of(&mut self, object: String, what: &str, hurts: Hurts, need: Need) {
         let known = self.damage.entry(object.clone()).or_insert_with(|| Damage {
             object,
             what: what.to_owned(),
             hurts: Hurts::new(),
+            need,
         });
         known.hurts.extend(hurts);
+        known.need = known.need.max(need);
         if known.what.len() < 4096 && !known.what.contains(what) {
             known.what = format!("{}; {what}", known.what);
         }
@@ -294,6 +366,7 @@ impl<'a> Verify<'a> {
         }
         let mut layers = Vec::new();
         for (layer, hurts) in users.into_values() {
+            self.options.go_on()?;
             match self.read_layer(layer) {
                 Ok(layer) => layers.push(layer),
                 Err(error) => {
@@ -340,6 +413,7 @@ impl<'a> Verify<'a> {
             self.damaged(error, Hurts::new())?;
         }
         for session in sessions.sessions {
+            self.options.go_on()?;
             let read = session.items().and_then(|items| {
                 for item in items {
                     if let Item::Segment(segment) = item {
@@ -362,64 +436,6 @@ impl<'a> Verify<'a> {
             }
         }
         Ok(count as u64)
-    }
-
-    /// Writes down the bad places that were found, and finds out which blocks cannot be read anywhere.
-    fn settle(&mut self) -> Result<()> {
-        let mut found = std::mem::take(&mut self.found);
-        found.sort_unstable_by_key(|bad| (bad.id, bad.pack));
-        found.dedup_by_key(|bad| (bad.id, bad.pack));
-        if found.is_empty() {
-            return Ok(());
-        }
-        let added = self.repo.quarantine(&found);
-        self.note("the bad blocks are not in quarantine", added);
-        self.repo.index().refresh()?;
-        for bad in found {
-            let object = pack::name(bad.pack);
-            let what = format!("block {}: {}", bad.id, bad.what);
-            match self.repo.read_block(bad.id) {
-                Ok(_) => self.damage(object, &what, Hurts::new()),
-                Err(error @ (Error::Corrupt { .. } | Error::Io { .. })) => {
-                    tracing::debug!(%error, "no place has a block");
-                    self.lost.insert(bad.id, (object, what));
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// Names the points that lost blocks hurt, and finds maps with holes.
-    fn attribute(&mut self, points: &[Manifest]) -> Result<()> {
-        let lost = std::mem::take(&mut self.lost);
-        let mut hurts: HashMap<BlockId, Hurts> = HashMap::new();
-        for point in points {
-            for disk in &point.disks {
-                let who = (point.id, Some(disk.key.clone()));
-                let walked = MapReader::open(self.repo, &disk.map).and_then(|map| {
-                    for run in map.runs() {
-                        if let RunContent::Data(ids) = &run?.content {
-                            for id in ids.as_slice().iter().filter(|id| lost.contains_key(id)) {
-                                hurts.entry(*id).or_default().insert(who.clone());
-                            }
-                        }
-                    }
-                    Ok(())
-                });
-                if let Err(error) = walked {
-                    let there = self.that_are_there([who].into())?;
-                    if !there.is_empty() {
-                        self.damaged(error, there)?;
-                    }
-                }
-            }
-        }
-        for (id, (object, what)) in lost {
-            let hurts = self.that_are_there(hurts.remove(&id).unwrap_or_default())?;
-            self.damage(object, &what, hurts);
-        }
-        Ok(())
     }
 }
 

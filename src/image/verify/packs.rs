@@ -15,7 +15,7 @@ use super::checks::Checks;
 use super::places::Places;
 use super::structure::Structure;
 use super::{Hurts, PackReport, Verify, VerifyReport, in_parallel, lock};
-use crate::clock::{self, Deadline};
+use crate::clock;
 
 /// How often what was checked is written down, unless that is said.
 const SAVE: Duration = Duration::from_secs(60);
@@ -55,8 +55,9 @@ impl Verify<'_> {
             pack_bytes: 0,
             gone: condemned,
         });
-        let late = || self.deadline.is_some_and(Deadline::passed);
-        in_parallel(self.threads, 1, &turn, &late, &|packs| {
+        self.options
+            .begin("verify", turn.iter().map(|(_, size)| size).sum());
+        in_parallel(self.threads, 1, &turn, &|| self.is_late(), &|packs| {
             packs
                 .iter()
                 .try_for_each(|(pack, size)| self.read_pack(*pack, *size, &round))
@@ -141,7 +142,7 @@ impl Verify<'_> {
     fn read_pack(&self, id: ObjectId, size: u64, round: &Mutex<Round>) -> Result<()> {
         let store = self.repo.store();
         let object = pack::name(id);
-        let mut reader = Places::new(self.repo, self.options.pace.as_deref());
+        let mut reader = Places::new(self.repo, Some(self.options));
         let read = match pack::open(store, &object) {
             Ok(mut opened) => {
                 let places = &mut opened.entries;
@@ -159,8 +160,12 @@ impl Verify<'_> {
                 lock(round).gone += 1;
                 return Ok(());
             }
+            // The next run reads it, and finds the same.
+            Err(Error::Interrupted) => return Ok(()),
             Err(error) => return Err(error),
         };
+        // Its list and its frame.
+        self.options.done(size.saturating_sub(reader.told));
         let mut round = lock(round);
         round.bad.append(&mut bad);
         round.blocks += reader.blocks;

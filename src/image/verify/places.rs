@@ -7,6 +7,7 @@ use super::super::ids::{BlockId, ObjectId};
 use super::super::pack;
 use super::super::quarantine::Bad;
 use super::super::repo::Repository;
+use super::VerifyOptions;
 
 /// Bytes of one read at most, unless a single entry is longer.
 const READ: u64 = 4 << 20;
@@ -19,10 +20,12 @@ pub(super) type Place = (BlockId, Location);
 /// Reads blocks; its buffers are used again and again.
 pub(super) struct Places<'a> {
     repo: &'a Repository,
-    /// Told before so many bytes are read.
-    pace: Option<&'a (dyn Fn(u64) + Send + Sync)>,
+    /// Who says how fast, and when to end; `None` for a look in between.
+    options: Option<&'a VerifyOptions>,
     stored: Vec<u8>,
     plain: Vec<u8>,
+    /// Stored bytes that were told of as done.
+    pub(super) told: u64,
     /// Blocks that were sound.
     pub(super) blocks: u64,
     /// Their plain bytes.
@@ -30,19 +33,20 @@ pub(super) struct Places<'a> {
 }
 
 impl<'a> Places<'a> {
-    pub(super) fn new(repo: &'a Repository, pace: Option<&'a (dyn Fn(u64) + Send + Sync)>) -> Self {
+    pub(super) fn new(repo: &'a Repository, options: Option<&'a VerifyOptions>) -> Self {
         Self {
             repo,
-            pace,
+            options,
             stored: Vec::new(),
             plain: Vec::new(),
+            told: 0,
             blocks: 0,
             bytes: 0,
         }
     }
 
     /// Reads places that are in order and gives those that do not hold their block. [`Error::NotFound`] when a pack is gone. A device
-    /// that answers nothing at all is an error; one that cannot read some of it is damage.
+    /// that answers nothing at all is an error; one that cannot read some of it is damage. [`Error::Interrupted`] when that is wished.
     pub(super) fn read(&mut self, places: &[Place]) -> Result<Vec<Bad>> {
         let mut bad = Vec::new();
         let mut unreadable = None;
@@ -52,6 +56,12 @@ impl<'a> Places<'a> {
             let Some((first, end)) = group.first().zip(end) else {
                 continue;
             };
+            if let Some(options) = self.options {
+                options.go_on()?;
+                let bytes = group.iter().map(|(_, location)| location.length()).sum();
+                self.told += bytes;
+                options.done(bytes);
+            }
             match self.fetch(&first.1, end) {
                 Ok(()) => {
                     readable = true;
@@ -96,7 +106,7 @@ impl<'a> Places<'a> {
     fn fetch(&mut self, first: &Location, end: u64) -> Result<()> {
         let start = u64::from(first.offset);
         let length = narrow(end.saturating_sub(start));
-        if let Some(pace) = self.pace {
+        if let Some(pace) = self.options.and_then(|options| options.pace.as_ref()) {
             pace(wide(length));
         }
         if self.stored.len() < length {

@@ -8,7 +8,7 @@
 //!
 //! Where a footer cannot be read, or the sums differ, the places are *loose*: they are read and hashed, which tells.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
 use super::super::block::Location;
@@ -65,10 +65,20 @@ pub(super) struct PackFile {
     footer: Option<Sum>,
 }
 
+/// A pack whose footer cannot be read.
+pub(super) struct Unreadable {
+    pub(super) object: String,
+    pub(super) what: String,
+    /// The blocks that the index has in it.
+    pub(super) ids: Vec<BlockId>,
+}
+
 /// What was found.
 #[derive(Default)]
 pub(super) struct Structure {
     pub(super) packs: HashMap<ObjectId, PackFile>,
+    /// Packs whose footers cannot be read.
+    pub(super) unreadable: BTreeMap<ObjectId, Unreadable>,
     /// Places to be read, since nothing vouches for them.
     loose: Vec<Place>,
     /// Distinct blocks that the points need.
@@ -133,6 +143,7 @@ impl Verify<'_> {
         let packs = Mutex::new(HashMap::new());
         let damaged = Mutex::new(Vec::new());
         in_parallel(self.threads, CHUNK, &names, &|| false, &|names| {
+            self.options.go_on()?;
             for object in names {
                 let opened =
                     pack::open(store, object).and_then(|opened| Ok((opened, store.size(object)?)));
@@ -154,18 +165,26 @@ impl Verify<'_> {
                             Err(Error::Corrupt { .. }) => Ok(0),
                             other => other,
                         };
+                        let (object, what) = as_damage(error)?;
                         if let (Some(id), Ok(size)) = (id, size) {
                             lock(&packs).insert(id, PackFile { size, footer: None });
                         }
-                        lock(&damaged).push(as_damage(error)?);
+                        lock(&damaged).push((id, object, what));
                     }
                 }
             }
             Ok(())
         })?;
         structure.packs = packs.into_inner().unwrap_or_default();
-        for (object, what) in damaged.into_inner().unwrap_or_default() {
-            self.damage(object, &what, Hurts::new());
+        for (id, object, what) in damaged.into_inner().unwrap_or_default() {
+            let ids = Vec::new();
+            match id {
+                Some(id) => {
+                    let pack = Unreadable { object, what, ids };
+                    structure.unreadable.insert(id, pack);
+                }
+                None => self.damage(object, &what, Hurts::new()),
+            }
         }
         Ok(())
     }
@@ -183,6 +202,7 @@ impl Verify<'_> {
         let mut next = entries.next()?;
         let mut parts = Parts::new(layers);
         while let Some((part, ids)) = parts.next()? {
+            self.options.go_on()?;
             structure.blocks += ids.len() as u64;
             let mut wanted = ids.into_iter().peekable();
             while let Some((id, location)) = next.filter(|(id, _)| parts.of(*id) <= part) {
@@ -191,6 +211,9 @@ impl Verify<'_> {
                 }
                 wanted.next_if_eq(&id);
                 structure.entries += 1;
+                if let Some(pack) = structure.unreadable.get_mut(&location.pack) {
+                    pack.ids.push(id);
+                }
                 match structure.packs.get(&location.pack) {
                     None => gone.entry(location.pack).or_default().push(id),
                     Some(file) if location.end() > file.size => {
@@ -285,12 +308,13 @@ impl Verify<'_> {
         let mut places = structure.loose.clone();
         places.retain(|(id, location)| !self.quarantine.has(*id, location.pack));
         places.sort_unstable_by_key(|(_, location)| (location.pack, location.offset));
-        let repo = self.repo;
-        let pace = self.options.pace.as_deref();
+        let (repo, options) = (self.repo, self.options);
+        let bytes = places.iter().map(|(_, location)| location.length());
+        options.begin("read what no list vouches for", bytes.sum());
         let bad = Mutex::new(Vec::new());
         in_parallel(self.threads, LOOSE, &places, &|| false, &|places| {
             for one in places.chunk_by(|(_, a), (_, b)| a.pack == b.pack) {
-                match Places::new(repo, pace).read(one) {
+                match Places::new(repo, Some(options)).read(one) {
                     Ok(mut more) => lock(&bad).append(&mut more),
                     // Pruned meanwhile.
                     Err(Error::NotFound { .. }) => {}
