@@ -36,11 +36,13 @@ const BATCH: Duration = Duration::from_secs(3);
 const GROUP: u64 = 16_384;
 /// Differences that are looked up together are no further apart, and no more.
 const APART: u64 = 256;
-const TOGETHER: usize = 64;
+const TOGETHER: usize = 16;
 /// A write that was on its way when a block was read has ended after this time.
 const SETTLE: Duration = Duration::from_secs(2);
 /// More differences than this are looked into at once.
 const MANY: usize = 1 << 16;
+/// So many of a disk are enough to know: the VM is held while they are read again.
+const ENOUGH: usize = 1024;
 /// What idle time is used for at a time, bytes.
 const IDLE_BATCH: u64 = 64 << 20;
 /// The share of a day is counted anew after so long.
@@ -53,7 +55,7 @@ const LISTED: usize = 64;
 pub struct Finding {
     /// The disk.
     pub disk: String,
-    /// How many blocks differ from what is stored although no bitmap holds them.
+    /// How many blocks differ from what is stored although no bitmap holds them; of many only some were looked at twice.
     pub blocks: u64,
     /// The first of them.
     pub extents: Vec<Extent>,
@@ -455,6 +457,7 @@ impl Runner {
                         .filter(|block| !open.contains(*block))
                         .collect();
                     clean.sort_unstable();
+                    clean.truncate(ENOUGH);
                     for group in clean.chunk_by(|a, b| b - a < APART) {
                         for part in group.chunks(TOGETHER) {
                             let ends = Deadline::after(BATCH);
