@@ -1,6 +1,8 @@
 //! The command line: `clap` types and nothing else.
 
 mod ahead;
+mod command;
+mod instant;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::ahead::parse_share_or_none;
 pub use self::ahead::{AuditArgs, LimitArgs, StatusArgs};
+pub use self::instant::{HookArgs, MoreArgs};
 use crate::backup::Quiesce;
 use crate::exit::{Failure, Kind};
 use crate::image::Compression;
@@ -91,6 +94,9 @@ pub enum Command {
         #[command(flatten)]
         #[allow(missing_docs)]
         limits: LimitArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        more: MoreArgs,
     },
     /// Copy ahead until a time, then make a recovery point.
     Run {
@@ -103,6 +109,9 @@ pub enum Command {
         #[command(flatten)]
         #[allow(missing_docs)]
         freeze: FreezeArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        more: MoreArgs,
         /// When the backup is due: HH:MM (its next occurrence), or a date with a time.
         #[arg(long)]
         at: String,
@@ -197,31 +206,7 @@ pub enum Command {
         points: Vec<String>,
     },
     /// Write a point's disks to new images.
-    Restore {
-        #[command(flatten)]
-        #[allow(missing_docs)]
-        repo: RepoArgs,
-        /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
-        #[arg(value_parser = absolute_name)]
-        point: String,
-        /// All disks, as files in this directory.
-        #[arg(
-            long,
-            value_name = "DIR",
-            required_unless_present = "disk",
-            conflicts_with = "disk"
-        )]
-        output: Option<PathBuf>,
-        /// One disk to this file or device: `vda=/path`. May be repeated.
-        #[arg(long, value_name = "DISK=PATH")]
-        disk: Vec<String>,
-        /// The image format.
-        #[arg(long, value_enum, default_value_t = Format::Raw)]
-        format: Format,
-        /// Overwrite what is there.
-        #[arg(long)]
-        force: bool,
-    },
+    Restore(RestoreArgs),
     /// Delete what no point, session or reader needs. Backups go on meanwhile.
     Prune(PruneArgs),
     /// Forget points: by a policy, or by name. Their space comes back with `prune`.
@@ -592,6 +577,9 @@ pub struct FreezeArgs {
     /// How long the overlay of `--freeze snapshot` may take to be committed back.
     #[arg(long, default_value = "10m", value_parser = parse_duration)]
     pub commit_deadline: Duration,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub hooks: HookArgs,
 }
 
 /// The methods of freezing.
@@ -601,6 +589,45 @@ pub enum FreezeMethod {
     Fleece,
     /// External snapshot.
     Snapshot,
+}
+
+/// What to restore, and to where.
+#[expect(clippy::struct_excessive_bools, reason = "switches of a command line")]
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub repo: RepoArgs,
+    /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
+    #[arg(value_parser = absolute_name)]
+    pub point: String,
+    /// All disks, as files in this directory, and beside them what else of the VM is held.
+    #[arg(long, required_unless_present = "disk")]
+    pub output: Option<PathBuf>,
+    /// One disk to this file or device: `vda=/path`. May be repeated.
+    #[arg(long)]
+    pub disk: Vec<String>,
+    /// The image format; by default raw, with `--define` the one that the disk had.
+    #[arg(long, value_enum)]
+    pub format: Option<Format>,
+    /// Overwrite what is there.
+    #[arg(long)]
+    pub force: bool,
+    /// Only the disks.
+    #[arg(long)]
+    pub disk_only: bool,
+    /// Define the libvirt domain, with the restored disks and a UUID and MAC addresses of its own.
+    #[arg(long, requires = "output", conflicts_with = "disk_only")]
+    pub define: bool,
+    /// The domain's new name.
+    #[arg(long, requires = "define")]
+    pub name: Option<String>,
+    /// Define the domain with the UUID and the MAC addresses that it had: for the VM itself, not for a second one.
+    #[arg(long, requires = "define")]
+    pub same_identity: bool,
+    /// The hypervisor to define the domain at; by default as virsh has it.
+    #[arg(long, value_name = "URI", requires = "define")]
+    pub connect: Option<String>,
 }
 
 /// The formats of restored images.
@@ -664,61 +691,5 @@ impl TargetArgs {
         let hint = "name a domain, qmp:SOCKET or disk:PATH; `--all` is for precopy, backup, run, status and inspect";
         let nothing = || Failure::hinted(Kind::Usage, "no target is named", hint);
         self.target.as_ref().ok_or_else(nothing)
-    }
-}
-
-impl Command {
-    /// Whether a signal must not end it at once: a VM is released first, and what is long ends where the next one goes on best, and
-    /// lets go of its locks and leases. The others are ended by one at once.
-    #[must_use]
-    pub fn ends_in_order(&self) -> bool {
-        matches!(
-            self,
-            Self::Track(_)
-                | Self::Changed(_)
-                | Self::Precopy { .. }
-                | Self::Backup { .. }
-                | Self::Run { .. }
-                | Self::Audit(_)
-                | Self::Prune(_)
-                | Self::Verify { .. }
-                | Self::Check { .. }
-                | Self::Copy { .. }
-                | Self::Restore { .. }
-        )
-    }
-
-    /// The command's name, for reports.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Init(_) => "init",
-            Self::Key { .. } => "key",
-            Self::Inspect(_) => "inspect",
-            Self::Track(_) => "track",
-            Self::Changed(_) => "changed",
-            Self::Precopy { .. } => "precopy",
-            Self::Backup { .. } => "backup",
-            Self::Run { .. } => "run",
-            Self::Status(_) => "status",
-            Self::Audit(_) => "audit",
-            Self::List { .. } => "list",
-            Self::Show { .. } => "show",
-            Self::Diff { .. } => "diff",
-            Self::Stats { .. } => "stats",
-            Self::Verify { .. } => "verify",
-            Self::Check { .. } => "check",
-            Self::Restore { .. } => "restore",
-            Self::Prune(_) => "prune",
-            Self::Copy { .. } => "copy",
-            Self::Forget { .. } => "forget",
-            Self::Pin { .. } => "pin",
-            Self::Unpin { .. } => "unpin",
-            Self::Repair { .. } => "repair",
-            Self::Untrack(_) => "untrack",
-            Self::Recover { .. } => "recover",
-            Self::DropSession { .. } => "drop-session",
-            Self::Guard { .. } => "guard",
-        }
     }
 }

@@ -48,6 +48,24 @@ impl Kind {
     }
 }
 
+impl Kind {
+    /// The exit code in a word, as the reports have it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Warned => "warned",
+            Self::Missed => "missed",
+            Self::Busy => "busy",
+            Self::Attention => "attention",
+            Self::NoSpace => "no-space",
+            Self::Usage => "usage",
+            Self::Failed => "failed",
+            Self::Corrupt => "corrupt",
+            Self::Interrupted => "interrupted",
+        }
+    }
+}
+
 /// An end with a reason for the operator and the way out.
 #[derive(Debug)]
 pub struct Failure {

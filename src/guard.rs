@@ -23,7 +23,7 @@ use crate::libvirt;
 use crate::qmp::agent::THAW_FOR;
 use crate::qmp::socket::QmpSocket;
 use crate::qmp::{Handover, Monitor};
-use crate::settle;
+use crate::{settle, spawn};
 
 /// How long a new guard may take to say that it is there. The guest is not held yet, so a slow host gets its time.
 const READY: Duration = Duration::from_secs(60);
@@ -47,7 +47,11 @@ impl Guard {
         lock: &Lock,
         deadline: Duration,
     ) -> Result<Self> {
-        let binary = std::env::current_exe().context("find this program's own file")?;
+        let mut binary = std::env::current_exe().context("find this program's own file")?;
+        if !binary.exists() {
+            // It was replaced by a newer one while we run; what runs is still there.
+            binary = "/proc/self/exe".into();
+        }
         let scoped = scope_command(&binary);
         if let Some(command) = scoped
             && let Ok(guard) = Self::start_with(command, monitor, journal, lock, deadline)
@@ -75,6 +79,7 @@ impl Guard {
                 Stdio::null()
             }
         };
+        let one_at_a_time = spawn::alone();
         let held = lock.file().try_clone().context("share the target's lock")?;
         // The only descriptor that the child gets without being told: the lock, held until it ends.
         let flags = fcntl_getfd(&held).context("share the target's lock")?;
@@ -94,6 +99,7 @@ impl Guard {
             .spawn()
             .context("start the guard");
         drop(held);
+        drop(one_at_a_time);
         let mut guard = Self {
             pair,
             child: child?,
@@ -124,9 +130,17 @@ impl Guard {
     /// What comes now takes as long as it takes (a commit of an overlay that the guard would only repeat): the guard
     /// watches for our death, no longer for the time.
     pub fn lift_deadline(&mut self) -> Result<()> {
+        self.allow(FOR_EVER)
+    }
+
+    /// So much time from now on, whatever it was before.
+    pub fn allow(&mut self, time: Duration) -> Result<()> {
+        let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let mut word = b"T".to_vec();
+        word.extend(millis.to_be_bytes());
         self.pair
-            .write_all(b"L")
-            .context("lift the guard's deadline")
+            .write_all(&word)
+            .context("set the guard's deadline")
     }
 
     /// Everything is released: the guard goes.
@@ -142,7 +156,7 @@ impl Guard {
 
 /// `systemd-run --scope` where systemd runs, so that stopping our unit does not stop the guard.
 fn scope_command(binary: &Path) -> Option<Command> {
-    if !Path::new("/run/systemd/system").is_dir() {
+    if !Path::new("/run/systemd/system").is_dir() || binary.starts_with("/proc/self") {
         return None;
     }
     let mut command = Command::new("systemd-run");
@@ -208,6 +222,9 @@ pub fn run(watched: &Watched<'_>) -> Result<()> {
         manager.as_deref(),
         THAW_FOR,
     )?;
+    for hook in &taken.failed_hooks {
+        tracing::error!("{hook}");
+    }
     tracing::warn!(removed = ?taken.removed, "the guard released the VM for a dead run");
     Ok(())
 }
@@ -221,7 +238,15 @@ fn dismissed(pair: &mut UnixStream, deadline: &mut Deadline) -> Result<bool> {
         let mut byte = [0];
         match pair.read(&mut byte) {
             Ok(1) if byte == *b"D" => return Ok(true),
-            Ok(1) if byte == *b"L" => *deadline = Deadline::after(FOR_EVER),
+            Ok(1) if byte == *b"T" => {
+                let mut millis = [0; 8];
+                // It comes in one piece, unless the main process died.
+                if pair.read_exact(&mut millis).is_err() {
+                    return Ok(false);
+                }
+                let time = Duration::from_millis(u64::from_be_bytes(millis));
+                *deadline = Deadline::after(time.min(FOR_EVER));
+            }
             Ok(0) => return Ok(false),
             Ok(_) => bail!("an unknown word from the main process"),
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}

@@ -21,6 +21,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::{self, Deadline};
+use crate::hooks::Hook;
 use crate::qmp::Process;
 use crate::qmp::agent::Address;
 use crate::qmp::release::{Leftover, Released};
@@ -68,6 +69,8 @@ fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
 /// The lock of a batch or a freeze, and what it is of.
 const TARGET_LOCK: &str = "target.lock";
 const THE_TARGET: &str = "the target";
+/// Where what was measured of targets is kept.
+const LEARNED: &str = "learned";
 /// How the file of a journal that is being written ends.
 const UNWRITTEN: &str = "journal-new";
 
@@ -105,6 +108,18 @@ pub fn holder_of(spelling: &str) -> Option<Error> {
     })
 }
 
+/// The keys of all targets that this host has state of.
+#[must_use]
+pub fn keys() -> Vec<String> {
+    let entries = std::fs::read_dir(root()).into_iter().flatten().flatten();
+    let mut keys: Vec<String> = entries
+        .filter(|entry| entry.path().is_dir() && entry.file_name() != LEARNED)
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    keys.sort();
+    keys
+}
+
 /// The host state of one target.
 #[derive(Debug, Clone)]
 pub struct TargetState {
@@ -131,7 +146,7 @@ impl TargetState {
     pub fn open(key: &str) -> Result<Self> {
         let directory = root().join(key);
         make_directory(&directory)?;
-        let learned = root().join("learned").join(key);
+        let learned = root().join(LEARNED).join(key);
         Ok(Self { directory, learned })
     }
 
@@ -253,13 +268,15 @@ impl TargetState {
 
     /// A new journal for a run; nothing is written yet.
     #[must_use]
-    pub fn journal(&self, run: &str, monitor: &Path, process: &Process) -> Journal {
+    pub fn journal(&self, run: &str, monitor: &Path, found: Found, process: &Process) -> Journal {
         Journal {
             path: self.directory.join(format!("{run}.journal")),
             content: Content {
                 monitor: monitor.to_path_buf(),
+                found: Some(found),
                 process: process.clone(),
                 left: Vec::new(),
+                after: None,
             },
         }
     }
@@ -324,8 +341,24 @@ fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Content {
     monitor: PathBuf,
+    /// As what the VM was found; unknown in journals of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    found: Option<Found>,
     process: Process,
     left: Vec<Leftover>,
+    /// The hook that must be run when the guest is thawed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    after: Option<Hook>,
+}
+
+/// As what a VM was found, for a `recover` that is not told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Found {
+    /// The target as it was spelled; the present name of a domain.
+    pub target: String,
+    /// The hypervisor of a domain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connect: Option<String>,
 }
 
 /// What a run has put, or is about to put, into a VM. Written before it is made.
@@ -358,6 +391,12 @@ impl Journal {
         &self.content.monitor
     }
 
+    /// As what the VM was found.
+    #[must_use]
+    pub fn found(&self) -> Option<&Found> {
+        self.content.found.as_ref()
+    }
+
     /// The QEMU process that it was written for.
     #[must_use]
     pub fn process(&self) -> &Process {
@@ -368,6 +407,17 @@ impl Journal {
     #[must_use]
     pub fn left(&self) -> &[Leftover] {
         &self.content.left
+    }
+
+    /// The hook that is to be run once the guest is thawed.
+    #[must_use]
+    pub fn hook(&self) -> Option<&Hook> {
+        self.content.after.as_ref()
+    }
+
+    /// Sets that hook; the next [`write`](Self::write) makes it durable.
+    pub fn set_hook(&mut self, hook: Option<Hook>) {
+        self.content.after = hook;
     }
 
     /// Makes a new list durable.
@@ -478,6 +528,7 @@ impl Journal {
     /// The VM is clean: the journal goes.
     pub fn close(&mut self) -> Result<()> {
         self.content.left.clear();
+        self.content.after = None;
         match std::fs::remove_file(&self.path) {
             Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
                 Err(io("remove", &self.path)(source))

@@ -9,14 +9,14 @@
 //! the main job      backup: pass -> freeze -> commit    session: the next point while it is incomplete
 //! its tools         copy: hash, compare, compress       throttle, progress, schedule
 //! what next         plan: order, prediction, when a pass pays
-//! a VM in hand      target -> vm, offline -> hoststate  guard, settle: what if we die
+//! a VM in hand      target -> vm, offline -> hoststate  guard, settle: what if we die; hooks
 //! what changed      bitmap: names, trust, rotation, proofs
 //! QEMU              qmp: monitor, graph, exports, freeze, agent, release
 //! domains           libvirt: found, described, and their monitors
 //! the data plane    nbd: an NBD client
 //! the repository    image: packs, index, maps, points, sessions
 //! the way back      restore                              replicate: to a second repository
-//! the ground        units, clock, fault, unix_path
+//! the ground        units, clock, fault, spawn, unix_path
 //! ```
 //!
 //! What must hold, and what most of the code is about:
@@ -43,6 +43,7 @@ pub mod copy;
 pub mod exit;
 pub mod fault;
 pub mod guard;
+pub mod hooks;
 pub mod hoststate;
 pub mod image;
 #[cfg(feature = "libvirt")]
@@ -52,6 +53,7 @@ pub mod libvirt;
 pub mod libvirt;
 pub mod nbd;
 mod offline;
+mod owner;
 pub mod plan;
 pub mod progress;
 mod prompt;
@@ -62,6 +64,7 @@ pub mod restore;
 pub mod schedule;
 pub mod session;
 pub mod settle;
+mod spawn;
 pub mod target;
 pub mod throttle;
 pub mod units;

@@ -28,6 +28,7 @@ use crate::qmp::graph::{Bitmap, Disk, Graph};
 use crate::qmp::machine::Machine;
 use crate::qmp::overlay::FileVersion;
 use crate::qmp::socket::QmpSocket;
+use crate::spawn;
 use crate::target::Image;
 
 /// How long the daemon may take to start.
@@ -74,8 +75,11 @@ impl Daemon {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .process_group(0);
+        let one_at_a_time = spawn::alone();
+        let child = command.spawn();
+        drop(one_at_a_time);
         let mut daemon = Self {
-            child: command.spawn().context("start qemu-storage-daemon")?,
+            child: child.context("start qemu-storage-daemon")?,
             socket,
             images: images.to_vec(),
         };

@@ -46,6 +46,14 @@ impl Outcome {
         self.lines.push(line.into());
     }
 
+    /// How it ends; `None` is well.
+    #[must_use]
+    pub fn ends_as(&self) -> Option<Kind> {
+        let warned = (!self.warnings.is_empty()).then_some(Kind::Warned);
+        let errors = self.errors.iter().map(|error| classify(error).0);
+        errors.chain(self.kind).max().or(warned)
+    }
+
     /// Takes in how the command ended on one of several targets.
     pub fn join(&mut self, target: &str, ended: Result<Self, anyhow::Error>) {
         let one = ended.unwrap_or_else(|error| Self {
@@ -75,6 +83,7 @@ pub fn finish(command: &str, style: Style, result: Result<Outcome, anyhow::Error
         errors: vec![error],
         ..Outcome::default()
     });
+    let kind = outcome.ends_as();
     let failed: Vec<Failed> = std::mem::take(&mut outcome.errors)
         .iter()
         .map(|error| {
@@ -82,9 +91,6 @@ pub fn finish(command: &str, style: Style, result: Result<Outcome, anyhow::Error
             (kind, format!("{error:#}"), hint)
         })
         .collect();
-    let warned = (!outcome.warnings.is_empty()).then_some(Kind::Warned);
-    let kinds = failed.iter().map(|(kind, ..)| *kind);
-    let kind = kinds.chain(outcome.kind).max().or(warned);
     if style.json {
         print_json(command, &outcome, &failed);
     } else if !style.quiet || outcome.kind.is_some() {

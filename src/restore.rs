@@ -21,6 +21,8 @@ use crate::units::{Bytes, Extent};
 
 /// After so many bytes the kernel is told to begin writing them out.
 const WRITE_OUT: u64 = 16 << 20;
+/// What is read into memory is at most so long.
+const SMALL: u64 = 16 << 20;
 /// Requests in flight to a qcow2 image's server.
 const IN_FLIGHT: usize = 8;
 
@@ -33,6 +35,19 @@ pub struct Task {
     pub path: PathBuf,
     /// As qcow2, else raw.
     pub qcow2: bool,
+    /// How a qcow2 image is made: options of `qemu-img create`.
+    pub create: Vec<String>,
+}
+
+impl Task {
+    /// What is named in messages.
+    #[must_use]
+    pub fn what(&self) -> String {
+        match &self.disk.file {
+            Some(file) => format!("file `{}`", file.name),
+            None => format!("disk `{}`", self.disk.key),
+        }
+    }
 }
 
 /// Who is told how far it is, and who may end it.
@@ -170,13 +185,53 @@ fn in_use(path: &Path) -> Result<bool> {
     Ok(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("lock"))
 }
 
-/// Makes the directory of restored images: they are as secret as the disks.
-pub fn make_directory(path: &Path) -> Result<()> {
+/// Makes the directory of restored images, which are as secret as the disks. Who has to open one by its path may have to pass
+/// through.
+pub fn make_directory(path: &Path, passable: bool) -> Result<()> {
     std::fs::DirBuilder::new()
         .recursive(true)
-        .mode(0o700)
+        .mode(if passable { 0o711 } else { 0o700 })
         .create(path)
         .with_context(|| format!("create {}", path.display()))
+}
+
+/// A small file of a point.
+pub fn read_small(repo: &Repository, file: &DiskPoint) -> Result<Vec<u8>> {
+    anyhow::ensure!(file.size <= SMALL, "{} is too large", file.key);
+    let mut sink = MemorySink(vec![0; usize::try_from(file.size)?]);
+    repo.read_disk(file, 1, &mut sink)?;
+    Ok(sink.0)
+}
+
+struct MemorySink(Vec<u8>);
+
+impl BlockSink for MemorySink {
+    fn data(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let start = usize::try_from(offset).map_err(io::Error::other)?;
+        let place = self.0.get_mut(start..start + data.len());
+        place.ok_or(ErrorKind::UnexpectedEof)?.copy_from_slice(data);
+        Ok(())
+    }
+
+    fn zero(&mut self, _offset: u64, _length: u64) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Makes a small new file, readable by us alone, durably.
+pub fn write_small(path: &Path, bytes: &[u8], force: bool) -> Result<()> {
+    if force {
+        std::fs::remove_file(path).ok();
+    }
+    let write = || {
+        let partial = with_suffix(path, ".partial");
+        claim(&partial)?;
+        let file = OpenOptions::new().write(true).open(&partial)?;
+        file.write_all_at(bytes, 0)?;
+        file.sync_all()?;
+        give_name(&partial, path)
+    };
+    write().with_context(|| format!("write {}", path.display()))
 }
 
 /// Restores one disk. A new file gets its name only when it is complete: until then it is `NAME.partial`, so that what a
@@ -197,13 +252,7 @@ pub fn apply(repo: &Repository, task: &Task, force: bool, watch: &Watch<'_>) -> 
         }
         done
     };
-    done.with_context(|| {
-        format!(
-            "restore disk `{}` to {}",
-            task.disk.key,
-            task.path.display()
-        )
-    })
+    done.with_context(|| format!("restore {} to {}", task.what(), task.path.display()))
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
@@ -331,8 +380,11 @@ impl BlockSink for RawSink<'_> {
 }
 
 fn apply_qcow2(repo: &Repository, task: &Task, path: &Path, watch: &Watch<'_>) -> Result<()> {
+    let options = task.create.iter().flat_map(|option| ["-o", option]);
     let created = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2", "--"])
+        .args(["create", "-q", "-f", "qcow2"])
+        .args(options)
+        .arg("--")
         .arg(path)
         .arg(task.disk.size.to_string())
         .output()

@@ -240,6 +240,11 @@ impl Session {
             }
             for disk in &point.disks {
                 let based = base_of(point, disk)?;
+                if disk.file.is_some() {
+                    // Files are read in full every time: any point will do.
+                    self.bases.insert(disk.key.clone(), based);
+                    continue;
+                }
                 // Rotations are counted; a clock may be set back.
                 let epoch = |base: &Tracked| base.new.as_ref().map(|new| new.epoch);
                 let known = self.bases.get(&disk.key).and_then(epoch);
@@ -554,6 +559,7 @@ mod tests {
                 map: map.clone(),
                 tracking,
                 rescanned: None,
+                file: None,
             }],
             machine: Value::Null,
             statistics: Value::Null,

@@ -24,6 +24,8 @@ pub struct TakenBack {
     pub removed: Vec<String>,
     /// Agents that do not say that their guests' file systems are thawed. The journal stays for them.
     pub unthawed: Vec<Address>,
+    /// Hooks that had to be run after the thaw and failed; they are not run again.
+    pub failed_hooks: Vec<String>,
 }
 
 /// Takes back what a journal lists, then removes the journal. Without a monitor the VM is off; its manager knows of its overlays
@@ -42,6 +44,16 @@ pub fn take_back(
         let resumed = released.resumed.then(|| RESUMED.to_owned());
         taken.removed = released.removed.into_iter().chain(resumed).collect();
         taken.unthawed = released.unthawed;
+    }
+    if let Some(hook) = journal.hook() {
+        match hook.run(&|| false) {
+            Ok(()) => {
+                let what = format!("what came before the freeze, by {hook}");
+                taken.removed.push(what);
+            }
+            Err(error) => taken.failed_hooks.push(error.to_string()),
+        }
+        journal.set_hook(None);
     }
     for item in journal.left() {
         if let Leftover::Managed(overlay) = item

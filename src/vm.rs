@@ -7,19 +7,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use qapi::qmp;
+use rustix::fs::Access;
+use serde_json::json;
 
 use crate::bitmap::rotate::Port;
 use crate::bitmap::track::Seen;
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
-use crate::hoststate::{self, Journal, Lock, TargetState};
+use crate::hoststate::{self, Found, Journal, Lock, TargetState};
 use crate::libvirt::Domain;
 use crate::offline::{self, Daemon, Memory};
 use crate::qmp::agent::{Address, THAW_FOR};
 use crate::qmp::command::{
-    action_add_bitmap, action_disable_bitmap, action_remove_bitmap, transaction,
+    action_add_bitmap, action_disable_bitmap, action_remove_bitmap, call, transaction,
 };
-use crate::qmp::graph::Disk;
+use crate::qmp::graph::{Disk, Graph};
 use crate::qmp::machine::{self, LeftOut, Machine};
 use crate::qmp::names::{PREFIX, RunName};
 use crate::qmp::socket::QmpSocket;
@@ -35,6 +38,9 @@ const CHAIN_WAIT: Duration = Duration::from_secs(3);
 const LOCK_WAIT: Duration = Duration::from_secs(30);
 /// Run states in which the disks are not this QEMU's to read.
 const NOT_ITS_OWN: [&str; 3] = ["postmigrate", "inmigrate", "finish-migrate"];
+
+/// The run state of a domain that is off and will go on from a managed save.
+pub const SAVED: &str = "saved";
 
 /// A target that was found.
 #[derive(Debug, Clone)]
@@ -117,19 +123,24 @@ impl Vm {
         self.state.remove_unwritten()?;
         let mut recovered = Vec::new();
         let mut unthawed = Vec::new();
+        let mut failed_hooks = Vec::new();
         let manager = self.domain.as_ref().map(Domain::manager);
         for mut journal in self.state.journals()? {
             let (monitor, manager) = (Some(&mut monitor as &mut dyn Monitor), manager.as_deref());
             let taken = settle::take_back(&mut journal, monitor, manager, THAW_PATIENCE)?;
             recovered.extend(taken.removed);
             unthawed.extend(taken.unthawed);
+            failed_hooks.extend(taken.failed_hooks);
         }
         if !recovered.is_empty() {
             tracing::warn!(?recovered, "took back what a dead run left in the VM");
         }
-        let journal = self
-            .state
-            .journal(&run.run, self.monitor_path(), monitor.process());
+        let journal = self.state.journal(
+            &run.run,
+            self.monitor_path(),
+            self.found(),
+            monitor.process(),
+        );
         let mut memory = None;
         if let Some(off) = &off {
             for disk in off.daemon.machine(&mut monitor)?.disks {
@@ -148,7 +159,9 @@ impl Vm {
             lock,
             recovered,
             unthawed,
+            failed_hooks,
             seen: None,
+            used: Vec::new(),
             choice: self.choice.clone(),
             granularity: 0,
             memory,
@@ -166,12 +179,16 @@ impl Vm {
                 daemon,
                 images,
                 left_out,
+                saved: false,
             };
-            Ok((monitor, Some(off)))
+            anyhow::Ok((monitor, off))
         };
         let domain = match (&self.target, &self.domain) {
             (Target::Qmp(socket), _) => return Ok((Box::new(QmpSocket::connect(socket)?), None)),
-            (Target::Disk(image), _) => return open(vec![image.clone()], Vec::new()),
+            (Target::Disk(image), _) => {
+                let (monitor, off) = open(vec![image.clone()], Vec::new())?;
+                return Ok((monitor, Some(off)));
+            }
             (Target::Name(_), Some(domain)) => domain,
             (Target::Name(name), None) => {
                 anyhow::bail!("`{name}` is no target that can be reached")
@@ -186,7 +203,11 @@ impl Vm {
                 }
             } else {
                 let (images, left_out) = domain.images()?;
-                open(images, left_out)
+                open(images, left_out).and_then(|(monitor, mut off)| {
+                    // It cannot be started or saved while its images are held.
+                    off.saved = domain.is_saved()?;
+                    Ok((monitor, Some(off)))
+                })
             };
             match connected {
                 // It was started or ended just now.
@@ -196,6 +217,19 @@ impl Vm {
                 }
                 connected => return connected,
             }
+        }
+    }
+
+    fn found(&self) -> Found {
+        match &self.domain {
+            Some(domain) => Found {
+                target: domain.name().to_owned(),
+                connect: Some(domain.uri().to_owned()),
+            },
+            None => Found {
+                target: self.target.to_string(),
+                connect: None,
+            },
         }
     }
 
@@ -232,6 +266,8 @@ struct Off {
     daemon: Daemon,
     images: Vec<Image>,
     left_out: Vec<LeftOut>,
+    /// Its guest sleeps: its memory is in a managed save.
+    saved: bool,
 }
 
 /// A target in our hands. Dropped, the lock and the connection go; what is in the VM is the journal's to take back.
@@ -245,7 +281,11 @@ pub struct Hold {
     pub recovered: Vec<String>,
     /// Agents of dead runs that do not say that their guests are thawed; every command asks them again.
     pub unthawed: Vec<Address>,
+    /// Hooks of dead runs that had to be run and failed.
+    pub failed_hooks: Vec<String>,
     seen: Option<(Machine, Chosen)>,
+    /// The nodes of disks that were chosen at any look.
+    used: Vec<String>,
     choice: Choice,
     /// Bytes a bit of the bitmaps that are added.
     pub granularity: u32,
@@ -264,6 +304,9 @@ impl Hold {
             Some(off) => {
                 let mut machine = off.daemon.machine(&mut self.monitor)?;
                 machine.left_out.clone_from(&off.left_out);
+                if off.saved {
+                    SAVED.clone_into(&mut machine.state);
+                }
                 machine
             }
         };
@@ -282,6 +325,25 @@ impl Hold {
         Ok(machine)
     }
 
+    /// Whether sockets and scratches can be made where a domain's QEMU opens them; before anything is put into the VM.
+    pub fn may_share_files(&self) -> Result<()> {
+        let Some(place) = self.monitor.place() else {
+            return Ok(());
+        };
+        let needed = Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK;
+        rustix::fs::access(place, needed).map_err(|error| {
+            Failure::hinted(
+                Kind::Attention,
+                format!(
+                    "{}, where the domain's QEMU may open sockets and files, cannot be entered: {}",
+                    place.display(),
+                    std::io::Error::from(error)
+                ),
+                "run forerun as root: access to libvirt alone lets you `inspect` and `track` a domain, not read its disks. A domain of your own (`qemu:///session`) needs no root",
+            )
+        })
+    }
+
     /// Looks at the VM anew and applies the choice of disks.
     pub fn look(&mut self) -> Result<(&Machine, &Chosen)> {
         let machine = self.machine()?;
@@ -296,6 +358,11 @@ impl Hold {
             ));
         }
         let chosen = self.choice.apply(&machine)?;
+        for disk in &chosen.disks {
+            if !self.used.contains(&disk.node) {
+                self.used.push(disk.node.clone());
+            }
+        }
         let kept = self.seen.insert((machine, chosen));
         Ok((&kept.0, &kept.1))
     }
@@ -316,7 +383,35 @@ impl Hold {
     pub fn release(&mut self) -> Result<TakenBack> {
         let manager = self.domain.as_ref().map(Domain::manager);
         let monitor = Some(&mut self.monitor as &mut dyn Monitor);
-        settle::take_back(&mut self.journal, monitor, manager.as_deref(), THAW_FOR)
+        let taken = settle::take_back(&mut self.journal, monitor, manager.as_deref(), THAW_FOR)?;
+        if self.domain.is_some()
+            && self.off.is_none()
+            && let Err(error) = self.close_unplugged()
+        {
+            tracing::warn!(%error, "cannot see whether a disk was unplugged");
+        }
+        Ok(taken)
+    }
+
+    /// Closes the images of disks that were unplugged while we read them: libvirt could not, forgets them, and they could not
+    /// be plugged again.
+    fn close_unplugged(&mut self) -> crate::qmp::Result<()> {
+        let graph = Graph::read(&mut self.monitor)?;
+        for node in std::mem::take(&mut self.used) {
+            if graph.node(&node).is_none() || graph.has_parents(&node) {
+                continue;
+            }
+            let below = graph.below(&node);
+            for node in std::iter::once(&node).chain(&below) {
+                // One that is in use stays; libvirt may be at it, too.
+                match call::<qmp::blockdev_del>(&mut self.monitor, json!({ "node-name": node })) {
+                    Err(error) if !error.refused() => return Err(error),
+                    Err(_) => break,
+                    Ok(_) => tracing::info!(node, "closed an unplugged disk's image"),
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The ids of the jobs that were there at the last look and are not ours.

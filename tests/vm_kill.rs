@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 #![expect(clippy::print_stdout, reason = "numbers for who reads the log")]
 
+mod kill_common;
 mod vm_common;
 
 use std::collections::BTreeMap;
@@ -11,6 +12,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 
 use forerun::clock;
+use kill_common::{Step, chosen, named, spread_of};
 use rustix::process::{Pid, Signal, kill_process};
 use vm_common::{Lab, MIB, wait_for};
 
@@ -18,14 +20,6 @@ use vm_common::{Lab, MIB, wait_for};
 const SPREAD: usize = 10;
 /// How long a guard may take on a machine that is shared with everything else; what it did take is printed.
 const GUARD: Duration = Duration::from_secs(20);
-
-/// A step as `FORERUN_FAULT` names it.
-#[derive(Debug, Clone)]
-struct Step {
-    name: String,
-    /// Whether a guard watches then.
-    guarded: bool,
-}
 
 /// What a file of kills came to.
 #[derive(Default)]
@@ -40,84 +34,7 @@ struct Counts {
 /// A run that writes its steps down.
 fn steps(lab: &mut Lab, words: &[&str]) -> Vec<Step> {
     lab.start(words, "count").end().done();
-    let mut seen: BTreeMap<String, usize> = BTreeMap::new();
-    let mut guarded = false;
-    let mut steps = Vec::new();
-    for name in lab.steps() {
-        let occurrence = seen.entry(name.clone()).or_default();
-        *occurrence += 1;
-        guarded |= name == "guard:start:after";
-        guarded &= name != "guard:dismiss:after";
-        let name = format!("{name}#{occurrence}");
-        steps.push(Step { name, guarded });
-    }
-    steps
-}
-
-/// Whether a step can leave the VM, the repository or the host state other than the step before it: a query cannot.
-fn changes(step: &Step) -> bool {
-    let query = ["qmp:query-", "qmp:qom-", "qmp:x-debug-query-"];
-    !query.iter().any(|query| step.name.starts_with(query))
-}
-
-/// Whether it asks a commit once more to end: that is asked until it has.
-fn again(step: &Step) -> bool {
-    let occurrence = step
-        .name
-        .split_once('#')
-        .and_then(|(_, at)| at.parse().ok());
-    step.name.starts_with("qmp:job-complete:") && occurrence.is_some_and(|at: u32| at > 2)
-}
-
-/// The deaths of a test: at every state between the freeze and the release, with the guard and without; at every state
-/// until the guard's dismissal and a spread of the others, one or the other. `FORERUN_KILL_ALL=1` asks for all steps,
-/// `FORERUN_KILL_ONLY=blockdev-del` for those with that in their names.
-fn chosen(steps: &[Step]) -> Vec<(Step, bool)> {
-    let both = |step: &Step| [(step.clone(), false), (step.clone(), true)];
-    if let Ok(only) = std::env::var("FORERUN_KILL_ONLY") {
-        let named = steps.iter().filter(|step| step.name.contains(&only));
-        return named.flat_map(both).collect();
-    }
-    if std::env::var_os("FORERUN_KILL_ALL").is_some_and(|all| all == "1") {
-        let (guarded, others): (Vec<_>, Vec<_>) =
-            steps.iter().cloned().partition(|step| step.guarded);
-        let others = others
-            .into_iter()
-            .enumerate()
-            .map(|(number, step)| (step, number % 2 == 1));
-        return guarded.iter().flat_map(both).chain(others).collect();
-    }
-    let steps: Vec<Step> = steps.iter().filter(|step| !again(step)).cloned().collect();
-    // Of queries that follow each other the first stands for all.
-    let states: Vec<&Step> = std::iter::once(&steps[0])
-        .chain(
-            steps
-                .windows(2)
-                .filter(|pair| changes(&pair[0]) || changes(&pair[1]))
-                .map(|pair| &pair[1]),
-        )
-        .collect();
-    let frees = |step: &&Step| {
-        let name = &step.name;
-        name.starts_with("qmp:block-job-cancel:answered")
-            || name.starts_with("qmp:job-complete:answered")
-    };
-    let free = states.iter().rposition(frees).unwrap_or(0);
-    let others = states.iter().filter(|step| !step.guarded).count();
-    let every = others.div_ceil(SPREAD).max(1);
-    let mut other = 0;
-    let mut chosen = Vec::new();
-    for (number, step) in states.into_iter().enumerate() {
-        if step.guarded && number <= free {
-            chosen.extend(both(step));
-            continue;
-        }
-        other += usize::from(!step.guarded);
-        if step.guarded || other % every == every / 2 {
-            chosen.push((step.clone(), chosen.len() % 2 == 1));
-        }
-    }
-    chosen
+    named(&lab.steps())
 }
 
 /// One death and everything that must hold after it.
@@ -183,7 +100,7 @@ fn dies(words: &[&str]) {
     let steps = steps(&mut lab, &words);
     let guarded = steps.iter().filter(|step| step.guarded).count();
     let mut counts = Counts::default();
-    let deaths = chosen(&steps);
+    let deaths = chosen(&steps, SPREAD);
     println!(
         "{} steps, {guarded} guarded, {} deaths",
         steps.len(),
@@ -212,11 +129,6 @@ fn dies(words: &[&str]) {
         spread_of(&counts.released),
     );
     assert_eq!(guarded > 0, words[0] == "backup");
-}
-
-/// The shortest, the middle and the longest.
-fn spread_of(sorted: &[Duration]) -> Option<(Duration, Duration, Duration)> {
-    Some((*sorted.first()?, sorted[sorted.len() / 2], *sorted.last()?))
 }
 
 #[test]

@@ -4,6 +4,7 @@
 #   need_packages rust-check qemu guest test libvirt   # groups; quick when all is there; the demo needs `demo` too
 #   fetch_guest_kernel DIR                     # DIR/vmlinuz and DIR/modules, never installed as a package
 #   fetch_guest_agent DIR                      # DIR/root/... with qemu-ga and its libraries
+#   fetch_guest_system DIR                     # DIR/root.qcow2: a small system with systemd and qemu-ga
 #
 # Groups: rust-check (a compiler that is new enough), qemu (system emulator and image tools),
 # guest (what a test guest is built from), test (load and check tools), demo (to read reports), bench (what measures),
@@ -107,11 +108,12 @@ need_packages() {
 		case "$group" in
 		rust-check) packages_rust_check || return 1 ;;
 		qemu) list+=(qemu-system-x86 qemu-utils) ;;
-		guest) list+=(busybox-static cpio xz-utils e2fsprogs) ;;
+		guest) list+=(busybox-static cpio xz-utils e2fsprogs mmdebstrap) ;;
 		test) list+=(libnbd-bin fio shellcheck) ;;
 		demo) list+=(jq) ;;
 		libvirt)
 			list+=(libvirt0 libvirt-dev libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu pkg-config)
+			list+=(ovmf swtpm swtpm-tools)
 			# In Debian 12's backports and later these are packages of their own.
 			if [ "$(packages_codename)" = bookworm ]; then
 				list+=(libvirt-common libvirt-daemon-common libvirt-daemon-log)
@@ -195,5 +197,37 @@ fetch_guest_agent() {
 	local status=$?
 	rm -rf "$work"
 	[ $status -eq 0 ] || packages_say "the guest agent could not be fetched into $dir"
+	return $status
+}
+
+# fetch_guest_system DIR: DIR/root.qcow2, the root of a guest with systemd and qemu-ga, from the machine's own release and
+# archive. As root.
+fetch_guest_system() {
+	local dir=$1 work uri suite components=main
+	if [ -e "$dir/root.qcow2" ]; then return 0; fi
+	if ! uri=$(packages_archive_uri); then
+		packages_say "no archive in /etc/apt for the guest system"
+		return 1
+	fi
+	suite=$(packages_codename)
+	# Where Ubuntu has the agent.
+	if grep -q '^ID=ubuntu' /etc/os-release; then components="main universe"; fi
+	mkdir -p "$dir" && work=$(mktemp -d "$dir/download.XXXXXX") || return 1
+	(
+		set -e
+		cd "$work"
+		packages_root mmdebstrap --quiet --mode=root --format=directory --variant=essential \
+			--include=systemd,systemd-sysv,udev,qemu-guest-agent,mount \
+			--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+			--dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/i18n/*' \
+			"$suite" root "deb $uri $suite $components" >&2
+		truncate -s 384M root.raw
+		packages_root mkfs.ext4 -q -F -d root root.raw
+		qemu-img convert -O qcow2 root.raw root.qcow2
+		mv root.qcow2 ../root.qcow2
+	)
+	local status=$?
+	packages_root rm -rf --one-file-system "$work"
+	[ $status -eq 0 ] || packages_say "the guest system could not be made in $dir"
 	return $status
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -13,6 +14,7 @@ use serde_json::json;
 use super::freeze::{GivenUp, Residual};
 use super::pass::read_of;
 use super::spool::Spool;
+use super::together::{Common, Seat, Stage};
 use super::{Bytes, CONDEMNED_TRIES, Rescan, Runner, is_condemned};
 use crate::bitmap::rotate;
 use crate::clock;
@@ -38,12 +40,20 @@ pub struct Point {
     pub freeze: String,
     /// The disks with their sizes.
     pub disks: Vec<PointDisk>,
+    /// What of the VM is held besides its disks.
+    pub files: Vec<PointFile>,
     /// The transaction, milliseconds.
     pub freeze_ms: u64,
     /// From the transaction to the guest released, milliseconds.
     pub released_ms: u64,
     /// How long the file systems were frozen, milliseconds.
     pub quiesced_ms: Option<u64>,
+    /// How many file systems were frozen at the instant.
+    pub file_systems: Option<u64>,
+    /// Why the guest is not quiesced.
+    pub not_quiesced: Option<String>,
+    /// The common instant of several targets.
+    pub together: Option<Common>,
     /// From when the backup was due to the guest released, milliseconds.
     pub window_ms: u64,
     /// What was copied.
@@ -87,10 +97,34 @@ pub struct PointDisk {
     pub changed_bytes: u64,
 }
 
+/// A file of a point, for reports.
+#[derive(Debug, Clone, Serialize)]
+pub struct PointFile {
+    /// Its name.
+    pub name: String,
+    /// What it is for.
+    pub role: String,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl PointFile {
+    /// A stored one that is a file.
+    #[must_use]
+    pub fn of(stored: &DiskPoint) -> Option<Self> {
+        let file = stored.file.as_ref()?;
+        Some(Self {
+            name: file.name.clone(),
+            role: file.role.clone(),
+            size: stored.size,
+        })
+    }
+}
+
 impl Runner {
     /// Makes a recovery point: converges live when much is left, freezes, stores, commits. `due` is when it should have begun.
     pub fn backup(&mut self, due: Timestamp) -> Result<Point> {
-        self.converge()?;
+        self.converge_in_turn()?;
         self.decide(due)?;
         let mut tries = 0;
         let mut begun;
@@ -122,7 +156,13 @@ impl Runner {
         let cut = &residual.instant;
         let reading = Duration::from_millis(cut.released_ms.saturating_sub(cut.freeze_ms));
         let window_ms = u64::try_from(released.duration_since(due).as_millis()).unwrap_or(0);
-        let point = self.store(residual, window_ms)?;
+        self.meet(Stage::Released)?;
+        let together = self.seat.as_ref().and_then(Seat::common);
+        // One commit after the other: they would only take the disk from each other.
+        let turn = self.seat.as_ref().map(Seat::turn);
+        let _turn = turn.as_deref().map(take_turn);
+        self.seat = None;
+        let point = self.store(residual, window_ms, together)?;
         self.learned
             .speeds
             .froze(self.bytes.residual, reading, took);
@@ -131,12 +171,34 @@ impl Runner {
         Ok(point)
     }
 
+    /// Converges; of several targets of a common instant one after the other, then all once more: during the others' turns the
+    /// first one's guest has written.
+    fn converge_in_turn(&mut self) -> Result<()> {
+        let Some(turn) = self.seat.as_ref().map(Seat::turn) else {
+            return self.converge();
+        };
+        for stage in [Stage::Copied, Stage::Close] {
+            let mine = take_turn(&turn);
+            self.check_interrupt()?;
+            self.converge()?;
+            drop(mine);
+            self.meet(stage)?;
+        }
+        Ok(())
+    }
+
     /// Stores the residual and publishes the point.
-    fn store(&mut self, residual: Residual, window_ms: u64) -> Result<Point> {
+    fn store(
+        &mut self,
+        residual: Residual,
+        window_ms: u64,
+        together: Option<Common>,
+    ) -> Result<Point> {
         let Residual {
             instant,
             spool,
-            machine,
+            mut machine,
+            configuration,
         } = residual;
         self.progress.begin("store the residual", spool.bytes());
         self.session.next_pass();
@@ -156,10 +218,17 @@ impl Runner {
         let so_far = self.session.read_so_far();
         self.bytes.precopied = so_far.read.saturating_sub(self.bytes.residual);
         self.bytes.superseded = so_far.again;
-        let (disks, reported) = self.point_disks(&keys)?;
+        let (mut disks, reported) = self.point_disks(&keys)?;
+        let mut files = Vec::new();
+        if let Some(configuration) = configuration {
+            let (stored, record) = self.store_configuration(configuration)?;
+            files = stored.iter().filter_map(PointFile::of).collect();
+            disks.extend(stored);
+            machine["domain"] = record;
+        }
         let quiesce = match (self.vm.offline(), instant.quiesced) {
-            (true, _) => image::Quiesce::Offline,
-            (_, true) => image::Quiesce::Quiesced,
+            (true, true) => image::Quiesce::Offline,
+            (false, true) => image::Quiesce::Quiesced,
             (_, false) => image::Quiesce::CrashConsistent,
         };
         let freeze = match (self.vm.offline(), self.options.method) {
@@ -173,9 +242,16 @@ impl Runner {
             quiesce,
             freeze: freeze.to_owned(),
             disks: reported,
+            files,
             freeze_ms: instant.freeze_ms,
             released_ms: instant.released_ms,
             quiesced_ms: instant.quiesced_ms,
+            file_systems: instant.file_systems,
+            not_quiesced: self
+                .not_quiesced
+                .take()
+                .filter(|_| quiesce == image::Quiesce::CrashConsistent),
+            together,
             window_ms,
             bytes: self.bytes,
             window: Predicted {
@@ -267,6 +343,7 @@ impl Runner {
                     identity: tracked.identity.clone(),
                 }),
                 rescanned: tracked.rescanned(),
+                file: None,
             });
             let changed_bytes = stats.changed_blocks * self.repo.block_size().bytes();
             reported.push(PointDisk {
@@ -319,7 +396,8 @@ impl Runner {
                 "bytes": point.bytes, "passes": self.passes, "freeze_ms": point.freeze_ms,
                 "released_ms": point.released_ms, "quiesced_ms": point.quiesced_ms,
                 "window_ms": point.window_ms, "scratch_bytes": scratch_bytes,
-                "begun": self.begun,
+                "begun": self.begun, "file_systems": point.file_systems,
+                "not_quiesced": point.not_quiesced, "together": point.together,
             }),
             retired_bitmaps: retired,
             origin: None,
@@ -353,6 +431,11 @@ impl Runner {
             ));
         }
     }
+}
+
+/// Waits for one's turn.
+fn take_turn(turn: &Mutex<()>) -> MutexGuard<'_, ()> {
+    turn.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn format_of(identity: &serde_json::Value) -> String {

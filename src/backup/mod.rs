@@ -12,10 +12,12 @@ mod ahead;
 mod audit;
 mod changed;
 mod commit;
+mod configuration;
 mod freeze;
 mod learned;
 mod pass;
 mod spool;
+mod together;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,8 +30,10 @@ use serde::Serialize;
 
 pub use audit::{AuditReport, Finding};
 pub use changed::Changed;
-pub use commit::Point;
+pub use commit::{Point, PointFile};
+pub use configuration::checksum;
 pub use learned::{Learned, Note};
+pub use together::{Common, Seat, seats};
 
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::Proofs;
@@ -38,6 +42,7 @@ use crate::bitmap::track::{Named, Rotation};
 use crate::clock::{self, Deadline};
 use crate::copy::CopyDisk;
 use crate::exit::{Failure, Kind};
+use crate::hooks::{self, Hooks};
 use crate::hoststate::Lock;
 use crate::image::{MapReader, Repository};
 use crate::plan::{Debt, Heat, Limits, Order, Outlook, Patience};
@@ -45,12 +50,18 @@ use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::qmp::graph::Bitmap;
 use crate::qmp::names::RunName;
+use crate::qmp::socket::start_time;
 use crate::session::{Session, base_map};
 use crate::throttle::{Pace, Throttle};
 use crate::vm::{Hold, Vm};
 
 /// How long a monitor that somebody else uses is waited for.
 const BUSY_WAIT: Duration = Duration::from_secs(60);
+
+/// How long a QEMU that hung up, or that is about to, may take to end.
+const END_WAIT: Duration = Duration::from_secs(5);
+/// How long a domain that ended may take to be started again before its images are opened: that would keep it from starting.
+const START_WAIT: Duration = Duration::from_secs(10);
 
 /// So much residual is not worth a live pass before the freeze.
 const SMALL: u64 = 64 << 20;
@@ -81,6 +92,21 @@ fn is_lost(error: &anyhow::Error) -> bool {
     error.chain().any(lost)
 }
 
+/// Whether the connection to QEMU ended.
+fn is_cut_off(error: &anyhow::Error) -> bool {
+    let closed = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(crate::qmp::Error::Closed))
+    };
+    error.chain().any(closed)
+}
+
+/// Whether QEMU or its NBD server said it, or no longer did. One that is ending takes its exports away first.
+fn is_of_qemu(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .any(|cause| cause.is::<crate::qmp::Error>() || cause.is::<crate::nbd::Error>())
+}
+
 /// When to quiesce the guest's file systems around the freeze.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -106,6 +132,8 @@ pub struct Options {
     pub quiesce: Quiesce,
     /// How long the guest's file systems may take to freeze.
     pub freeze_timeout: Duration,
+    /// What the host's operator has run around the instant.
+    pub hooks: Hooks,
     /// The guest agent's socket.
     pub agent: Option<PathBuf>,
     /// Where scratches, overlays and spools go.
@@ -228,6 +256,12 @@ pub struct Runner {
     learned: Learned,
     /// What was expected of the freeze before it.
     predicted: Option<Outlook>,
+    /// Why the guest is not quiesced.
+    not_quiesced: Option<String>,
+    /// The hook that comes after the thaw, while it runs.
+    post_thaw: Option<hooks::Running>,
+    /// Where the targets of a common instant meet.
+    seat: Option<Seat>,
     _lock: Lock,
 }
 
@@ -268,8 +302,16 @@ impl Runner {
             rotated: [None; 2],
             learned,
             predicted: None,
+            not_quiesced: None,
+            post_thaw: None,
+            seat: None,
             _lock: lock,
         })
+    }
+
+    /// Makes the next backup one of several at a common instant.
+    pub fn join(&mut self, seat: Seat) {
+        self.seat = Some(seat);
     }
 
     /// Fails when a signal has asked for the end.
@@ -279,6 +321,30 @@ impl Runner {
             return Err(Failure::hinted(Kind::Interrupted, "interrupted", hint));
         }
         Ok(())
+    }
+
+    /// Whether an error is that of a domain whose QEMU ended under our hands. It is there, on or off, all the same: after
+    /// some time in which it may be started again the work goes on.
+    fn domain_ended(&self, error: &anyhow::Error) -> Result<bool> {
+        let (Some(domain), Some(process)) = (&self.vm.domain, &self.session.state.process) else {
+            return Ok(false);
+        };
+        if process.pid == 0 || !is_of_qemu(error) {
+            return Ok(false);
+        }
+        let ended = Deadline::after(END_WAIT);
+        while start_time(process.pid) == Some(process.start) {
+            if ended.passed() {
+                return Ok(false);
+            }
+            self.pause(Duration::from_millis(50))?;
+        }
+        tracing::warn!("{error:#}: the domain ended");
+        let started = Deadline::after(START_WAIT);
+        while !domain.active()? && !started.passed() {
+            self.pause(Duration::from_millis(500))?;
+        }
+        Ok(true)
     }
 
     fn hold(&mut self) -> Result<Hold> {
@@ -295,6 +361,7 @@ impl Runner {
                 self.warnings.push(warning);
             }
         }
+        self.warnings.append(&mut hold.failed_hooks);
         hold.look()?;
         Ok(hold)
     }

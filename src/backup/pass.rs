@@ -29,8 +29,14 @@ use crate::vm::{Hold, seen};
 const BATCH: Duration = Duration::from_secs(3);
 /// Between a broken connection and the next try.
 const AFTER_LOSS: Duration = Duration::from_millis(500);
+/// How often a domain may end within a pass.
+const ENDS: u32 = 3;
 /// Between two batches, so that an operator's command that waits gets its turn.
 const BETWEEN: Duration = Duration::from_millis(20);
+/// As [`BETWEEN`], where libvirt refuses at once what a batch stands in the way of, and the operator tries again.
+const BETWEEN_DOMAIN: Duration = Duration::from_millis(200);
+/// Between two batches over the images of a VM that is off: whoever starts it fails while they are held, and tries again.
+const BETWEEN_OFF: Duration = Duration::from_secs(1);
 /// A run of at least this many blocks is worth asking the block status for.
 const WORTH_ASKING: u64 = 16;
 /// The most blocks that are asked for at once.
@@ -68,14 +74,16 @@ pub enum PassEnd {
 
 impl Runner {
     /// One pass: rotates, then copies what the older bitmaps hold. `until` ends it early; what it proved stays. Where the
-    /// connection to the monitor broke while the VM is still there, it is begun anew, as after a death.
+    /// connection to the monitor broke while the VM is still there, or a domain ended, it is begun anew, as after a death.
     pub fn pass(&mut self, until: Option<Deadline>) -> Result<PassEnd> {
+        let mut ends = 0;
         loop {
             match self.try_pass(until) {
                 Err(error) if is_lost(&error) => {
                     tracing::warn!("{error:#}: the pass is begun anew");
                     self.pause(AFTER_LOSS)?;
                 }
+                Err(error) if ends < ENDS && self.domain_ended(&error)? => ends += 1,
                 done => return done,
             }
         }
@@ -89,6 +97,7 @@ impl Runner {
         loop {
             self.check_interrupt()?;
             let mut hold = self.hold()?;
+            hold.may_share_files()?;
             if !hold.lasting()? {
                 return Err(Failure::hinted(
                     Kind::Attention,
@@ -131,7 +140,11 @@ impl Runner {
                 self.keep_learned();
                 return Ok(PassEnd::OutOfTime);
             }
-            clock::sleep(BETWEEN);
+            clock::sleep(match (self.vm.offline(), &self.vm.domain) {
+                (true, _) => BETWEEN_OFF,
+                (_, Some(_)) => BETWEEN_DOMAIN,
+                (_, None) => BETWEEN,
+            });
         }
     }
 
@@ -189,14 +202,15 @@ impl Runner {
                     give,
                 );
                 // What was read is what the bitmaps are about only if the disks are still what they were: an export follows
-                // to an overlay that somebody puts on.
-                let same = read.and_then(|()| {
-                    hold.look()?;
-                    match this.astray(&hold, disks.len()) {
+                // to an overlay that somebody puts on. And what failed may have failed for a disk that has gone.
+                let looked = hold.look().map(drop);
+                let same = match looked {
+                    Err(error) => read.and(Err(error)),
+                    Ok(()) => match this.astray(&hold, disks.len()) {
                         Some(why) => Err(Astray(why).into()),
-                        None => Ok(()),
-                    }
-                });
+                        None => read,
+                    },
+                };
                 let released = hold.release();
                 drop(hold);
                 same?;
@@ -358,12 +372,13 @@ impl Runner {
                 .map(|(_, name)| (node.clone(), name.clone()))
                 .collect(),
             node,
+            granularity: u32::from(self.repo.block_size()),
         };
         export::add(&mut hold.monitor, &self.run, &export)?;
         let id = export::export_id(&self.run, index);
         let mut endpoint = Endpoint::new(&listening.socket, id).allocation();
         for (_, name) in bitmaps {
-            endpoint = endpoint.bitmap(name);
+            endpoint = endpoint.bitmap(&export::copy_name(name));
         }
         Ok(endpoint.connect()?)
     }
@@ -429,7 +444,7 @@ impl Runner {
             let mut found = 0;
             let mut heat = disk.heat.as_mut().filter(|heat| epoch > heat.epoch());
             let mut fresh = fresh.as_mut().filter(|_| newest == Some(epoch));
-            client.dirty_extents(&name, whole, &mut |extent| {
+            client.dirty_extents(&export::copy_name(&name), whole, &mut |extent| {
                 let run = block_size.cover(extent);
                 found += proofs.unsafe_of(epoch, run, &mut open);
                 if let Some(heat) = &mut heat {

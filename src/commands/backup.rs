@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::Result;
+use clap::ValueEnum as _;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -13,6 +14,8 @@ use crate::backup::{Options, Point, Quiesce, Runner};
 use crate::cli::{FreezeArgs, FreezeMethod, PaceArgs, RepoTargetArgs, TargetArgs};
 use crate::clock;
 use crate::exit::{Kind, classify};
+use crate::hooks::{Hooks, When};
+use crate::image;
 use crate::plan::Limits;
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
@@ -20,6 +23,7 @@ use crate::report::{Bar, Outcome, Style};
 use crate::schedule::{self, Due};
 use crate::throttle::Pace;
 use crate::units::Bytes;
+use crate::vm::Vm;
 
 /// What ends a `precopy`.
 pub(super) struct Ends {
@@ -37,13 +41,14 @@ pub(super) struct Plan {
     pub(super) audit: f64,
 }
 
-/// What `run` was told.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Job<'a> {
+/// How a backup is made.
+#[derive(Clone, Copy)]
+pub(super) struct How<'a> {
     pub(super) pace: &'a PaceArgs,
     pub(super) freeze: &'a FreezeArgs,
     pub(super) plan: Plan,
-    pub(super) at: Due,
+    pub(super) style: Style,
+    pub(super) interrupted: &'a Arc<AtomicBool>,
 }
 
 fn options(
@@ -51,6 +56,7 @@ fn options(
     freeze: Option<&FreezeArgs>,
     plan: Plan,
     doing: &str,
+    told: Vec<(String, String)>,
 ) -> Options {
     let default = Pace::default();
     let named = freeze.and_then(|freeze| freeze.method);
@@ -66,6 +72,7 @@ fn options(
         method_named: named.is_some(),
         quiesce: freeze.map_or(Quiesce::Never, |freeze| freeze.quiesce),
         freeze_timeout: freeze.map_or(Duration::ZERO, |freeze| freeze.freeze_timeout),
+        hooks: freeze.map_or_else(Hooks::default, |freeze| freeze.hooks.hooks(told)),
         agent: freeze.and_then(|freeze| freeze.agent.clone()),
         scratch: freeze.and_then(|freeze| freeze.scratch.clone()),
         scratch_reserve: freeze.and_then(|freeze| freeze.scratch_reserve),
@@ -79,13 +86,32 @@ fn options(
     }
 }
 
+/// A run that has begun on a target.
 pub(super) struct Begun {
     pub(super) runner: Runner,
     pub(super) target: String,
     pub(super) key: String,
     progress: Arc<Progress>,
+    hooks: Hooks,
 }
 
+/// What the hooks of a run are told of it.
+fn told(args: &RepoTargetArgs, vm: &Vm, freeze: Option<&FreezeArgs>) -> Vec<(String, String)> {
+    let repo = std::path::absolute(&args.repo.repo);
+    let repo = repo.unwrap_or_else(|_| args.repo.repo.clone());
+    let quiesce = freeze.and_then(|freeze| freeze.quiesce.to_possible_value());
+    let quiesce = quiesce.map_or_else(String::new, |value| value.get_name().to_owned());
+    [
+        ("TARGET", vm.target.to_string()),
+        ("KEY", vm.key.clone()),
+        ("REPO", repo.display().to_string()),
+        ("QUIESCE", quiesce),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .to_vec()
+}
+
+/// Begins a run on a target.
 pub(super) fn begin(
     args: &RepoTargetArgs,
     pace: Option<&PaceArgs>,
@@ -101,13 +127,15 @@ pub(super) fn begin(
     let vm = super::find(&args.target, repo.is_encrypted())?;
     let progress = Arc::new(Progress::default());
     let (target, key) = (vm.target.to_string(), vm.key.clone());
-    let options = options(pace, freeze, plan, doing);
+    let options = options(pace, freeze, plan, doing, told(args, &vm, freeze));
+    let hooks = options.hooks.clone();
     let runner = Runner::begin(vm, repo, options, Arc::clone(&progress), interrupted)?;
     Ok(Begun {
         runner,
         target,
         key,
         progress,
+        hooks,
     })
 }
 
@@ -208,23 +236,20 @@ pub(super) fn precopy(
 }
 
 /// `backup`.
-pub(super) fn backup(
-    args: &RepoTargetArgs,
-    pace: &PaceArgs,
-    freeze: &FreezeArgs,
-    plan: Plan,
-    style: Style,
-    interrupted: Arc<AtomicBool>,
-) -> Result<Outcome> {
+pub(super) fn backup(args: &RepoTargetArgs, how: &How) -> Result<Outcome> {
     let due = clock::utc_now();
-    let mut begun = begin(args, Some(pace), Some(freeze), plan, "backup", interrupted)?;
-    let bar = Bar::show(Arc::clone(&begun.progress), style);
+    let mut begun = begin_backup(args, how, "backup")?;
+    let bar = Bar::show(Arc::clone(&begun.progress), how.style);
     let point = begun.runner.backup(due);
     drop(bar);
-    Ok(match point {
-        Ok(point) => finished(begun, &point, None),
-        Err(error) => failed(begun, error),
-    })
+    Ok(ended(begun, point, None))
+}
+
+/// Begins a run that ends with a backup.
+pub(super) fn begin_backup(args: &RepoTargetArgs, how: &How, doing: &str) -> Result<Begun> {
+    let interrupted = Arc::clone(how.interrupted);
+    let (pace, freeze) = (Some(how.pace), Some(how.freeze));
+    begin(args, pace, freeze, how.plan, doing, interrupted)
 }
 
 /// The time of one of several targets, before the next one gets its turn.
@@ -237,16 +262,16 @@ const BETWEEN_ROUNDS: Duration = Duration::from_secs(2);
 pub(super) fn copy_ahead_in_turns(
     args: &RepoTargetArgs,
     targets: &[TargetArgs],
-    job: &Job<'_>,
-    interrupted: &Arc<AtomicBool>,
+    how: &How,
+    at: Due,
 ) -> Result<()> {
-    let due = job.at.deadline();
+    let due = at.deadline();
     let mut runs: Vec<Option<Begun>> = targets.iter().map(|_| None).collect();
     while !due.passed() {
         let mut idle = true;
         for (target, begun) in targets.iter().zip(&mut runs) {
             let shown = target.named()?;
-            match take_turn(args, target, begun, job, interrupted) {
+            match take_turn(args, target, begun, how, at) {
                 Err(error) if classify(&error).0 == Kind::Interrupted => return Err(error),
                 Err(error) => {
                     tracing::warn!("{shown}: {error:#}");
@@ -267,10 +292,10 @@ fn take_turn(
     args: &RepoTargetArgs,
     target: &TargetArgs,
     begun: &mut Option<Begun>,
-    job: &Job<'_>,
-    interrupted: &Arc<AtomicBool>,
+    how: &How,
+    at: Due,
 ) -> Result<bool> {
-    let due = job.at.deadline();
+    let due = at.deadline();
     let run = if let Some(run) = begun {
         run
     } else {
@@ -278,51 +303,58 @@ fn take_turn(
             target: target.clone(),
             repo: args.repo.clone(),
         };
-        let run = begin(
-            &single,
-            Some(job.pace),
-            Some(job.freeze),
-            job.plan,
-            "run",
-            Arc::clone(interrupted),
-        )?;
-        run.runner.note_due(job.at.due);
+        let run = begin_backup(&single, how, "run")?;
+        run.runner.note_due(at.due);
         begun.insert(run)
     };
     run.runner.precopy_turn(due.at_most(TURN), due)
 }
 
 /// `run`.
-pub(super) fn run(
-    args: &RepoTargetArgs,
-    job: &Job<'_>,
-    style: Style,
-    interrupted: Arc<AtomicBool>,
-) -> Result<Outcome> {
-    let Job {
-        pace,
-        freeze,
-        plan,
-        at,
-    } = *job;
-    let mut begun = begin(args, Some(pace), Some(freeze), plan, "run", interrupted)?;
-    let bar = Bar::show(Arc::clone(&begun.progress), style);
+pub(super) fn run(args: &RepoTargetArgs, how: &How, at: Due) -> Result<Outcome> {
+    let mut begun = begin_backup(args, how, "run")?;
+    let bar = Bar::show(Arc::clone(&begun.progress), how.style);
     let deadline = at.deadline();
     if !deadline.passed() {
         begun.progress.begin("copy ahead", 0);
         begun.runner.note_due(at.due);
         let ahead = begun.runner.precopy(false, Some(deadline), None);
         if let Err(error) = ahead.and_then(|_| begun.runner.wait_until(at.due)) {
-            return Ok(failed(begun, error));
+            return Ok(ended(begun, Err(error), None));
         }
     }
     let point = begun.runner.backup(at.due);
     drop(bar);
     let late = at.late.then_some(at.due);
-    Ok(match point {
-        Ok(point) => finished(begun, &point, late),
+    Ok(ended(begun, point, late))
+}
+
+/// The end of a backup, and the hook that comes after it.
+pub(super) fn ended(begun: Begun, point: Result<Point>, late: Option<Timestamp>) -> Outcome {
+    let hook = begun.hooks.of(When::PostBackup);
+    let mut more = Vec::new();
+    let mut outcome = match point {
+        Ok(point) => {
+            let level = point.quiesce.name().to_owned();
+            more.extend([("POINT", point.id.to_string()), ("CONSISTENCY", level)]);
+            finished(begun, &point, late)
+        }
         Err(error) => failed(begun, error),
-    })
+    };
+    if let Some(mut hook) = hook {
+        let (status, code) = match outcome.ends_as() {
+            Some(kind) => (kind.name(), kind.code()),
+            None => ("done", 0),
+        };
+        more.extend([("STATUS", status.to_owned()), ("EXIT", code.to_string())]);
+        for (name, value) in more {
+            hook = hook.tell(name, value);
+        }
+        if let Err(error) = hook.run(&|| false) {
+            outcome.warnings.push(error.to_string());
+        }
+    }
+    outcome
 }
 
 /// A run that failed: what happened on the way is told all the same.
@@ -361,6 +393,24 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
             seconds(point.window.predicted_ms.unwrap_or(0))
         ));
     }
+    outcome.line(format!("  {}", consistency(point)));
+    if let Some(together) = &point.together {
+        outcome.line(format!(
+            "  together with {} others within {} ms{}",
+            together.targets.len().saturating_sub(1),
+            together.spread_ms,
+            if together.one_instant {
+                ": one instant"
+            } else {
+                ", not all of them quiesced"
+            }
+        ));
+    }
+    if !point.files.is_empty() {
+        let names = point.files.iter().map(|file| file.name.as_str());
+        let names: Vec<&str> = names.collect();
+        outcome.line(format!("  of the domain: {}", names.join(", ")));
+    }
     for disk in &point.rescanned {
         outcome.line(format!("  {} was read in full: {}", disk.disk, disk.reason));
     }
@@ -379,6 +429,15 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
             .push(format!("the backup was due at {due} and began late"));
     }
     outcome
+}
+
+/// What the guest knew of the instant, in words.
+fn consistency(point: &Point) -> String {
+    match (point.quiesce, point.file_systems, &point.not_quiesced) {
+        (image::Quiesce::Quiesced, Some(count), _) => format!("quiesced: {count} file systems"),
+        (level, _, Some(why)) => format!("{}: {why}", level.name()),
+        (level, ..) => level.name().to_owned(),
+    }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "one decimal is shown")]

@@ -3,9 +3,11 @@
 mod audit;
 mod backup;
 mod copy;
+mod define;
 mod forget;
 mod key;
 mod prune;
+mod recover;
 mod repair;
 mod repository;
 mod restore;
@@ -14,6 +16,7 @@ mod several;
 mod stats;
 mod status;
 mod target;
+mod together;
 mod verify;
 
 use std::process::ExitCode;
@@ -23,6 +26,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use self::backup::How;
 use crate::cli::{Cli, Command, TargetArgs};
 use crate::guard::Watched;
 use crate::report::{self, Outcome, Style};
@@ -89,9 +93,9 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         Command::Key { command } => key::run(command),
         Command::Inspect(args) if args.target.is_none() => {
             let all = TargetArgs { all: true, ..args };
-            several::each(&all, &interrupted, target::overview)
+            several::each(&all, &[], &interrupted, target::overview)
         }
-        Command::Inspect(args) => several::each(&args, &interrupted, target::inspect),
+        Command::Inspect(args) => several::each(&args, &[], &interrupted, target::inspect),
         Command::Track(args) => backup::track(&args, interrupted),
         Command::Changed(args) => backup::changed(&args, interrupted),
         Command::Precopy {
@@ -108,7 +112,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 converge,
                 audit,
             };
-            several::each_of(&target, &interrupted, |target| {
+            several::each_of(&target, &[], &interrupted, |target| {
                 backup::precopy(target, &pace, &limits, style, Arc::clone(&interrupted))
             })
         }
@@ -117,50 +121,61 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             pace,
             freeze,
             limits,
-        } => several::each_of(&target, &interrupted, |target| {
-            let plan = backup::Plan {
-                limits: limits.limits(),
-                ..backup::Plan::default()
-            };
-            backup::backup(
-                target,
-                &pace,
-                &freeze,
-                plan,
+            more,
+        } => {
+            let how = How {
+                pace: &pace,
+                freeze: &freeze,
+                plan: backup::Plan {
+                    limits: limits.limits(),
+                    ..backup::Plan::default()
+                },
                 style,
-                Arc::clone(&interrupted),
-            )
-        }),
+                interrupted: &interrupted,
+            };
+            if more.together {
+                let targets = several::chosen(&target.target, &more.more)?;
+                return together::backup(&target, targets, &how, None);
+            }
+            several::each_of(&target, &more.more, &interrupted, |target| {
+                backup::backup(target, &how)
+            })
+        }
         Command::Run {
             target,
             pace,
             freeze,
+            more,
             at,
             limits,
             hard,
             audit,
         } => {
             let at = schedule::parse(&at)?;
-            let plan = backup::Plan {
-                limits: limits.limits(),
-                hard,
-                audit,
-            };
-            let job = backup::Job {
+            let how = How {
                 pace: &pace,
                 freeze: &freeze,
-                plan,
-                at,
+                plan: backup::Plan {
+                    limits: limits.limits(),
+                    hard,
+                    audit,
+                },
+                style,
+                interrupted: &interrupted,
             };
-            if let Some(targets) = several::chosen(&target.target)? {
-                backup::copy_ahead_in_turns(&target, &targets, &job, &interrupted)?;
+            let targets = several::chosen(&target.target, &more.more)?;
+            if let Some(targets) = &targets {
+                backup::copy_ahead_in_turns(&target, targets, &how, at)?;
             }
-            several::each_of(&target, &interrupted, |target| {
-                backup::run(target, &job, style, Arc::clone(&interrupted))
+            if more.together && targets.is_some() {
+                return together::backup(&target, targets, &how, Some(at));
+            }
+            several::each_of(&target, &more.more, &interrupted, |target| {
+                backup::run(target, &how, at)
             })
         }
         Command::Status(args) => status::status(&args, &interrupted),
-        Command::Audit(args) => several::each_of(&args.target, &interrupted, |target| {
+        Command::Audit(args) => several::each_of(&args.target, &[], &interrupted, |target| {
             audit::audit(target, &args, Arc::clone(&interrupted))
         }),
         Command::List { repo, target } => repository::list(&repo, target.as_deref()),
@@ -184,23 +199,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             verify::verify(&repo, &points, &limits, style, interrupted)
         }
         Command::Check { repo, points } => verify::check(&repo, &points, style, interrupted),
-        Command::Restore {
-            repo,
-            point,
-            output,
-            disk,
-            format,
-            force,
-        } => {
-            let request = restore::Request {
-                point,
-                output,
-                disks: disk,
-                format,
-                force,
-            };
-            restore::restore(&repo, &request, style, &interrupted)
-        }
+        Command::Restore(args) => restore::restore(&args, style, &interrupted),
         Command::Prune(args) => prune::prune(&args, style, &interrupted),
         Command::Copy {
             repo,
@@ -219,7 +218,7 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
         Command::Unpin { repo, point } => forget::unpin(&repo, &point),
         Command::Repair { what } => repair::repair(&what),
         Command::Untrack(args) => target::untrack(&args),
-        Command::Recover { target, repo } => target::recover(&target, repo.as_deref()),
+        Command::Recover { target, repo } => recover::run(&target, repo.as_deref(), &interrupted),
         Command::DropSession { repo, target, name } => {
             target::drop_session(&repo, &target, name.as_deref())
         }

@@ -58,7 +58,7 @@ pub(super) fn list(args: &RepoArgs, target: Option<&str>) -> Result<Outcome> {
         if target.is_some_and(|target| !point.target.is_called(target)) {
             continue;
         }
-        let size: u64 = point.disks.iter().map(|disk| disk.size).sum();
+        let size: u64 = point.guest_disks().map(|disk| disk.size).sum();
         outcome.line(format!(
             "{}  {}  {}  {} on {}  {}{}",
             point.id,
@@ -66,8 +66,7 @@ pub(super) fn list(args: &RepoArgs, target: Option<&str>) -> Result<Outcome> {
             name_of(point),
             Bytes(size),
             point
-                .disks
-                .iter()
+                .guest_disks()
                 .map(|disk| disk.key.as_str())
                 .collect::<Vec<_>>()
                 .join(", "),
@@ -131,8 +130,11 @@ fn summary(point: &Manifest, pins: &Pins) -> Value {
     json!({
         "id": point.id, "target": point.target, "instant": point.instant, "parent": point.parent,
         "freeze": point.freeze, "quiesce": point.quiesce,
-        "disks": point.disks.iter().map(|disk| json!({
+        "disks": point.guest_disks().map(|disk| json!({
             "key": disk.key, "size": disk.size, "format": disk.format, "rescanned": disk.rescanned,
+        })).collect::<Vec<_>>(),
+        "files": point.files().map(|(stored, file)| json!({
+            "name": file.name, "role": file.role, "size": stored.size, "path": file.path,
         })).collect::<Vec<_>>(),
         "statistics": point.statistics, "pinned": pinned, "origin": point.origin,
     })
@@ -151,7 +153,7 @@ pub(super) fn show(args: &RepoArgs, point: &str) -> Result<Outcome> {
     ));
     outcome.line(format!("  instant {}", point.instant));
     outcome.line(format!("  {} by {}", quiesce(&point), point.freeze));
-    for disk in &point.disks {
+    for disk in point.guest_disks() {
         outcome.line(format!(
             "  disk {}  {}  {}",
             disk.key,
@@ -161,6 +163,18 @@ pub(super) fn show(args: &RepoArgs, point: &str) -> Result<Outcome> {
         if let Some(why) = &disk.rescanned {
             outcome.line(format!("    read in full: {why}"));
         }
+    }
+    if let Some(domain) = point.machine.get("domain") {
+        outcome.line(domain_words(domain));
+    }
+    for (stored, file) in point.files() {
+        let from = file.path.as_ref().map(|path| format!("  from {path}"));
+        outcome.line(format!(
+            "  file {}  {}{}",
+            file.name,
+            Bytes(stored.size),
+            from.unwrap_or_default()
+        ));
     }
     if let Some(origin) = point.origin {
         outcome.line(format!("  copied from repository {}", origin.repository));
@@ -176,6 +190,28 @@ pub(super) fn show(args: &RepoArgs, point: &str) -> Result<Outcome> {
     full["machine"] = point.machine.clone();
     outcome.more.insert("point".to_owned(), full);
     Ok(outcome)
+}
+
+/// What is known of a point's domain.
+fn domain_words(domain: &Value) -> String {
+    let mut words = format!("  domain of {}", domain["uri"].as_str().unwrap_or_default());
+    let facts = [
+        ("autostart", ", started with the host"),
+        ("without_secrets", ", its definition without passwords"),
+    ];
+    if domain["persistent"] == false {
+        words.push_str(", transient");
+    }
+    for (fact, said) in facts {
+        if domain[fact] == true {
+            words.push_str(said);
+        }
+    }
+    if let Some(path) = domain.pointer("/loader/path").and_then(Value::as_str) {
+        words.push_str(", firmware ");
+        words.push_str(path);
+    }
+    words
 }
 
 /// What the backup measured, as far as it is known.
@@ -210,8 +246,8 @@ pub(super) fn diff(args: &RepoArgs, a: &str, b: &str) -> Result<Outcome> {
     let _lease = repo.lease(&[&a, &b], "forerun diff")?;
     let mut outcome = Outcome::default();
     let mut disks = Vec::new();
-    for disk in &b.disks {
-        let Some(other) = a.disks.iter().find(|other| other.key == disk.key) else {
+    for disk in b.guest_disks() {
+        let Some(other) = a.guest_disks().find(|other| other.key == disk.key) else {
             outcome.line(format!("{}: only in {}", disk.key, b.id));
             disks.push(json!({ "disk": disk.key, "only_in": b.id }));
             continue;
@@ -233,9 +269,8 @@ pub(super) fn diff(args: &RepoArgs, a: &str, b: &str) -> Result<Outcome> {
         disks.push(json!({ "disk": disk.key, "bytes": bytes, "extents": extents }));
     }
     for disk in a
-        .disks
-        .iter()
-        .filter(|disk| !b.disks.iter().any(|other| other.key == disk.key))
+        .guest_disks()
+        .filter(|disk| !b.guest_disks().any(|other| other.key == disk.key))
     {
         outcome.line(format!("{}: only in {}", disk.key, a.id));
         disks.push(json!({ "disk": disk.key, "only_in": a.id }));

@@ -1,88 +1,73 @@
 //! `restore`.
 
-use std::path::PathBuf;
+use std::path::{Component, Path};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::secret;
-use crate::cli::{Format, RepoArgs};
+use super::{define, secret};
+use crate::cli::{Format, RestoreArgs};
 use crate::exit::{Failure, Kind};
+use crate::image::{DiskPoint, Manifest};
 use crate::progress::Progress;
 use crate::report::{Bar, Outcome, Style};
 use crate::restore::{self, Task, Watch};
 use crate::units::Bytes;
 
-/// What is asked for.
-pub(super) struct Request {
-    pub(super) point: String,
-    pub(super) output: Option<PathBuf>,
-    pub(super) disks: Vec<String>,
-    pub(super) format: Format,
-    pub(super) force: bool,
-}
-
 /// Plans first: nothing is written before every target is known to be good.
 pub(super) fn restore(
-    args: &RepoArgs,
-    request: &Request,
+    args: &RestoreArgs,
     style: Style,
     interrupted: &AtomicBool,
 ) -> Result<Outcome> {
-    let repo = secret::open(args)?;
-    let point = repo.resolve(&request.point)?;
-    let qcow2 = request.format == Format::Qcow2;
-    let mut tasks = Vec::new();
-    if let Some(directory) = &request.output {
-        let ending = if qcow2 { "qcow2" } else { "raw" };
-        for disk in &point.disks {
-            let path = directory.join(format!("{}.{ending}", disk.key));
-            tasks.push(Task {
-                disk: disk.clone(),
-                path,
-                qcow2,
-            });
-        }
-    }
-    for named in &request.disks {
-        let Some((key, path)) = named.split_once('=') else {
-            let message = format!("`{named}` is not DISK=PATH");
-            return Err(Failure::plain(Kind::Usage, message));
-        };
-        let Some(disk) = point.disks.iter().find(|disk| disk.key == key) else {
-            let keys: Vec<&str> = point.disks.iter().map(|disk| disk.key.as_str()).collect();
-            return Err(Failure::hinted(
-                Kind::Usage,
-                format!("the point has no disk `{key}`"),
-                format!("its disks are: {}", keys.join(", ")),
-            ));
-        };
-        tasks.push(Task {
-            disk: disk.clone(),
-            path: path.into(),
-            qcow2,
-        });
-    }
-    restore::check(&tasks, request.force)?;
+    let repo = secret::open(&args.repo)?;
+    let point = repo.resolve(&args.point)?;
+    let mut tasks = disks(args, &point)?;
     // From here on a forget and a prune take nothing of it away.
     let _lease = repo.lease(&[&point], "forerun restore")?;
-    if let Some(directory) = &request.output {
-        restore::make_directory(directory)?;
+    let domain = args
+        .define
+        .then(|| define::plan(args, &repo, &point, &tasks));
+    let domain = domain.transpose()?;
+    if let Some(directory) = args.output.as_deref().filter(|_| !args.disk_only) {
+        for (stored, file) in point.files() {
+            let path = match &domain {
+                Some(domain) => domain.place(file),
+                None => Some(directory.join(plain_name(&file.name)?)),
+            };
+            if let Some(path) = path {
+                tasks.push(Task {
+                    disk: stored.clone(),
+                    path,
+                    qcow2: false,
+                    create: Vec::new(),
+                });
+            }
+        }
+    }
+    restore::check(&tasks, args.force)?;
+    if let Some(directory) = &args.output {
+        restore::make_directory(directory, args.define)?;
+    }
+    if let Some(domain) = &domain {
+        domain.make_directories()?;
     }
     let progress = Arc::new(Progress::default());
     let bar = Bar::show(Arc::clone(&progress), style);
     let mut outcome = Outcome::default();
-    let mut restored = Vec::new();
+    let (mut restored, mut files) = (Vec::new(), Vec::new());
     for task in &tasks {
-        progress.begin(&format!("restore {}", task.disk.key), task.disk.size);
+        let file = task.disk.file.as_ref();
+        let shown = file.map_or(&task.disk.key, |file| &file.name);
+        progress.begin(&format!("restore {shown}"), task.disk.size);
         let existed = task.path.exists();
         let watch = Watch {
             progress: &progress,
             interrupted,
         };
-        match restore::apply(&repo, task, request.force, &watch) {
+        match restore::apply(&repo, task, args.force, &watch) {
             Err(_) if interrupted.load(Ordering::Relaxed) => {
                 outcome
                     .errors
@@ -92,26 +77,120 @@ pub(super) fn restore(
             done => done?,
         }
         outcome.line(format!(
-            "{}  {}  {}",
-            task.disk.key,
+            "{shown}  {}  {}",
             Bytes(task.disk.size),
             task.path.display()
         ));
-        restored.push(json!({ "disk": task.disk.key, "size": task.disk.size, "path": task.path }));
+        match file {
+            None => restored
+                .push(json!({ "disk": task.disk.key, "size": task.disk.size, "path": task.path })),
+            Some(file) => files.push(json!({
+                "name": file.name, "role": file.role, "size": task.disk.size, "path": task.path,
+            })),
+        }
     }
     drop(bar);
     outcome.more.insert("point".to_owned(), json!(point.id));
     outcome.more.insert("restored".to_owned(), restored.into());
+    outcome.more.insert("files".to_owned(), files.into());
+    if let Some(domain) = domain.filter(|_| outcome.errors.is_empty()) {
+        domain.define(args, &tasks, &mut outcome)?;
+    }
     Ok(outcome)
+}
+
+fn disks(args: &RestoreArgs, point: &Manifest) -> Result<Vec<Task>> {
+    let mut tasks = Vec::new();
+    let task = |disk: &DiskPoint, place: &dyn Fn(&str) -> Result<std::path::PathBuf>| {
+        let qcow2 = match args.format {
+            Some(format) => format == Format::Qcow2,
+            None => args.define && disk.format == "qcow2",
+        };
+        Ok::<_, anyhow::Error>(Task {
+            path: place(if qcow2 { "qcow2" } else { "raw" })?,
+            create: create_options(point, disk),
+            disk: disk.clone(),
+            qcow2,
+        })
+    };
+    let mut named = Vec::new();
+    for words in &args.disk {
+        let Some((key, path)) = words.split_once('=') else {
+            let message = format!("`{words}` is not DISK=PATH");
+            return Err(Failure::plain(Kind::Usage, message));
+        };
+        let Some(disk) = point.guest_disks().find(|disk| disk.key == key) else {
+            let keys: Vec<&str> = point.guest_disks().map(|disk| disk.key.as_str()).collect();
+            return Err(Failure::hinted(
+                Kind::Usage,
+                format!("the point has no disk `{key}`"),
+                format!("its disks are: {}", keys.join(", ")),
+            ));
+        };
+        named.push(key);
+        tasks.push(task(disk, &|_| Ok(path.into()))?);
+    }
+    if let Some(directory) = &args.output {
+        for disk in point.guest_disks() {
+            if !named.contains(&disk.key.as_str()) {
+                let place = |ending: &str| Ok(directory.join(format!("{}.{ending}", disk.key)));
+                tasks.push(task(disk, &place)?);
+            }
+        }
+    }
+    Ok(tasks)
+}
+
+/// A file's name that leads nowhere else.
+pub(super) fn plain_name(name: &str) -> Result<&str> {
+    let mut parts = Path::new(name).components();
+    match (parts.next(), parts.next()) {
+        (Some(Component::Normal(only)), None) if only == name => Ok(name),
+        _ => Err(Failure::plain(
+            Kind::Corrupt,
+            format!("the point has a file of the name `{name}`, which is none"),
+        )),
+    }
+}
+
+/// How the image was made that a disk was read from, as far as its header tells.
+fn create_options(point: &Manifest, disk: &DiskPoint) -> Vec<String> {
+    if disk.format != "qcow2" {
+        return Vec::new();
+    }
+    let machine = point.machine.pointer("/disks").and_then(Value::as_array);
+    let was = machine.and_then(|disks| disks.iter().find(|was| was["key"] == *disk.key));
+    let Some(was) = was else { return Vec::new() };
+    let header = was.pointer("/chain/0/header").unwrap_or(&Value::Null);
+    let options = [
+        ("compat", &header["compat"]),
+        ("cluster_size", &header["cluster-size"]),
+        ("refcount_bits", &header["refcount-bits"]),
+        ("extended_l2", &header["extended-l2"]),
+        ("compression_type", &header["compression-type"]),
+        ("lazy_refcounts", &was["lazy_refcounts"]),
+    ];
+    let worded = options.into_iter().filter_map(|(name, value)| {
+        let value = match value {
+            Value::Bool(true) => "on".to_owned(),
+            Value::Number(number) => number.to_string(),
+            Value::String(text) if text.chars().all(|c| c.is_ascii_alphanumeric() || c == '.') => {
+                text.clone()
+            }
+            _ => return None,
+        };
+        Some(format!("{name}={value}"))
+    });
+    worded.collect()
 }
 
 /// A restore that was ended: there is no half of an image to go on with.
 fn ended(task: &Task, existed: bool, is_first: bool) -> anyhow::Error {
-    let (disk, path) = (&task.disk.key, task.path.display());
+    let (what, path) = (task.what(), task.path.display());
     let left = if existed {
-        format!("disk `{disk}` in {path} is incomplete and of no use")
+        format!("{what} in {path} is incomplete and of no use")
     } else {
-        format!("nothing of disk `{disk}` is left at {path}")
+        format!("nothing of {what} is left at {path}")
     };
     let hint = if is_first {
         "a restore is not gone on with: run the command again"
@@ -119,4 +198,17 @@ fn ended(task: &Task, existed: bool, is_first: bool) -> anyhow::Error {
         "the disks that are listed are complete: restore the others with `--disk DISK=PATH`"
     };
     Failure::hinted(Kind::Interrupted, format!("interrupted: {left}"), hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stored_name_leads_nowhere_else() {
+        assert_eq!(plain_name("tpm2-00.permall").unwrap(), "tpm2-00.permall");
+        for bad in ["", ".", "..", "/etc/passwd", "../x", "a/b", "a/"] {
+            assert!(plain_name(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -1,5 +1,5 @@
-//! Several domains in one command: all of the host, or those that match a pattern. One after the other; one that fails does
-//! not keep the others from their turn, and the worst end counts.
+//! Several targets in one command: those that are named, those that match a pattern, or all domains of the host. One after
+//! the other, if not `--together`; one that fails does not keep the others from their turn, and the worst end counts.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,27 +12,43 @@ use crate::report::Outcome;
 use crate::target::Target;
 
 /// The single targets that were asked for in one; `None` when one was named.
-pub(super) fn chosen(args: &TargetArgs) -> Result<Option<Vec<TargetArgs>>> {
-    let pattern = match &args.target {
-        None if args.all => "*",
-        Some(Target::Name(name)) if name.contains(['*', '?']) => name.as_str(),
-        _ => return Ok(None),
-    };
+pub(super) fn chosen(args: &TargetArgs, more: &[Target]) -> Result<Option<Vec<TargetArgs>>> {
+    let all = args.all.then(|| Target::Name("*".to_owned()));
+    let named: Vec<&Target> = all.iter().chain(&args.target).chain(more).collect();
+    let pattern =
+        |target: &Target| matches!(target, Target::Name(name) if name.contains(['*', '?']));
+    if named.len() < 2 && !named.iter().any(|target| pattern(target)) {
+        return Ok(None);
+    }
     if args.name.is_some() {
         return Err(Failure::plain(
             Kind::Usage,
             "`--as` names one target, not several",
         ));
     }
-    let domains = Domain::all(args.connect.as_deref())?;
-    let found: Vec<TargetArgs> = domains
+    let mut found: Vec<Target> = Vec::new();
+    for target in named {
+        let mut these = match target {
+            Target::Name(name) if pattern(target) => matching(args.connect.as_deref(), name)?,
+            _ => vec![target.clone()],
+        };
+        these.retain(|target| !found.contains(target));
+        found.append(&mut these);
+    }
+    let single = |target| TargetArgs {
+        target: Some(target),
+        all: false,
+        ..args.clone()
+    };
+    Ok(Some(found.into_iter().map(single).collect()))
+}
+
+/// The domains whose names match a pattern.
+fn matching(connect: Option<&str>, pattern: &str) -> Result<Vec<Target>> {
+    let found: Vec<Target> = Domain::all(connect)?
         .iter()
         .filter(|domain| matches(pattern, domain.name()))
-        .map(|domain| TargetArgs {
-            target: Some(Target::Name(domain.name().to_owned())),
-            all: false,
-            ..args.clone()
-        })
+        .map(|domain| Target::Name(domain.name().to_owned()))
         .collect();
     if found.is_empty() {
         return Err(Failure::hinted(
@@ -41,16 +57,17 @@ pub(super) fn chosen(args: &TargetArgs) -> Result<Option<Vec<TargetArgs>>> {
             "`virsh list --all` has their names",
         ));
     }
-    Ok(Some(found))
+    Ok(found)
 }
 
 /// Runs a command on the target that was named, or on each of several.
 pub(super) fn each(
     args: &TargetArgs,
+    more: &[Target],
     interrupted: &AtomicBool,
     one: impl Fn(&TargetArgs) -> Result<Outcome>,
 ) -> Result<Outcome> {
-    let Some(targets) = chosen(args)? else {
+    let Some(targets) = chosen(args, more)? else {
         return one(args);
     };
     let mut all = Outcome::default();
@@ -68,10 +85,11 @@ pub(super) fn each(
 /// As [`each`], for a command on a repository.
 pub(super) fn each_of(
     args: &RepoTargetArgs,
+    more: &[Target],
     interrupted: &AtomicBool,
     one: impl Fn(&RepoTargetArgs) -> Result<Outcome>,
 ) -> Result<Outcome> {
-    each(&args.target, interrupted, |target| {
+    each(&args.target, more, interrupted, |target| {
         one(&RepoTargetArgs {
             target: target.clone(),
             repo: args.repo.clone(),

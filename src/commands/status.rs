@@ -41,10 +41,10 @@ pub(super) fn status(args: &StatusArgs, interrupted: &AtomicBool) -> Result<Outc
             on_miss: OnMiss::Backup,
         },
     };
-    if several::chosen(&args.target.target)?.is_none() {
+    if several::chosen(&args.target.target, &[])?.is_none() {
         return one(&args.target, &asked);
     }
-    let mut all = several::each_of(&args.target, interrupted, |target| one(target, &asked))?;
+    let mut all = several::each_of(&args.target, &[], interrupted, |target| one(target, &asked))?;
     all.lines = vec![line([
         "TARGET", "DIRTY", "PER HOUR", "RESIDUAL", "WINDOW", "DUE", "",
     ])];

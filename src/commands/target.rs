@@ -1,6 +1,4 @@
-//! `inspect`, `untrack`, `drop-session` and `recover`.
-
-use std::path::Path;
+//! `inspect`, `untrack` and `drop-session`.
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -9,19 +7,17 @@ use super::secret;
 use crate::bitmap::name;
 use crate::cli::{RepoArgs, RepoTargetArgs, TargetArgs};
 use crate::exit::{Failure, Kind};
-use crate::hoststate::{self, TargetState};
+use crate::hoststate::TargetState;
 use crate::image::{self, Closed, Repository};
-use crate::qmp::agent::{Address, THAW_FOR};
 use crate::qmp::command::{action_remove_bitmap, transaction};
-use crate::qmp::names::{PREFIX, RunName};
-use crate::qmp::{export, orphans, release, socket};
+use crate::qmp::export;
+use crate::qmp::names::RunName;
 use crate::replicate;
 use crate::report::Outcome;
 use crate::session::{Session, is_withdrawn_key};
-use crate::settle;
 use crate::target::{Choice, Target};
 use crate::units::Bytes;
-use crate::vm::{Hold, Vm};
+use crate::vm::{Hold, SAVED, Vm};
 
 /// A run that makes nothing: only its name is needed.
 pub(super) fn looking() -> RunName {
@@ -102,6 +98,12 @@ pub(super) fn inspect(args: &TargetArgs) -> Result<Outcome> {
             "not connected: the guest is not quiesced"
         };
         outcome.line(format!("  guest agent {word}"));
+    }
+    if machine.state == SAVED {
+        outcome.line(
+            "  a managed save has the guest's memory: a point holds the disks as after a power cut; remove it before they are restored (`virsh managedsave-remove`)"
+                .to_owned(),
+        );
     }
     if server == Some(true) {
         outcome.line("  an NBD server runs: a backup waits until it is stopped".to_owned());
@@ -269,103 +271,4 @@ fn no_session(repo: &Repository, target: &str) -> anyhow::Error {
         format!("sessions: {}", keys.join(", "))
     };
     Failure::hinted(Kind::Failed, format!("no session of `{target}`"), hint)
-}
-
-/// `recover`.
-pub(super) fn recover(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome> {
-    let repository = repo
-        .map(Closed::at)
-        .transpose()?
-        .map(|repo| repo.id().short());
-    let mut outcome = Outcome::default();
-    let mut removed = Vec::new();
-    let mut unthawed: Vec<Address> = Vec::new();
-    let target = args.named()?.to_string();
-    match super::find(args, false) {
-        Ok(vm) => {
-            let mut hold = vm.hold(&looking(), "forerun recover")?;
-            removed.append(&mut hold.recovered);
-            unthawed.append(&mut hold.unthawed);
-            if let Some(repository) = &repository {
-                let left = orphans::of(&mut hold.monitor, Some(repository))?;
-                removed.extend(release::release(&mut hold.monitor, &left, THAW_FOR)?.removed);
-            }
-            let foreign = orphans::of(&mut hold.monitor, None)?;
-            if !foreign.is_empty() {
-                outcome.warnings.push(format!(
-                    "{} things whose names begin with `{PREFIX}` stay in the VM: no journal of this host lists them; name their repository with `--repo`",
-                    foreign.len()
-                ));
-            }
-        }
-        Err(error) => match args.named()? {
-            // The VM is off: what its journals list on the file system is settled all the same.
-            Target::Qmp(socket) if is_off(&error) => removed = recover_off(socket)?,
-            _ => return Err(error),
-        },
-    }
-    for agent in &unthawed {
-        outcome.kind = Some(Kind::Attention);
-        outcome.warnings.push(format!(
-            "the guest agent {agent} does not say that the file systems are thawed: look at the guest, then run `recover` again"
-        ));
-    }
-    if removed.is_empty() && unthawed.is_empty() {
-        outcome.line(format!("{target}: nothing was left behind"));
-    }
-    for what in &removed {
-        outcome.line(format!("{target}: took back {what}"));
-    }
-    outcome
-        .targets
-        .push(json!({ "target": target, "removed": Value::from(removed) }));
-    Ok(outcome)
-}
-
-fn is_off(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        matches!(
-            cause.downcast_ref(),
-            Some(crate::qmp::Error::Unreachable { .. })
-        )
-    })
-}
-
-/// Settles the journals of a VM that is off, found by its socket.
-fn recover_off(socket: &Path) -> Result<Vec<String>> {
-    let mut removed = Vec::new();
-    let root = hoststate::root();
-    let Ok(entries) = std::fs::read_dir(&root) else {
-        return Ok(removed);
-    };
-    for entry in entries.flatten() {
-        let Some(key) = entry.file_name().to_str().map(str::to_owned) else {
-            continue;
-        };
-        let state = TargetState::open(&key)?;
-        let journals = state.journals()?;
-        if !journals.iter().any(|journal| journal.monitor() == socket) {
-            continue;
-        }
-        let _lock = state.lock_target("forerun recover", std::time::Duration::from_secs(30))?;
-        state.remove_unwritten()?;
-        for mut journal in state.journals()? {
-            if journal.monitor() == socket {
-                // A socket that we may not open looks like a VM that is off.
-                let process = journal.process();
-                if socket::start_time(process.pid) == Some(process.start) {
-                    return Err(Failure::hinted(
-                        Kind::Attention,
-                        format!(
-                            "the VM's QEMU (pid {}) runs, but its socket cannot be reached",
-                            process.pid
-                        ),
-                        "run `recover` as a user who may open the QMP socket",
-                    ));
-                }
-                removed.extend(settle::take_back(&mut journal, None, None, THAW_FOR)?.removed);
-            }
-        }
-    }
-    Ok(removed)
 }

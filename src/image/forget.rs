@@ -275,11 +275,11 @@ fn by_policy(
 /// The reasons to keep each of a target's points: a rule counts the points of every disk by themselves, so that none takes the
 /// last point of a disk that the newer points do not have.
 fn keep_of_disks(policy: &Policy, points: &[&Manifest], zone: &TimeZone) -> Vec<Vec<Reason>> {
-    let keys = points.iter().flat_map(|point| &point.disks);
+    let keys = points.iter().flat_map(|point| point.guest_disks());
     let keys: BTreeSet<&str> = keys.map(|disk| disk.key.as_str()).collect();
     let mut all: Vec<Vec<Reason>> = points.iter().map(|_| Vec::new()).collect();
     for key in keys {
-        let has = |point: &Manifest| point.disks.iter().any(|disk| disk.key == key);
+        let has = |point: &Manifest| point.guest_disks().any(|disk| disk.key == key);
         let of_disk: Vec<usize> = (0..points.len()).filter(|at| has(points[*at])).collect();
         let instants: Vec<_> = of_disk.iter().map(|at| points[*at].instant).collect();
         for (at, reasons) in of_disk.into_iter().zip(keep(policy, &instants, zone)) {
@@ -299,12 +299,12 @@ fn lost_disks(found: &Found, target: &TargetPlan) -> Vec<String> {
         .kept
         .iter()
         .filter(|(point, _)| !found.holed.contains_key(&point.id))
-        .flat_map(|(point, _)| &point.disks)
+        .flat_map(|(point, _)| point.guest_disks())
         .map(|disk| disk.key.as_str())
         .collect();
     let mut last: BTreeMap<&str, PointId> = BTreeMap::new();
     for point in &target.forgotten {
-        let gone = point.disks.iter().map(|disk| disk.key.as_str());
+        let gone = point.guest_disks().map(|disk| disk.key.as_str());
         last.extend(
             gone.filter(|disk| !kept.contains(disk))
                 .map(|disk| (disk, point.id)),

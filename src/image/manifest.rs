@@ -29,7 +29,7 @@ pub struct Manifest {
     pub freeze: String,
     /// What the guest knew of it.
     pub quiesce: Quiesce,
-    /// The disks.
+    /// What is stored: the guest's disks, and the files of the host that belong to the VM.
     pub disks: Vec<DiskPoint>,
     /// The machine's configuration.
     pub machine: Value,
@@ -40,6 +40,19 @@ pub struct Manifest {
     /// Where it was made, when it is a copy from another repository.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<Origin>,
+}
+
+impl Manifest {
+    /// The guest's disks.
+    pub fn guest_disks(&self) -> impl Iterator<Item = &DiskPoint> {
+        self.disks.iter().filter(|disk| disk.file.is_none())
+    }
+
+    /// The files that belong to the VM.
+    pub fn files(&self) -> impl Iterator<Item = (&DiskPoint, &HostFile)> {
+        let files = self.disks.iter();
+        files.filter_map(|disk| Some((disk, disk.file.as_ref()?)))
+    }
 }
 
 /// The point that another one is a copy of, or a copy of a copy: two points of one digest have one content.
@@ -79,6 +92,18 @@ pub enum Quiesce {
     Offline,
 }
 
+impl Quiesce {
+    /// As the manifest and the reports have it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Quiesced => "quiesced",
+            Self::CrashConsistent => "crash-consistent",
+            Self::Offline => "offline",
+        }
+    }
+}
+
 /// A disk of a point.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DiskPoint {
@@ -98,7 +123,33 @@ pub struct DiskPoint {
     pub tracking: Option<Tracking>,
     /// Why it was read in full.
     pub rescanned: Option<String>,
+    /// It is no disk of the guest but a file of the host that belongs to the VM. To whoever stores, keeps, checks and copies it
+    /// that makes no difference, so it is one here too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<HostFile>,
 }
+
+/// A file of the host that belongs to a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostFile {
+    /// What it is for: [`DEFINITION`], `nvram`, `tpm`, `kernel`... Later versions may know more.
+    pub role: String,
+    /// Its name among the point's files, without a directory.
+    pub name: String,
+    /// Where it was; nothing, when it was no file.
+    pub path: Option<String>,
+    /// The user and the group that it belonged to, by their names: `swtpm:swtpm`.
+    pub owner: Option<String>,
+}
+
+/// The role of a domain's definition, as it starts next time.
+pub const DEFINITION: &str = "definition";
+/// The role of a domain's definition, as it ran.
+pub const LIVE_DEFINITION: &str = "live-definition";
+/// The role of the firmware's variables.
+pub const NVRAM: &str = "nvram";
+/// The role of an emulated TPM's state.
+pub const TPM: &str = "tpm";
 
 /// From where the next increment of a disk can go on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -67,7 +67,10 @@ pub use ids::{BlockId, Digest, KeyId, ObjectId, PointId, RepoId, SessionId};
 pub use index::{NOT_INDEXED, Rebuilt};
 pub use keys::{KeyInfo, KeyRing, Keys};
 pub use lease::Lease;
-pub use manifest::{DiskPoint, Manifest, Origin, Quiesce, RetiredBitmap, Target, Tracking};
+pub use manifest::{
+    DEFINITION, DiskPoint, HostFile, LIVE_DEFINITION, Manifest, NVRAM, Origin, Quiesce,
+    RetiredBitmap, TPM, Target, Tracking,
+};
 pub use map::{
     BlockIds, Changes, Diff, Entry, LAYERS, LayerRef, MapReader, MapRef, MapRuns, MapStats, Run,
     RunContent, build_map, changes, diff,

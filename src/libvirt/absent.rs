@@ -1,5 +1,10 @@
 //! A build without libvirt: no domain is ever found.
 
+#[path = "definition.rs"]
+pub mod definition;
+
+use definition::{Definition, Plan, Redefined};
+
 use crate::qmp::machine::{LeftOut, Machine};
 use crate::qmp::managed::Manager;
 use crate::qmp::{Error, Monitor, Result};
@@ -18,6 +23,21 @@ fn absent<T>() -> Result<T> {
 
 /// Nothing can be reached.
 pub fn monitor(_uri: &str, _uuid: &str) -> Result<Box<dyn Monitor>> {
+    absent()
+}
+
+/// Nothing can be told.
+pub fn identity(_xml: &str) -> Result<(String, String)> {
+    absent()
+}
+
+/// Nothing can be changed.
+pub fn redefine(_xml: &str, _plan: &Plan<'_>) -> Result<Redefined> {
+    absent()
+}
+
+/// Nothing can be reached.
+pub fn uri(_connect: Option<&str>) -> Result<String> {
     absent()
 }
 
@@ -47,6 +67,10 @@ impl Domain {
         match *self {}
     }
 
+    pub fn is_saved(&self) -> Result<bool> {
+        match *self {}
+    }
+
     pub fn monitor(&self) -> Result<Box<dyn Monitor>> {
         match *self {}
     }
@@ -61,6 +85,14 @@ impl Domain {
 
     pub fn images(&self) -> Result<(Vec<Image>, Vec<LeftOut>)> {
         match *self {}
+    }
+
+    pub fn definition(&self, _secrets: bool) -> Result<Definition> {
+        match *self {}
+    }
+
+    pub fn define(_connect: Option<&str>, _xml: &str) -> Result<Self> {
+        absent()
     }
 
     pub fn agent_connected(&self) -> Result<Option<bool>> {

@@ -86,6 +86,10 @@ pub(super) fn images(xml: &Description) -> (Vec<Image>, Vec<LeftOut>) {
             leave("read-only".to_owned(), false);
         } else if let Some(why) = why_refused(disk) {
             leave(why, true);
+        } else if disk.encrypted {
+            let why =
+                "libvirt has the key of its encryption: it is opened only while the domain runs";
+            leave(why.to_owned(), true);
         } else {
             match (disk.kind.as_str(), &disk.path, disk.format.as_deref()) {
                 ("file" | "block", Some(path), Some("qcow2" | "raw")) => images.push(Image {
@@ -125,7 +129,10 @@ mod tests {
             .iter()
             .map(|left| (left.device.as_str(), left.refused))
             .collect();
-        assert_eq!(left, [("sda", true), ("sdb", false), ("vdc", true)]);
+        assert_eq!(
+            left,
+            [("sda", true), ("sdb", false), ("vdc", true), ("vdd", true)]
+        );
     }
 
     #[test]

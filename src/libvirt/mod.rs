@@ -6,11 +6,15 @@
 //! ```text
 //! Domain    name, UUID, URI: active? XML?        xml      disks and agent, read from the XML
 //! monitor   qmp::Monitor over the passthrough    disks    a disk's key is its target dev; what is refused
+//! definition   what a domain is besides its disks      redefine   its XML for a restored copy, by edit
 //! snapshot  qmp::managed::Manager: external snapshots and commits as libvirt makes them
 //! ```
 
+pub mod definition;
 mod disks;
+mod edit;
 mod monitor;
+mod redefine;
 mod snapshot;
 mod xml;
 
@@ -19,6 +23,9 @@ use std::time::Duration;
 use virt::connect::Connect;
 use virt::error::{ErrorNumber, clear_error_callback};
 
+pub use self::redefine::{identity, redefine};
+
+use self::definition::Definition;
 use self::xml::Description;
 use crate::clock::{self, Deadline};
 use crate::qmp::machine::{LeftOut, Machine};
@@ -32,6 +39,8 @@ const ANSWER: Duration = Duration::from_secs(30);
 const LOCKED: Duration = Duration::from_secs(45);
 /// How long a daemon that is being restarted is waited for.
 const RESTART: Duration = Duration::from_secs(20);
+/// `VIR_DOMAIN_XML_SECURE` (libvirt-domain.h): with passwords.
+const XML_SECURE: u32 = 1;
 /// `VIR_DOMAIN_XML_INACTIVE` (libvirt-domain.h).
 const XML_INACTIVE: u32 = 2;
 
@@ -119,6 +128,13 @@ impl Domain {
         )
     }
 
+    /// Whether it is to go on from a managed save, with the memory that its guest had.
+    pub fn is_saved(&self) -> Result<bool> {
+        self.ask("ask for a managed save of the domain", |domain| {
+            domain.has_managed_save(0)
+        })
+    }
+
     /// Its monitor; [`Error::Closed`] when it is off.
     pub fn monitor(&self) -> Result<Box<dyn Monitor>> {
         monitor(&self.uri, &self.uuid)
@@ -146,6 +162,44 @@ impl Domain {
     /// Whether a guest agent is connected; `None` when the domain has no channel for one.
     pub fn agent_connected(&self) -> Result<Option<bool>> {
         Ok(self.description(0)?.agent_connected)
+    }
+
+    /// What it is besides its disks. Passwords of its consoles are in it only when `secrets` says so.
+    pub fn definition(&self, secrets: bool) -> Result<Definition> {
+        let facts = self.ask("read the domain's definition", move |domain| {
+            let active = domain.is_active()?;
+            let inactive = domain.xml_desc(XML_INACTIVE)?;
+            let secure = domain.xml_desc(XML_INACTIVE | XML_SECURE)?;
+            let live = if secrets { XML_SECURE } else { 0 };
+            let live = active.then(|| domain.xml_desc(live)).transpose()?;
+            let lasting = (
+                domain.is_persistent()?,
+                domain.is_persistent()? && domain.autostart()?,
+            );
+            Ok((inactive, secure, live, lasting))
+        })?;
+        let (inactive, secure, live, (persistent, autostart)) = facts;
+        Ok(Definition {
+            parts: redefine::parts(&inactive, &self.uri)?,
+            uri: self.uri.clone(),
+            live,
+            without_secrets: !secrets && secure != inactive,
+            inactive: if secrets { secure } else { inactive },
+            persistent,
+            autostart,
+        })
+    }
+
+    /// Defines a domain.
+    pub fn define(connect: Option<&str>, xml: &str) -> Result<Self> {
+        let connection = open(connect)?;
+        let uri = connection.uri.clone();
+        let xml = xml.to_owned();
+        let (name, uuid) = asked("define the domain", connection, move |connect| {
+            let domain = connect.define_domain_xml(&xml)?;
+            Ok((domain.name()?, domain.uuid_string()?))
+        })?;
+        Ok(Self { uri, name, uuid })
     }
 
     fn description(&self, flags: u32) -> Result<Description> {
@@ -283,6 +337,11 @@ fn open_patiently(uri: &str) -> Result<Connection> {
             opened => return opened,
         }
     }
+}
+
+/// The URI that domains are reached by.
+pub fn uri(connect: Option<&str>) -> Result<String> {
+    Ok(open(connect)?.uri)
 }
 
 /// Disks are read over a UNIX socket, so the domains must be of this host.

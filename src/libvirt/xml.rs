@@ -16,6 +16,7 @@ pub(super) struct Description {
 }
 
 /// A `<disk>`.
+#[expect(clippy::struct_excessive_bools, reason = "libvirt's own elements")]
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Disk {
     /// The target's `dev`: `vda`.
@@ -35,6 +36,8 @@ pub(super) struct Disk {
     pub(super) readonly: bool,
     pub(super) shareable: bool,
     pub(super) transient: bool,
+    /// libvirt has its key.
+    pub(super) encrypted: bool,
 }
 
 impl Description {
@@ -73,6 +76,10 @@ fn disk(node: Node<'_, '_>) -> Disk {
         readonly: child(node, "readonly").is_some(),
         shareable: child(node, "shareable").is_some(),
         transient: child(node, "transient").is_some(),
+        encrypted: [Some(node), child(node, "source")]
+            .into_iter()
+            .flatten()
+            .any(|of| child(of, "encryption").is_some()),
     }
 }
 
@@ -83,7 +90,7 @@ pub(super) fn escaped(text: &str) -> String {
         .replace('\'', "&apos;")
 }
 
-fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
+pub(super) fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
     node.children().find(|child| child.has_tag_name(name))
 }
 
@@ -100,6 +107,8 @@ pub(super) mod tests {
         <disk type='file' device='cdrom'><target dev='sdb' bus='sata'/><readonly/><alias name='sata0-0-1'/></disk>
         <disk type='network' device='disk'><source protocol='rbd' name='pool/image' index='1'/>
           <target dev='vdc' bus='virtio'/><alias name='virtio-disk2'/></disk>
+        <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/images/c.qcow2' index='6'>
+          <encryption format='luks'><secret type='passphrase' uuid='x'/></encryption></source><target dev='vdd'/></disk>
         <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>
         </devices></domain>";
 
@@ -116,6 +125,7 @@ pub(super) mod tests {
         assert!(found.disks[2].readonly);
         assert_eq!(found.disks[2].path, None);
         assert_eq!(found.disks[3].kind, "network");
+        assert!(found.disks[4].encrypted && !found.disks[0].encrypted);
         assert!(Description::parse("<domain><devices").is_err());
         let bare = Description::parse("<domain/>").unwrap();
         assert!(bare.disks.is_empty() && bare.agent_connected.is_none());

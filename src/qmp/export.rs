@@ -8,16 +8,19 @@ use std::path::{Path, PathBuf};
 
 use qapi::qmp;
 use rustix::fs::{Mode, OFlags};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::command::{call, call_within};
-use super::names::{Part, RunName};
+use super::command::{action_remove_bitmap, call, call_within, flag, list, text, transaction};
+use super::names::{PREFIX, Part, RunName};
 use super::release::Leftover;
 use super::{Error, Monitor, REPLY_TIMEOUT, Result};
 use crate::unix_path::ShortPath;
 
 /// The longest string of the NBD protocol ("Values", string length).
 const NBD_NAME_LIMIT: usize = 4096;
+
+/// How the names of our sockets end: `<repository>-<run>.nbd`, short enough for a socket's path.
+pub(super) const SOCKET: &str = ".nbd";
 
 /// A disk's export to make.
 #[derive(Debug, Clone)]
@@ -26,8 +29,21 @@ pub struct Export {
     pub disk: usize,
     /// The node to read.
     pub node: String,
-    /// The bitmaps to read with it, each as (the node that has it, its name).
+    /// The bitmaps to read with it, each as (the node that has it, its name). Copies of them are exported, see [`copy_name`].
     pub bitmaps: Vec<(String, String)>,
+    /// Bytes a bit of theirs.
+    pub granularity: u32,
+}
+
+/// How the names of copies end.
+const COPY: &str = "-copy";
+
+/// The name that a bitmap is exported under: that of a copy that is not stored. A stored one that is in use when QEMU gives its
+/// images away, for a save or a migration, is the end of QEMU (10.0.2: `bdrv_release_dirty_bitmap_locked: Assertion
+/// !bdrv_dirty_bitmap_busy(bitmap) failed`).
+#[must_use]
+pub fn copy_name(bitmap: &str) -> String {
+    format!("{bitmap}{COPY}")
 }
 
 /// Where a run's NBD server listens.
@@ -46,7 +62,7 @@ impl Listening {
         let directory = monitor.place().unwrap_or(directory);
         let listener = run.part(Part::Listener, 0);
         Self {
-            socket: directory.join(format!("{}.nbd", run.run)),
+            socket: directory.join(format!("{}-{}{SOCKET}", run.repository, run.run)),
             listener,
         }
     }
@@ -100,18 +116,57 @@ pub fn export_id(run: &RunName, disk: usize) -> String {
 /// Adds one export.
 pub fn add(monitor: &mut dyn Monitor, run: &RunName, export: &Export) -> Result<()> {
     let id = export_id(run, export.disk);
-    let bitmaps: Vec<_> = export
-        .bitmaps
-        .iter()
-        .map(|(node, name)| json!({ "node": node, "name": name }))
-        .collect();
+    let mut copies = Vec::new();
+    let mut exported = Vec::new();
+    for (node, name) in &export.bitmaps {
+        let copy = copy_name(name);
+        copies.push(json!({ "type": "block-dirty-bitmap-add", "data": {
+            "node": node, "name": copy, "granularity": export.granularity, "disabled": true,
+        }}));
+        copies.push(json!({ "type": "block-dirty-bitmap-merge", "data": {
+            "node": node, "target": copy, "bitmaps": [name],
+        }}));
+        exported.push(json!({ "node": node, "name": copy }));
+    }
+    match transaction(monitor, &copies) {
+        Err(error) if error.refused() => {
+            // A run whose journal is lost may have left some; those of other exports are in use.
+            remove_copies(monitor, &[&run.repository])?;
+            transaction(monitor, &copies)?;
+        }
+        done => done?,
+    }
     let mut arguments = json!({
         "type": "nbd", "id": id, "name": id, "node-name": export.node, "writable": false,
     });
-    if !bitmaps.is_empty() {
-        arguments["bitmaps"] = bitmaps.into();
+    if !exported.is_empty() {
+        arguments["bitmaps"] = exported.into();
     }
     call::<qmp::block_export_add>(monitor, arguments).map(drop)
+}
+
+/// Removes the copies of bitmaps that exports of these repositories had. Only under the target's lock, with no export left.
+pub(super) fn remove_copies(monitor: &mut dyn Monitor, repositories: &[&str]) -> Result<()> {
+    let ours = |name: &str| {
+        let copied = name
+            .strip_suffix(COPY)
+            .and_then(|name| name.strip_prefix(PREFIX));
+        let of = copied.and_then(|name| name.split('-').next());
+        of.is_some_and(|of| repositories.contains(&of))
+    };
+    let mut actions = Vec::new();
+    for node in list::<qmp::query_named_block_nodes>(monitor, json!({ "flat": true }))? {
+        let bitmaps = node.get("dirty-bitmaps").and_then(Value::as_array);
+        for bitmap in bitmaps.into_iter().flatten() {
+            if ours(text(bitmap, "name")) && !flag(bitmap, "busy") {
+                actions.push(action_remove_bitmap(
+                    text(&node, "node-name"),
+                    text(bitmap, "name"),
+                ));
+            }
+        }
+    }
+    transaction(monitor, &actions)
 }
 
 /// Whether the VM's NBD server runs, whoever's it is. There is no query for it: an export under a name that is too long

@@ -94,6 +94,8 @@ pub struct Disk {
     pub direct: bool,
     /// Whether QEMU decrypts it: a backup would hold plain text.
     pub decrypted: bool,
+    /// Whether a qcow2 image updates its reference counts lazily.
+    pub lazy_refcounts: bool,
     /// The job filters above the node that are not ours.
     pub foreign_filters: Vec<String>,
 }
@@ -176,6 +178,23 @@ impl Graph {
     #[must_use]
     pub fn backing(&self, node: &str) -> Option<&str> {
         self.child(node, "backing")
+    }
+
+    /// The nodes under another, each before its own.
+    #[must_use]
+    pub fn below(&self, node: &str) -> Vec<String> {
+        let mut below = Vec::new();
+        let mut next = vec![node.to_owned()];
+        while let Some(parent) = next.pop() {
+            let children = self.children.iter().filter(|((of, _), _)| *of == parent);
+            for child in children.flat_map(|(_, children)| children) {
+                if !child.is_empty() && !below.contains(child) {
+                    below.push(child.clone());
+                    next.push(child.clone());
+                }
+            }
+        }
+        below
     }
 
     /// Whether a device, filter, job or other node uses this one.
@@ -360,6 +379,8 @@ impl Graph {
             decrypted: format == "luks"
                 || flag(value, "encrypted")
                 || image.pointer("/format-specific/data/encrypt").is_some(),
+            lazy_refcounts: image.pointer("/format-specific/data/lazy-refcounts")
+                == Some(&Value::Bool(true)),
             format,
             size,
             filters,

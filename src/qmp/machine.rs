@@ -22,6 +22,8 @@ const FRONT_ENDS: [&str; 8] = [
     "ide-hd",
     "nvme-ns",
 ];
+/// The flash that UEFI firmware keeps its variables in: no disk.
+const FLASH: &str = "cfi.pflash01";
 /// Devices that are disks for the guest but have no block node in QEMU.
 const NODELESS: [&str; 6] = [
     "vhost-user-blk",
@@ -175,6 +177,10 @@ fn describe(monitor: &mut dyn Monitor, graph: &Graph, device: &Value) -> Result<
     let (path, key) = device_path(qdev);
     let kind = property(monitor, &path, "type")?.unwrap_or_default();
     let kind = kind.as_str().unwrap_or("").to_owned();
+    if kind == FLASH {
+        let why = "the firmware's variables, no disk; a point of a domain holds them as its nvram";
+        return leave(why.to_owned(), false);
+    }
     if !FRONT_ENDS.contains(&kind.as_str()) {
         let why = format!("a `{kind}` device: not known to pass all its writes through its node");
         return leave(why, true);

@@ -1,10 +1,13 @@
 //! What is in a VM under our names although no journal lists it: found by the names, each kind by its letter. Meaningful
 //! only under the target's lock, when no run of this host has anything in the VM.
 
+use std::path::Path;
+
 use qapi::qmp;
 use serde_json::{Value, json};
 
 use super::command::{jobs, list, text};
+use super::export::SOCKET;
 use super::graph::Graph;
 use super::names::PREFIX;
 use super::release::Leftover;
@@ -53,7 +56,33 @@ pub fn of(monitor: &mut dyn Monitor, repository: Option<&str>) -> Result<Vec<Lef
             left.push(Leftover::FdSet { id });
         }
     }
+    if let Some(place) = monitor.place() {
+        left.extend(files(place, repository));
+    }
     Ok(left)
+}
+
+/// The sockets of our servers in a domain's own directory.
+fn files(place: &Path, repository: Option<&str>) -> Vec<Leftover> {
+    let entries = std::fs::read_dir(place).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let ours = names.filter(|name| {
+        let parts = name
+            .strip_suffix(SOCKET)
+            .and_then(|name| name.split_once('-'));
+        parts.is_some_and(|(of, run)| {
+            is_hex8(of) && is_hex8(run) && repository.is_none_or(|short| short == of)
+        })
+    });
+    ours.map(|name| Leftover::Server {
+        socket: place.join(name),
+        listener: String::new(),
+    })
+    .collect()
+}
+
+fn is_hex8(text: &str) -> bool {
+    text.len() == 8 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// The letter of a name's kind: `forerun-<8>-<8>-<letter><number>`.

@@ -253,5 +253,9 @@ pub(crate) fn wait(fd: BorrowedFd<'_>, flags: PollFlags, deadline: Deadline) -> 
 pub fn start_time(pid: i32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let rest = stat.get(stat.rfind(')')? + 2..)?;
+    // One that has ended and that nobody has waited for is listed still (proc_pid_stat(5)).
+    if rest.starts_with(['Z', 'X']) {
+        return None;
+    }
     rest.split_ascii_whitespace().nth(19)?.parse().ok()
 }

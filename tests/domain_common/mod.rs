@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use forerun_rig::block::RawFile;
+use forerun_rig::block::{Image, RawFile};
 use forerun_rig::guest::{Bus, Disk, Domain, Guest, Libvirtd, Program};
 use forerun_rig::stamp::{Verdict, check};
 use serde_json::{Value, json};
@@ -167,15 +167,21 @@ impl Lab {
 
     /// Restores a point and says after which write its disks are, exactly.
     pub(crate) fn step_of(&mut self, point: &str) -> u64 {
+        self.step_on(point, &["vda", "vdb", "sda"])
+    }
+
+    /// As [`step_of`](Self::step_of), with these disks in the stamper's order.
+    pub(crate) fn step_on(&mut self, point: &str, disks: &[&str]) -> u64 {
         let output = self.path("restored");
         std::fs::remove_dir_all(&output).ok();
         self.run(&["restore", point, "--output", &output.display().to_string()])
             .done();
-        let images: Vec<RawFile> = ["vda", "vdb", "sda"]
+        let images: Vec<RawFile> = disks
             .iter()
             .map(|id| RawFile::open(&output.join(format!("{id}.raw"))).unwrap())
             .collect();
-        match check(&[&images[0], &images[1], &images[2]]).unwrap() {
+        let views: Vec<&dyn Image> = images.iter().map(|image| image as &dyn Image).collect();
+        match check(&views).unwrap() {
             Verdict::Exact(step) => step,
             other => panic!("point {point}: {other:?}"),
         }
@@ -201,7 +207,7 @@ impl Lab {
                 left.push(format!("node {name}"));
             }
         }
-        let place = home().join("lib/qemu");
+        let place = self.domain.lock().home().join("lib/qemu");
         for domain in std::fs::read_dir(place).unwrap() {
             let path = domain.unwrap().path();
             let own = path.file_name().unwrap().to_str().unwrap();

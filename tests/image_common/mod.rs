@@ -275,6 +275,7 @@ pub fn manifest_of(
             map,
             tracking: None,
             rescanned: None,
+            file: None,
         }],
         machine: json!({"xml": "<domain/>"}),
         statistics: json!({"residual": 0}),

@@ -146,6 +146,11 @@ impl Disk {
         &self.id
     }
 
+    /// The device's serial number, if it was given one.
+    pub fn serial_number(&self) -> Option<&str> {
+        self.serial.as_deref()
+    }
+
     /// Its size in bytes.
     pub fn size(&self) -> u64 {
         self.size

@@ -8,8 +8,11 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
 use super::{
-    BOOT, Builder, Bus, Disk, Format, Libvirtd, UP, initramfs, kernel, last_line, line_with,
+    BOOT, Builder, Bus, Disk, Format, Libvirtd, UP, initramfs, kernel, last_line, line_with, system,
 };
+
+/// OVMF, as Debian's package has it.
+const FIRMWARE: &str = "<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader><nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'/>";
 
 /// A guest under libvirt. Dropped, it is destroyed.
 #[derive(Debug)]
@@ -22,13 +25,16 @@ pub struct Domain {
 
 impl Builder {
     /// Defines the guest as a domain, starts it, and waits until it is up. A disk's id is its target's `dev`, which
-    /// says its bus, too: `vda` is on virtio-blk, `sda` on virtio-scsi.
+    /// says its bus, too: `vda` is on virtio-blk, `sda` on virtio-scsi. Another bus is one of libvirt's names.
     pub fn domain(
         self,
         libvirtd: std::sync::Arc<std::sync::Mutex<Libvirtd>>,
         name: &str,
     ) -> Result<Domain> {
         fs::create_dir_all(&self.dir)?;
+        if self.system.is_some() {
+            system::create_root(&self.dir, &self.disks)?;
+        }
         for disk in &self.disks {
             disk.create(&self.dir)?;
         }
@@ -39,7 +45,7 @@ impl Builder {
             &self.dir.join("initrd"),
             &kernel,
             &self.run_script(),
-            self.agent,
+            self.agent && self.system.is_none(),
         )?;
         let file = self.dir.join(format!("{name}.xml"));
         fs::write(&file, self.xml(name))?;
@@ -70,19 +76,31 @@ impl Builder {
             .uuid
             .as_deref()
             .map(|uuid| format!("<uuid>{uuid}</uuid>"));
+        let firmware = if self.uefi { FIRMWARE } else { "" };
+        let tpm = if self.tpm {
+            "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+        } else {
+            ""
+        };
+        let interface = self.mac.as_deref().map(|mac| {
+            format!(
+                "<interface type='user'><mac address='{mac}'/><model type='virtio'/></interface>"
+            )
+        });
         format!(
             "<domain type='qemu'><name>{name}</name>{uuid}<memory unit='MiB'>{memory}</memory><vcpu>{vcpus}</vcpu>
 <iothreads>2</iothreads>
-<os><type arch='x86_64' machine='q35'>hvm</type><kernel>{dir}/vmlinuz</kernel><initrd>{dir}/initrd</initrd>
-<cmdline>console=ttyS0 quiet panic=-1</cmdline></os><features><acpi/></features><cpu mode='maximum'/>
+<os><type arch='x86_64' machine='q35'>hvm</type>{firmware}<kernel>{dir}/vmlinuz</kernel><initrd>{dir}/initrd</initrd>
+<cmdline>console=ttyS0 quiet panic=-1 no_timer_check</cmdline></os><features><acpi/></features><cpu mode='maximum'/>
 <on_reboot>restart</on_reboot><on_crash>destroy</on_crash>
 <devices><emulator>{binary}</emulator>
 {disks}
 <controller type='scsi' index='0' model='virtio-scsi'><driver iothread='2'/></controller>
 <serial type='file'><source path='{dir}/serial.log'/></serial>
-{agent}<memballoon model='none'/></devices></domain>
+{agent}{tpm}{interface}<memballoon model='none'/></devices></domain>
 ",
             uuid = uuid.unwrap_or_default(),
+            interface = interface.unwrap_or_default(),
             memory = self.memory_mib,
             vcpus = self.vcpus,
             binary = emulator(&self.binary),
@@ -102,6 +120,7 @@ fn emulator(binary: &Path) -> String {
 fn disk_xml(disk: &Disk, dir: &Path) -> String {
     let (bus, iothread) = match (disk.bus_kind(), disk.iothread_name()) {
         (Bus::Scsi, _) => ("scsi", ""),
+        (Bus::Other(bus), _) => (bus.as_str(), ""),
         (_, Some(_)) => ("virtio", " iothread='1'"),
         (_, None) => ("virtio", ""),
     };
@@ -109,8 +128,11 @@ fn disk_xml(disk: &Disk, dir: &Path) -> String {
         Format::Qcow2 => "qcow2",
         Format::Raw => "raw",
     };
+    let serial = disk.serial_number();
+    let serial = serial.map(|serial| format!("<serial>{serial}</serial>"));
+    let serial = serial.unwrap_or_default();
     format!(
-        "<disk type='file' device='disk'><driver name='qemu' type='{format}' discard='unmap'{iothread}/><source file='{}'/><target dev='{}' bus='{bus}'/></disk>",
+        "<disk type='file' device='disk'><driver name='qemu' type='{format}' discard='unmap'{iothread}/><source file='{}'/><target dev='{}' bus='{bus}'/>{serial}</disk>",
         disk.path(dir).display(),
         disk.id()
     )

@@ -66,6 +66,14 @@ pub(super) fn agent_root() -> Result<PathBuf> {
     Ok(dir.join("root"))
 }
 
+/// The root disk of a guest with systemd, made when it is not there.
+pub(super) fn system_root() -> Result<PathBuf> {
+    let dir = cache_dir().join("system");
+    let _one_at_a_time = lock()?;
+    fetch("fetch_guest_system", &dir)?;
+    Ok(dir.join("root.qcow2"))
+}
+
 /// The static program for the guest: `FORERUN_RIG_GUEST`, else built here. Cargo decides whether it has to be built again.
 pub(super) fn guest_program() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("FORERUN_RIG_GUEST") {

@@ -2,6 +2,7 @@
 //! machine's own libvirtd sees nothing of it. Needs root.
 
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -78,8 +79,9 @@ impl Libvirtd {
         fs::write(
             home.join("etc/libvirtd.conf"),
             format!(
-                "unix_sock_dir = \"{0}/sock\"\nauth_unix_rw = \"none\"\nlog_outputs = \"2:file:{0}/libvirtd.log\"\n",
-                home.display()
+                "unix_sock_dir = \"{0}/sock\"\nauth_unix_rw = \"none\"\nlog_outputs = \"2:file:{0}/libvirtd.log\"\nhost_uuid = \"{1}\"\n",
+                home.display(),
+                host_uuid(home),
             ),
         )?;
         let mut holder = Command::new("unshare")
@@ -122,6 +124,11 @@ impl Libvirtd {
             .arg("--")
             .arg(program);
         command
+    }
+
+    /// Its directory.
+    pub fn home(&self) -> &Path {
+        &self.home
     }
 
     /// What libvirt's clients connect to.
@@ -188,6 +195,18 @@ impl Libvirtd {
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
+}
+
+/// A host of its own for libvirt, so that a guest can migrate from one daemon to another on one machine.
+fn host_uuid(home: &Path) -> String {
+    let mut hasher = DefaultHasher::new();
+    home.hash(&mut hasher);
+    let hash = hasher.finish();
+    format!(
+        "{:08x}-0000-4000-8000-{:012x}",
+        hash >> 48,
+        hash & 0xffff_ffff_ffff
+    )
 }
 
 impl Drop for Libvirtd {

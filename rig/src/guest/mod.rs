@@ -11,6 +11,7 @@ mod initramfs;
 mod kernel;
 mod libvirtd;
 mod machine;
+mod system;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -27,6 +28,7 @@ pub use libvirtd::Libvirtd;
 pub use machine::Machine;
 use machine::machine_args;
 pub(crate) use machine::machine_without_guest;
+pub use system::SystemFile;
 
 /// How long a boot may take; a starved machine is slow.
 const BOOT: Duration = Duration::from_secs(240);
@@ -66,13 +68,38 @@ pub struct Builder {
     disks: Vec<Disk>,
     program: Program,
     agent: bool,
+    system: Option<Vec<SystemFile>>,
     mounts: Vec<(String, String)>,
     uuid: Option<String>,
     extra: Vec<String>,
     binary: PathBuf,
+    uefi: bool,
+    tpm: bool,
+    mac: Option<String>,
 }
 
 impl Builder {
+    /// Of a domain: with UEFI firmware and variables of its own.
+    #[must_use]
+    pub fn uefi(mut self) -> Self {
+        self.uefi = true;
+        self
+    }
+
+    /// Of a domain: with an emulated TPM.
+    #[must_use]
+    pub fn tpm(mut self) -> Self {
+        self.tpm = true;
+        self
+    }
+
+    /// Of a domain: with a network interface of this address.
+    #[must_use]
+    pub fn interface(mut self, mac: &str) -> Self {
+        self.mac = Some(mac.into());
+        self
+    }
+
     /// Virtual CPUs, 1 unless set.
     #[must_use]
     pub fn vcpus(mut self, vcpus: u32) -> Self {
@@ -184,6 +211,9 @@ impl Builder {
     }
 
     fn run_script(&self) -> String {
+        if let Some(files) = &self.system {
+            return system::switch_script(files);
+        }
         let mut script = String::new();
         for (device, path) in &self.mounts {
             let mount = format!("mkdir -p {path} && mount -t ext4 {device} {path}");
@@ -257,10 +287,14 @@ impl Guest {
             disks: Vec::new(),
             program: Program::Idle,
             agent: false,
+            system: None,
             mounts: Vec::new(),
             uuid: None,
             extra: Vec::new(),
             binary: "qemu-system-x86_64".into(),
+            uefi: false,
+            tpm: false,
+            mac: None,
         }
     }
 

@@ -14,14 +14,15 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use self::quiesce::THAW;
+use super::configuration::Configuration;
 use super::pass::start_server;
 use super::spool::Spool;
-use super::{Quiesce, Runner, is_lost};
+use super::{Quiesce, Runner, is_cut_off, is_lost};
 use crate::bitmap::track::Rotation;
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
 use crate::guard::Guard;
+use crate::hooks::When;
 use crate::qmp::agent::Address;
 use crate::qmp::export::Listening;
 use crate::qmp::freeze::{Freeze, FreezeDisk, Method};
@@ -50,9 +51,11 @@ pub(in crate::backup) struct Cut {
     pub(in crate::backup) released_ms: u64,
     /// How long the guest's file systems were frozen, milliseconds.
     pub(in crate::backup) quiesced_ms: Option<u64>,
+    /// How many file systems were frozen, where they were frozen at the instant.
+    pub(in crate::backup) file_systems: Option<u64>,
     /// Bytes that the scratches took.
     pub(in crate::backup) scratch_bytes: u64,
-    /// Whether the file systems were still frozen after the transaction.
+    /// Whether the file systems were at rest: still frozen after the transaction, or of a guest that was shut down.
     #[serde(skip)]
     pub(in crate::backup) quiesced: bool,
 }
@@ -62,6 +65,8 @@ pub(in crate::backup) struct Residual {
     pub(in crate::backup) instant: Cut,
     pub(in crate::backup) spool: Spool,
     pub(in crate::backup) machine: Value,
+    /// What of the VM is to be held besides its disks.
+    pub(in crate::backup) configuration: Option<Configuration>,
 }
 
 /// A freeze that was given up; nothing is lost and another may be tried.
@@ -77,25 +82,39 @@ struct NotQuiesced(String);
 impl Runner {
     /// Freezes all disks at one instant and brings their residual in.
     pub(in crate::backup) fn freeze(&mut self) -> Result<Residual> {
+        let together = self.seat.is_some() && !self.vm.offline();
         match self.try_freeze() {
+            Err(error) if together => Err(left_out(error)),
             Err(error)
                 if self.options.quiesce == Quiesce::Auto
                     && error.downcast_ref::<NotQuiesced>().is_some() =>
             {
-                self.warnings.push(format!("{error:#}"));
+                self.fall_back(&format!("{error:#}"));
                 self.options.quiesce = Quiesce::Never;
                 self.try_freeze()
             }
-            Err(error) if is_lost(&error) => Err(GivenUp(format!("{error:#}")).into()),
+            Err(error) if is_lost(&error) || self.domain_ended(&error)? => {
+                Err(GivenUp(format!("{error:#}")).into())
+            }
             done => done,
         }
     }
 
     fn try_freeze(&mut self) -> Result<Residual> {
         let mut hold = self.hold_without_jobs()?;
+        hold.may_share_files()?;
         let mut guard = None;
-        let result = self.freeze_held(&mut hold, &mut guard);
+        let mut result = self.freeze_held(&mut hold, &mut guard);
         if let Err(error) = &result {
+            // The other targets of a common instant go on at once.
+            self.seat = None;
+            let nodes = |hold: &Hold| -> Vec<(String, String)> {
+                let disks = hold.disks().iter();
+                disks
+                    .map(|disk| (disk.key.clone(), disk.node.clone()))
+                    .collect()
+            };
+            let before = nodes(&hold);
             // Whatever was put into the VM comes out; the error that is reported is the first one. An overlay that is not
             // committed in its time stays in the journal: another wait of the same length would be no better.
             if matches!(error.downcast_ref(), Some(qmp::Error::NotConverged { .. })) {
@@ -103,9 +122,14 @@ impl Runner {
             } else {
                 self.release_failed(&mut hold, guard);
             }
+            self.end_post_thaw();
             for disk in &mut self.disks {
                 disk.open = None;
                 disk.unsound = None;
+            }
+            // What failed may have failed for a disk that has gone.
+            if !error.is::<GivenUp>() && hold.look().is_ok() && nodes(&hold) != before {
+                result = Err(GivenUp(format!("a disk came or went: {error:#}")).into());
             }
         }
         self.note_unreadable(result)
@@ -125,17 +149,18 @@ impl Runner {
     fn release_failed(&mut self, hold: &mut Hold, mut guard: Option<Guard>) {
         let has = |wanted: fn(&Leftover) -> bool| hold.journal.left().iter().any(wanted);
         let quiesced = has(|item| matches!(item, Leftover::Frozen { .. }));
-        if has(|item| matches!(item, Leftover::Overlay(_) | Leftover::Managed(_))) {
+        let allowed = if has(|item| matches!(item, Leftover::Overlay(_) | Leftover::Managed(_))) {
             // Its commit takes as long as it takes.
-            if let Some(Err(error)) = guard.as_mut().map(Guard::lift_deadline) {
-                tracing::warn!("{error:#}");
-            }
-        } else if quiesced && let Some(watching) = guard.take() {
-            // A guest whose agent hangs takes longer to thaw than the guard would allow us for the rest.
-            let (monitor, journal) = (&hold.monitor, hold.journal.path());
-            let patient = Guard::start(monitor, journal, &hold.lock, THAW_GUARD);
-            watching.dismiss().ok();
-            guard = patient.ok();
+            guard.as_mut().map(Guard::lift_deadline)
+        } else if !quiesced && hold.journal.hook().is_none() {
+            None
+        } else {
+            // A guest whose agent hangs takes longer to thaw than the guard would allow us for the rest, and so may a hook.
+            let time = THAW_GUARD + self.options.hooks.timeout;
+            guard.as_mut().map(|guard| guard.allow(time))
+        };
+        if let Some(Err(error)) = allowed {
+            tracing::warn!("{error:#}");
         }
         match hold.release() {
             Ok(done) => {
@@ -143,8 +168,11 @@ impl Runner {
                 for agent in done.unthawed {
                     self.warnings.push(unthawed(&agent));
                 }
+                self.warnings.extend(done.failed_hooks);
                 self.dismiss(guard);
             }
+            // Nothing of it is left but files, which the next command on the target removes.
+            Err(error) if is_cut_off(&error) => tracing::warn!("{error:#}: the VM ended"),
             Err(error) => {
                 tracing::error!(error = format!("{error:#}"), "the VM could not be released");
                 self.warnings.push(format!(
@@ -187,11 +215,14 @@ impl Runner {
 
     fn freeze_held(&mut self, hold: &mut Hold, guard: &mut Option<Guard>) -> Result<Residual> {
         if self.vm.offline() {
+            // A VM that is off has no instant to agree on.
+            self.seat = None;
             return self.read_offline(hold);
         }
         self.refuse_risky(hold)?;
         let directory = self.scratch_directory();
         let was_running = hold.machine_seen()?.state == "running";
+        let mut configuration = self.configuration();
         let rotation = self.intend_freeze(hold)?;
         // What the rotation was planned with is what must still be there at the end.
         let before = hold.machine_seen()?.clone();
@@ -218,15 +249,19 @@ impl Runner {
             let agent = address.clone();
             left.insert(0, Leftover::Frozen { agent });
         }
+        hold.journal.set_hook(self.options.hooks.of(When::PostThaw));
         hold.journal.write(left)?;
         // The server may have to be waited for: that comes before anything that stands in an operator's way.
         start_server(&listening, hold)?;
         freeze.prepare(&mut hold.monitor)?;
         let mut spool = Spool::new(&directory)?;
-        let guard_after = self.options.deadline + GUARD_GRACE + self.options.freeze_timeout + THAW;
         let (monitor, journal) = (&hold.monitor, hold.journal.path());
-        *guard = Some(Guard::start(monitor, journal, &hold.lock, guard_after)?);
-        let (mut instant, begin) = self.cut(hold, &freeze, agent)?;
+        let time = self.until_the_cut();
+        *guard = Some(Guard::start(monitor, journal, &hold.lock, time)?);
+        let (mut instant, begin) = self.cut(hold, &freeze, agent, guard)?;
+        if let Some(configuration) = &mut configuration {
+            configuration.take();
+        }
         // The guest has said that it is thawed: no release needs to ask it again.
         let left = hold.journal.left().iter();
         let left = left
@@ -260,12 +295,14 @@ impl Runner {
         self.warnings.append(&mut released.slow);
         self.note_resumed(released.resumed);
         self.dismiss(guard.take());
+        self.end_post_thaw();
         hold.journal.close()?;
         let machine = machine_record(&before);
         Ok(Residual {
             instant,
             spool,
             machine,
+            configuration,
         })
     }
 
@@ -401,6 +438,18 @@ impl Runner {
     }
 }
 
+/// Why a target has no part in the common instant: a later one of its own is not what was asked for.
+fn left_out(error: anyhow::Error) -> anyhow::Error {
+    if error.downcast_ref::<GivenUp>().is_none() && error.downcast_ref::<NotQuiesced>().is_none() {
+        return error;
+    }
+    Failure::hinted(
+        Kind::Missed,
+        format!("left out of the common instant: {error:#}"),
+        "run the command again, or back this target up by itself",
+    )
+}
+
 /// What is said of a guest that may be frozen still.
 pub(in crate::backup) fn unthawed(agent: &Address) -> String {
     format!(
@@ -426,6 +475,7 @@ fn machine_record(machine: &Machine) -> Value {
         "left_out": machine.left_out,
         "disks": machine.disks.iter().map(|disk| json!({
             "key": disk.key, "device": disk.device, "chain": disk.chain, "filters": disk.filters,
+            "lazy_refcounts": disk.lazy_refcounts,
         })).collect::<Vec<_>>(),
     })
 }

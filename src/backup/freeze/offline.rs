@@ -13,12 +13,19 @@ use crate::clock::{self, Deadline};
 use crate::qmp::export::{self, Listening};
 use crate::qmp::freeze::{Freeze, Method};
 use crate::qmp::release::Leftover;
-use crate::vm::Hold;
+use crate::vm::{Hold, SAVED};
 
 impl Runner {
     /// The residual of an image of a VM that is off: its lock is held, so it is its own snapshot.
     pub(super) fn read_offline(&mut self, hold: &mut Hold) -> Result<Residual> {
         let before = hold.look()?.0.clone();
+        let asleep = before.state == SAVED;
+        if asleep {
+            self.warnings.push(
+                "the domain has a managed save: its disks are as after a power cut, since the guest's memory is not in the point"
+                    .to_owned(),
+            );
+        }
         let rotation = self.intend_freeze(hold)?;
         rotate::Port::add(hold, &rotation.add)?;
         if !rotation.disable.is_empty() {
@@ -26,6 +33,10 @@ impl Runner {
         }
         hold.look()?;
         let at = clock::utc_now();
+        let mut configuration = self.configuration();
+        if let Some(configuration) = &mut configuration {
+            configuration.take();
+        }
         let begin = clock::now();
         let directory = self.scratch_directory();
         let mut spool = Spool::new(&directory)?;
@@ -53,13 +64,15 @@ impl Runner {
             freeze_ms: 0,
             released_ms,
             quiesced_ms: None,
+            file_systems: None,
             scratch_bytes: 0,
-            quiesced: false,
+            quiesced: !asleep,
         };
         Ok(Residual {
             instant,
             spool,
             machine: machine_record(&before),
+            configuration,
         })
     }
 }

@@ -1,0 +1,620 @@
+//! A domain's definition made into that of its restored copy: disks, firmware variables and boot files at their new places,
+//! a new identity where one is wanted, and nothing of how the old one ran.
+//!
+//! What is not understood stays as it is: libvirt says what it thinks of it when the domain is defined.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use roxmltree::{Document, Node};
+
+use super::definition::{Image, Parts, Plan, Redefined, tpm_home};
+use super::edit::{Edits, escape};
+use super::xml::child;
+use crate::qmp::{Error, Result};
+
+/// Elements of `<os>` that name a file to boot from.
+const BOOT: [&str; 4] = ["kernel", "initrd", "dtb", "shim"];
+/// Children of a `<disk>` that say where it was and how it ran.
+const OLD_SOURCE: [&str; 5] = ["source", "backingStore", "mirror", "auth", "encryption"];
+/// Where libvirt itself puts the sockets of channels.
+const SOCKETS: [&str; 3] = [
+    "/var/lib/libvirt/qemu/channel/",
+    "/var/lib/libvirt/qemu/domain-",
+    "/run/libvirt/qemu/channel/",
+];
+
+fn parse(xml: &str) -> Result<Document<'_>> {
+    Document::parse(xml).map_err(|error| Error::Libvirt(format!("the domain's XML: {error}")))
+}
+
+fn text<'a>(node: Option<Node<'a, '_>>) -> Option<&'a str> {
+    node.and_then(|node| node.text())
+        .map(str::trim)
+        .filter(|text| !text.is_empty())
+}
+
+/// A domain's name and UUID.
+pub fn identity(xml: &str) -> Result<(String, String)> {
+    let document = parse(xml)?;
+    let root = document.root_element();
+    let of = |name| text(child(root, name)).map(str::to_owned);
+    match (of("name"), of("uuid")) {
+        (Some(name), Some(uuid)) => Ok((name, uuid)),
+        _ => Err(Error::Libvirt(
+            "the domain's XML has no name or no UUID".to_owned(),
+        )),
+    }
+}
+
+/// The files of the host that belong to a domain.
+pub(super) fn parts(xml: &str, uri: &str) -> Result<Parts> {
+    let document = parse(xml)?;
+    let root = document.root_element();
+    let mut parts = Parts::default();
+    if let Some(os) = child(root, "os") {
+        parts.loader = text(child(os, "loader")).map(Into::into);
+        if let Some(nvram) = child(os, "nvram") {
+            let source = child(nvram, "source");
+            match nvram.attribute("type").unwrap_or("file") {
+                "file" | "block" => {
+                    let named = source.and_then(|source| {
+                        source.attribute("file").or_else(|| source.attribute("dev"))
+                    });
+                    parts.nvram = named.or_else(|| text(Some(nvram))).map(Into::into);
+                }
+                kind => parts.beyond.push(format!("nvram of type `{kind}`")),
+            }
+        }
+        for name in BOOT {
+            if let Some(path) = text(child(os, name)) {
+                parts.boot.push((name.to_owned(), path.into()));
+            }
+        }
+    }
+    let devices = child(root, "devices");
+    let tpms = devices.iter().flat_map(Node::children);
+    for tpm in tpms.filter(|node| node.has_tag_name("tpm")) {
+        let Some(backend) = child(tpm, "backend") else {
+            continue;
+        };
+        match (backend.attribute("type"), child(backend, "source")) {
+            (Some("emulator"), None) => {
+                let uuid = text(child(root, "uuid")).unwrap_or_default();
+                let home = tpm_home(uri).join(uuid);
+                parts.tpm = ["tpm2", "tpm1.2"].map(|version| home.join(version)).into();
+            }
+            (Some("emulator"), Some(source)) if source.attribute("type") == Some("dir") => {
+                parts.tpm = source
+                    .attribute("path")
+                    .map(Into::into)
+                    .into_iter()
+                    .collect();
+            }
+            // Its state is in the host's own chip.
+            (Some("passthrough"), _) => {}
+            (kind, _) => parts.beyond.push(format!(
+                "the state of a TPM of type `{}` in a place of its own",
+                kind.unwrap_or_default()
+            )),
+        }
+    }
+    Ok(parts)
+}
+
+/// Makes a definition into that of the restored domain.
+pub fn redefine(xml: &str, plan: &Plan<'_>) -> Result<Redefined> {
+    let document = parse(xml)?;
+    let root = document.root_element();
+    let mut work = Work {
+        plan,
+        edits: Edits::of(xml),
+        notes: Vec::new(),
+        placed: BTreeSet::new(),
+    };
+    work.identity(root);
+    if let Some(os) = child(root, "os") {
+        work.os(os);
+    }
+    for seclabel in root.children().filter(|node| node.has_tag_name("seclabel")) {
+        if seclabel.attribute("type") == Some("dynamic") {
+            work.remove_children(seclabel, &["label", "imagelabel"]);
+        }
+    }
+    let devices = child(root, "devices");
+    for device in devices.iter().flat_map(Node::children) {
+        work.device(device);
+    }
+    let targets = plan.disks.keys();
+    let unknown = targets.filter(|target| !work.placed.contains(*target));
+    Ok(Redefined {
+        unknown: unknown.cloned().collect(),
+        xml: work.edits.apply()?,
+        notes: work.notes,
+    })
+}
+
+struct Work<'a> {
+    plan: &'a Plan<'a>,
+    edits: Edits<'a>,
+    notes: Vec<String>,
+    /// The targets that restored disks went to.
+    placed: BTreeSet<String>,
+}
+
+impl Work<'_> {
+    fn remove_children(&mut self, node: Node<'_, '_>, names: &[&str]) {
+        for found in node.children().filter(Node::is_element) {
+            if names.contains(&found.tag_name().name()) {
+                self.edits.remove(found);
+            }
+        }
+    }
+
+    fn identity(&mut self, root: Node<'_, '_>) {
+        self.edits.remove_attribute(root, "id");
+        if let Some(name) = child(root, "name") {
+            self.edits.set_text(name, self.plan.name);
+        }
+        // A restored VM is at another point of its history: its generation is a new one, whoever it is.
+        if let Some(generation) = child(root, "genid") {
+            self.edits.replace(generation, "<genid/>");
+        }
+        let Some(new) = self.plan.uuid else { return };
+        if let Some(uuid) = child(root, "uuid") {
+            self.edits.set_text(uuid, new);
+        }
+        // libvirt refuses a domain that tells its guest another UUID.
+        let tables = root.children().filter(|node| node.has_tag_name("sysinfo"));
+        for system in tables.filter_map(|table| child(table, "system")) {
+            let entries = system.children().filter(|node| node.has_tag_name("entry"));
+            for entry in entries.filter(|entry| entry.attribute("name") == Some("uuid")) {
+                self.edits.set_text(entry, new);
+            }
+        }
+    }
+
+    fn os(&mut self, os: Node<'_, '_>) {
+        if let Some(nvram) = child(os, "nvram") {
+            self.edits.remove_attribute(nvram, "type");
+            if let Some(path) = self.plan.files.get("nvram") {
+                self.edits.set_text(nvram, &path.display().to_string());
+            } else {
+                // Never the original's file: libvirt makes one from the template.
+                self.edits.clear(nvram);
+                let note = "the firmware's variables (nvram) are not in the point: the domain starts with new ones";
+                self.notes.push(note.to_owned());
+            }
+        }
+        for name in BOOT {
+            let Some(node) = child(os, name) else {
+                continue;
+            };
+            match (self.plan.files.get(name), text(Some(node))) {
+                (Some(path), _) => self.edits.set_text(node, &path.display().to_string()),
+                (None, Some(path)) if !(self.plan.exists)(Path::new(path)) => {
+                    self.notes.push(format!("its {name} {path} is not there"));
+                }
+                (None, _) => {}
+            }
+        }
+    }
+
+    fn device(&mut self, device: Node<'_, '_>) {
+        let kind = device.tag_name().name();
+        if kind == "disk" {
+            return self.disk(device);
+        }
+        self.remove_alias(device);
+        match kind {
+            "interface" => self.interface(device),
+            "hostdev" => {
+                let what = device.attribute("type").unwrap_or("pci");
+                self.notes.push(format!(
+                    "it has a device of the host (`hostdev` of type {what}), which one running domain at a time can have"
+                ));
+            }
+            "channel" => {
+                let source = child(device, "source");
+                let path = source.and_then(|source| source.attribute("path"));
+                if let (Some(source), Some(path)) = (source, path)
+                    && SOCKETS.iter().any(|place| path.starts_with(place))
+                {
+                    self.edits.remove(source);
+                }
+            }
+            "tpm" => {
+                if let Some(backend) = child(device, "backend")
+                    && backend.attribute("type") == Some("emulator")
+                {
+                    // Its state is put where libvirt looks for it without being told.
+                    self.remove_children(backend, &["source"]);
+                    if child(backend, "encryption").is_some() {
+                        let note = "the state of its TPM is encrypted with a secret that libvirt must have on this host";
+                        self.notes.push(note.to_owned());
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Only a name that the operator gave stays.
+    fn remove_alias(&mut self, device: Node<'_, '_>) {
+        if let Some(alias) = child(device, "alias")
+            && !alias
+                .attribute("name")
+                .unwrap_or_default()
+                .starts_with("ua-")
+        {
+            self.edits.remove(alias);
+        }
+    }
+
+    fn interface(&mut self, interface: Node<'_, '_>) {
+        if self.plan.uuid.is_some() {
+            // libvirt gives it new ones.
+            self.remove_children(interface, &["mac"]);
+            if let Some(port) = child(interface, "virtualport")
+                && let Some(parameters) = child(port, "parameters")
+            {
+                self.edits.remove_attribute(parameters, "interfaceid");
+            }
+        }
+        if interface.attribute("type") == Some("hostdev") {
+            let note = "it has an interface that is a device of the host, which one running domain at a time can have";
+            self.notes.push(note.to_owned());
+        }
+    }
+
+    fn disk(&mut self, disk: Node<'_, '_>) {
+        let target = child(disk, "target");
+        let dev = target.and_then(|target| target.attribute("dev"));
+        let dev = dev.unwrap_or_default();
+        if let (Some(image), Some(target)) = (self.plan.disks.get(dev), target) {
+            self.placed.insert(dev.to_owned());
+            self.remove_alias(disk);
+            return self.restored(disk, target, image);
+        }
+        let source = child(disk, "source");
+        let path =
+            source.and_then(|source| source.attribute("file").or_else(|| source.attribute("dev")));
+        let is_there = path.is_none_or(|path| (self.plan.exists)(Path::new(path)));
+        let removable = matches!(disk.attribute("device"), Some("cdrom" | "floppy"));
+        let readonly = child(disk, "readonly").is_some();
+        if removable && !is_there {
+            if let Some(source) = source {
+                self.edits.remove(source);
+            }
+            self.notes.push(format!(
+                "drive {dev} is empty: its medium {} is not there",
+                path.unwrap_or_default()
+            ));
+        } else if !(removable || readonly && is_there) {
+            // The original's own image is no place for another's writes.
+            self.edits.remove(disk);
+            self.notes.push(format!(
+                "disk {dev} is not in the point: the domain is without it"
+            ));
+            return;
+        }
+        self.remove_alias(disk);
+        self.remove_children(disk, &["backingStore", "mirror"]);
+        if let Some(source) = source.filter(|_| is_there) {
+            self.edits.remove_attribute(source, "index");
+        }
+    }
+
+    fn restored(&mut self, disk: Node<'_, '_>, target: Node<'_, '_>, image: &Image) {
+        let format = if image.qcow2 { "qcow2" } else { "raw" };
+        if disk
+            .descendants()
+            .any(|node| node.has_tag_name("encryption"))
+        {
+            let dev = target.attribute("dev").unwrap_or_default();
+            self.notes.push(format!(
+                "disk {dev} was encrypted by QEMU; the restored image is not"
+            ));
+        }
+        self.remove_children(disk, &OLD_SOURCE);
+        if let Some(driver) = child(disk, "driver") {
+            self.edits.set_attribute(driver, "type", format);
+            if !image.qcow2 {
+                self.edits.remove_attribute(driver, "discard_no_unref");
+                self.remove_children(driver, &["metadata_cache"]);
+            }
+        } else {
+            let driver = format!("<driver name='qemu' type='{format}'/>");
+            self.edits.insert_before(target, &driver);
+        }
+        let (kind, attribute) = if image.device {
+            ("block", "dev")
+        } else {
+            ("file", "file")
+        };
+        self.edits.set_attribute(disk, "type", kind);
+        let path = escape(&image.path.display().to_string());
+        self.edits
+            .insert_before(target, &format!("<source {attribute}='{path}'/>"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::PathBuf;
+
+    use super::*;
+
+    const OLD: &str = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0";
+    const NEW: &str = "0b0f7a1c-58e5-4c26-9a7e-6f1f6b1f9d3e";
+
+    /// As libvirt 11 prints a UEFI guest with a TPM, all kinds of disks, and an operator's own metadata.
+    const WINDOWS: &str = "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <name>win &amp; more</name>
+  <uuid>4dea22b3-1d52-d8f3-2516-782e98ab3fa0</uuid>
+  <genid>e9392370-2917-565e-692b-d057f46512d6</genid>
+  <title>keep &lt;this&gt;</title>
+  <metadata>
+    <app:it xmlns:app='http://example.org/1'><name>not the domain's</name><uuid>4dea22b3-1d52-d8f3-2516-782e98ab3fa0</uuid></app:it>
+  </metadata>
+  <memory unit='KiB'>8388608</memory>
+  <iothreads>2</iothreads>
+  <sysinfo type='smbios'>
+    <system><entry name='manufacturer'>Fabrikam</entry><entry name='uuid'>4dea22b3-1d52-d8f3-2516-782e98ab3fa0</entry></system>
+  </sysinfo>
+  <os firmware='efi'>
+    <type arch='x86_64' machine='pc-q35-10.0'>hvm</type>
+    <firmware><feature enabled='yes' name='secure-boot'/></firmware>
+    <loader readonly='yes' secure='yes' type='pflash' format='raw'>/usr/share/OVMF/OVMF_CODE_4M.ms.fd</loader>
+    <nvram template='/usr/share/OVMF/OVMF_VARS_4M.ms.fd' templateFormat='raw' format='raw'>/var/lib/libvirt/qemu/nvram/win_VARS.fd</nvram>
+    <smbios mode='sysinfo'/>
+  </os>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <disk type='block' device='disk'>
+      <driver name='qemu' type='raw' cache='none' io='native' iothread='1'/>
+      <source dev='/dev/vg/win'/>
+      <backingStore/>
+      <target dev='vda' bus='virtio'/>
+      <boot order='1'/>
+      <serial>SER-VDA</serial>
+      <alias name='ua-system'/>
+      <address type='pci' domain='0x0000' bus='0x04' slot='0x00' function='0x0'/>
+    </disk>
+    <disk type='network' device='disk'>
+      <driver name='qemu' type='qcow2' discard='unmap' discard_no_unref='on'><metadata_cache><max_size unit='bytes'>1048576</max_size></metadata_cache></driver>
+      <auth username='admin'><secret type='ceph' uuid='4dea22b3-1d52-d8f3-2516-782e98ab3fa0'/></auth>
+      <source protocol='rbd' name='pool/image' index='3'><host name='mon1' port='6789'/></source>
+      <target dev='vdb' bus='virtio'/>
+      <alias name='virtio-disk1'/>
+    </disk>
+    <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='/images/refused.raw'/><target dev='sdc' bus='scsi'/><shareable/></disk>
+    <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='/images/tools.raw'/><target dev='sdd' bus='scsi'/><readonly/></disk>
+    <disk type='file' device='cdrom'><driver name='qemu' type='raw'/><source file='/iso/there.iso' index='1'/><target dev='sda' bus='sata'/><readonly/></disk>
+    <disk type='file' device='cdrom'>
+      <driver name='qemu' type='raw'/>
+      <source file='/iso/gone.iso' startupPolicy='optional'/>
+      <target dev='sdb' bus='sata'/>
+      <readonly/>
+    </disk>
+    <disk type='file' device='cdrom'><target dev='sde' bus='sata'/><readonly/></disk>
+    <controller type='pci' index='0' model='pcie-root'><alias name='pcie.0'/></controller>
+    <interface type='network'><mac address='52:54:00:11:22:33'/><source network='default'/><model type='virtio'/></interface>
+    <interface type='bridge'>
+      <mac address='52:54:00:44:55:66'/>
+      <source bridge='ovs'/>
+      <virtualport type='openvswitch'><parameters interfaceid='4dea22b3-1d52-d8f3-2516-782e98ab3fa1' profileid='p'/></virtualport>
+    </interface>
+    <channel type='unix'><source mode='bind' path='/var/lib/libvirt/qemu/channel/target/domain-3-win/org.qemu.guest_agent.0'/><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+    <channel type='unix'><source mode='bind' path='/run/own.sock'/><target type='virtio' name='own'/></channel>
+    <tpm model='tpm-crb'><backend type='emulator' version='2.0'><source type='dir' path='/srv/tpm/win'/></backend></tpm>
+    <graphics type='vnc' port='-1' autoport='yes' passwd='it&apos;s'/>
+    <hostdev mode='subsystem' type='pci' managed='yes'><source><address domain='0x0000' bus='0x06' slot='0x02' function='0x0'/></source></hostdev>
+  </devices>
+  <seclabel type='dynamic' model='dac' relabel='yes'><label>+64055:+64055</label><imagelabel>+64055:+64055</imagelabel></seclabel>
+  <qemu:commandline><qemu:arg value='-name'/></qemu:commandline>
+</domain>
+";
+
+    fn image(path: &str, qcow2: bool, device: bool) -> Image {
+        let path = path.into();
+        Image {
+            path,
+            qcow2,
+            device,
+        }
+    }
+
+    fn made(
+        xml: &str,
+        uuid: Option<&str>,
+        disks: &[(&str, Image)],
+        files: &[(&str, &str)],
+    ) -> Redefined {
+        let disks: BTreeMap<String, Image> = disks
+            .iter()
+            .map(|(dev, image)| ((*dev).to_owned(), image.clone()))
+            .collect();
+        let files: BTreeMap<String, PathBuf> = files
+            .iter()
+            .map(|(role, path)| ((*role).to_owned(), PathBuf::from(path)))
+            .collect();
+        let plan = Plan {
+            name: "it's <new>",
+            uuid,
+            disks: &disks,
+            files: &files,
+            exists: &|path| {
+                ["/iso/there.iso", "/images/tools.raw"]
+                    .iter()
+                    .any(|there| Path::new(there) == path)
+            },
+        };
+        redefine(xml, &plan).unwrap()
+    }
+
+    /// The `<disk>` of a target.
+    fn disk<'a, 'i>(document: &'a Document<'i>, dev: &str) -> Option<Node<'a, 'i>> {
+        document.descendants().find(|node| {
+            node.has_tag_name("disk")
+                && child(*node, "target").and_then(|target| target.attribute("dev")) == Some(dev)
+        })
+    }
+
+    fn windows(uuid: Option<&str>) -> Redefined {
+        let disks = [
+            ("vda", image("/srv/it's/vda.qcow2", true, false)),
+            ("vdb", image("/dev/vg/b", false, true)),
+            ("vdz", image("/srv/vdz.raw", false, false)),
+        ];
+        made(WINDOWS, uuid, &disks, &[("nvram", "/srv/new/nvram")])
+    }
+
+    #[test]
+    fn a_copy_is_somebody_else_with_disks_of_its_own() {
+        let made = windows(Some(NEW));
+        let document = Document::parse(&made.xml).unwrap();
+        let root = document.root_element();
+        let (name, uuid) = identity(&made.xml).unwrap();
+        assert_eq!((name.as_str(), uuid.as_str()), ("it's <new>", NEW));
+        assert_eq!(made.unknown, ["vdz"]);
+
+        // Whoever asks for its UUID is told one; what the operator's own metadata says is nobody's business.
+        assert!(
+            made.xml
+                .contains(&format!("<entry name='uuid'>{NEW}</entry>"))
+        );
+        assert!(
+            made.xml
+                .contains(&format!("<name>not the domain's</name><uuid>{OLD}</uuid>"))
+        );
+        assert!(made.xml.contains("<title>keep &lt;this&gt;</title>"));
+        assert!(made.xml.contains("<genid/>"));
+
+        let vda = disk(&document, "vda").unwrap();
+        assert_eq!(vda.attribute("type"), Some("file"));
+        let source = child(vda, "source").unwrap();
+        assert_eq!(source.attribute("file"), Some("/srv/it's/vda.qcow2"));
+        assert_eq!(source.attribute("dev"), None);
+        let driver = child(vda, "driver").unwrap();
+        assert_eq!(driver.attribute("type"), Some("qcow2"));
+        assert_eq!(driver.attribute("iothread"), Some("1"));
+        for kept in ["boot", "serial", "address", "alias"] {
+            assert!(child(vda, kept).is_some(), "{kept}");
+        }
+        assert!(child(vda, "backingStore").is_none());
+
+        let vdb = disk(&document, "vdb").unwrap();
+        assert_eq!(vdb.attribute("type"), Some("block"));
+        assert_eq!(
+            child(vdb, "source").unwrap().attribute("dev"),
+            Some("/dev/vg/b")
+        );
+        assert!(child(vdb, "auth").is_none() && child(vdb, "alias").is_none());
+        let driver = child(vdb, "driver").unwrap();
+        assert_eq!(driver.attribute("discard_no_unref"), None);
+        assert!(child(driver, "metadata_cache").is_none());
+        assert_eq!(driver.attribute("type"), Some("raw"));
+
+        assert!(disk(&document, "sdc").is_none());
+        assert!(child(disk(&document, "sdd").unwrap(), "source").is_some());
+        let there = child(disk(&document, "sda").unwrap(), "source").unwrap();
+        assert_eq!(there.attribute("file"), Some("/iso/there.iso"));
+        assert_eq!(there.attribute("index"), None);
+        assert!(child(disk(&document, "sdb").unwrap(), "source").is_none());
+        assert!(disk(&document, "sde").is_some());
+
+        assert!(!document.descendants().any(|node| node.has_tag_name("mac")));
+        assert!(made.xml.contains("<parameters profileid='p'/>"));
+        assert!(!made.xml.contains("org.qemu.guest_agent.0'/><target"));
+        assert!(made.xml.contains("path='/run/own.sock'"));
+        assert!(
+            made.xml
+                .contains("<backend type='emulator' version='2.0'></backend>")
+        );
+        assert!(made.xml.contains(">/srv/new/nvram</nvram>"));
+        assert!(
+            made.xml
+                .contains("<seclabel type='dynamic' model='dac' relabel='yes'></seclabel>")
+        );
+        assert!(made.xml.contains("passwd='it&apos;s'"));
+        assert!(child(root, "os").is_some_and(|os| child(os, "loader").is_some()));
+
+        for (part, times) in [
+            ("sdc", 1),
+            ("sdb is empty", 1),
+            ("hostdev", 1),
+            ("sdd", 0),
+            ("sda", 0),
+            ("nvram", 0),
+        ] {
+            let found = made.notes.iter().filter(|note| note.contains(part)).count();
+            assert_eq!(found, times, "{part}: {:?}", made.notes);
+        }
+    }
+
+    #[test]
+    fn the_same_identity_stays() {
+        let made = windows(None);
+        assert_eq!(identity(&made.xml).unwrap().1, OLD);
+        for kept in ["52:54:00:11:22:33", "52:54:00:44:55:66", "782e98ab3fa1"] {
+            assert!(made.xml.contains(kept), "{kept}");
+        }
+        assert!(
+            made.xml
+                .contains(&format!("<entry name='uuid'>{OLD}</entry>"))
+        );
+        // Where it was in its history is another matter.
+        assert!(made.xml.contains("<genid/>"));
+    }
+
+    #[test]
+    fn variables_that_are_not_held_are_made_anew_and_never_the_original_s() {
+        let made = made(WINDOWS, Some(NEW), &[], &[]);
+        assert!(!made.xml.contains("win_VARS.fd"), "{}", made.xml);
+        assert!(made.xml.contains("<nvram template='/usr/share/OVMF/OVMF_VARS_4M.ms.fd' templateFormat='raw' format='raw'/>"));
+        assert!(made.notes.iter().any(|note| note.contains("nvram")));
+        let document = Document::parse(&made.xml).unwrap();
+        assert!(disk(&document, "vda").is_none());
+        let other =
+            "<domain><name>a</name><uuid>b</uuid><os><nvram type='file'><source file='/x'/></nvram>
+            <kernel>/boot/k</kernel><initrd>/boot/i</initrd></os></domain>";
+        let files = [("nvram", "/n"), ("kernel", "/srv/kernel")];
+        let made = self::made(other, None, &[], &files);
+        assert!(made.xml.contains("<nvram>/n</nvram>"));
+        assert!(
+            made.xml
+                .contains("<kernel>/srv/kernel</kernel><initrd>/boot/i</initrd>")
+        );
+        assert_eq!(made.notes, ["its initrd /boot/i is not there"]);
+    }
+
+    #[test]
+    fn the_files_of_a_domain_are_found() {
+        let found = parts(WINDOWS, "qemu:///system").unwrap();
+        assert_eq!(
+            found.loader,
+            Some("/usr/share/OVMF/OVMF_CODE_4M.ms.fd".into())
+        );
+        assert_eq!(
+            found.nvram,
+            Some("/var/lib/libvirt/qemu/nvram/win_VARS.fd".into())
+        );
+        assert_eq!(found.tpm, [PathBuf::from("/srv/tpm/win")]);
+        assert!(found.boot.is_empty() && found.beyond.is_empty());
+        let other = "<domain><name>a</name><uuid>b</uuid><os><nvram type='file'><source file='/x'/></nvram>
+            <kernel>/boot/k</kernel><dtb> /boot/d </dtb></os><devices><tpm model='tpm-tis'><backend type='emulator'/></tpm>
+            <tpm><backend type='passthrough'><device path='/dev/tpm0'/></backend></tpm>
+            <tpm><backend type='external'><source type='unix' path='/run/tpm'/></backend></tpm></devices></domain>";
+        let found = parts(other, "qemu:///system").unwrap();
+        assert_eq!(found.nvram, Some("/x".into()));
+        let boot = [
+            ("kernel".to_owned(), "/boot/k".into()),
+            ("dtb".to_owned(), "/boot/d".into()),
+        ];
+        assert_eq!(found.boot, boot);
+        assert_eq!(found.tpm[0], PathBuf::from("/var/lib/libvirt/swtpm/b/tpm2"));
+        assert_eq!(found.beyond.len(), 1);
+    }
+}
