@@ -121,7 +121,8 @@ impl Runner {
             return Ok((total, None));
         }
         let outlook = self.outlook(&debt, due.left());
-        self.predicted = Some(outlook);
+        // Before anything was measured it would be a guess.
+        self.predicted = self.learned.change.fit().map(|_| outlook);
         let urgent = self.options.hard && !outlook.in_time;
         self.options.urgent.store(urgent, Ordering::Relaxed);
         let step = ahead::next(&Situation {
