@@ -125,7 +125,7 @@ pub fn copy<T>(
 }
 
 /// This thread works only when nobody else wants the processor or the disk: on Linux a nice value is a thread's own, and its I/O
-/// priority follows from it (ioprio_set(2), best-effort 6). Who talks to a VM that is held is not such a thread.
+/// priority follows from it (`ioprio_set(2)`, best-effort 6). Who talks to a VM that is held is not such a thread.
 fn give_way() {
     rustix::process::nice(NICE).ok();
 }
