@@ -1,5 +1,6 @@
 //! The command line: `clap` types and nothing else.
 
+mod ahead;
 mod command;
 mod freeze;
 mod instant;
@@ -13,6 +14,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use freeze::{FreezeArgs, FreezeMethod};
 pub use load::LoadArgs;
 
+use self::ahead::parse_share_or_none;
+pub use self::ahead::{AuditArgs, LimitArgs, StatusArgs};
 pub use self::instant::{HookArgs, MoreArgs};
 pub use self::restore::RestoreArgs;
 use crate::exit::{Failure, Kind};
@@ -78,6 +81,9 @@ pub enum Command {
         /// Go on until no more than this is left.
         #[arg(long, value_parser = parse_size)]
         converge: Option<u64>,
+        /// With `--until`: re-read this share of the unchanged blocks a day in idle time, and compare; 0 for none.
+        #[arg(long, value_name = "PERCENT", default_value = "0.5%", value_parser = parse_share_or_none)]
+        audit: f64,
     },
     /// Make a recovery point now.
     Backup {
@@ -90,6 +96,9 @@ pub enum Command {
         #[command(flatten)]
         #[allow(missing_docs)]
         freeze: FreezeArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        limits: LimitArgs,
         #[command(flatten)]
         #[allow(missing_docs)]
         more: MoreArgs,
@@ -111,6 +120,16 @@ pub enum Command {
         /// When the backup is due: HH:MM (its next occurrence), or a date with a time.
         #[arg(long)]
         at: String,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        limits: LimitArgs,
+        /// When it must choose between the guest's ease and the due time, the due time goes first. An explicit `--rate` holds
+        /// all the same.
+        #[arg(long)]
+        hard: bool,
+        /// Re-read this share of the unchanged blocks a day in idle time, and compare; 0 for none.
+        #[arg(long, value_name = "PERCENT", default_value = "0.5%", value_parser = parse_share_or_none)]
+        audit: f64,
     },
     /// Show what the load of a VM and its host is, and which pace it leaves for copying.
     Load {
@@ -130,8 +149,13 @@ pub enum Command {
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
         count: Option<u32>,
     },
-    /// Show what is not copied yet, the session, and what was left behind.
-    Status(RepoTargetArgs),
+    /// Show what is not copied yet and how fast that grows, what is to be expected of the backup, and what was left behind.
+    Status(StatusArgs),
+    /// Re-read unchanged blocks and compare them with what is stored, to find out whether a bitmap has missed changes.
+    ///
+    /// Goes on where the last one ended. A disk whose bitmap has missed a change is read in full by the next backup, and the
+    /// points that may be wrong are named.
+    Audit(AuditArgs),
     /// List the recovery points.
     List {
         #[command(flatten)]

@@ -197,7 +197,7 @@ fn same(disk: usize, block: u64) -> Done {
 
 /// What the base holds at a block. Where the sizes differ, a block that is not whole in both has nothing to be the same
 /// as.
-fn base_entry(disk: &CopyDisk, block: u64, block_size: BlockSize) -> Result<Entry> {
+pub fn base_entry(disk: &CopyDisk, block: u64, block_size: BlockSize) -> Result<Entry> {
     let common = disk.base_size.min(disk.size);
     if disk.base_size != disk.size && block >= common / block_size.bytes() {
         return Ok(Entry::Unset);

@@ -15,6 +15,7 @@ impl Command {
                 | Self::Backup { .. }
                 | Self::Run { .. }
                 | Self::Load { .. }
+                | Self::Audit(_)
                 | Self::Prune(_)
                 | Self::Verify { .. }
                 | Self::Check { .. }
@@ -37,6 +38,7 @@ impl Command {
             Self::Run { .. } => "run",
             Self::Load { .. } => "load",
             Self::Status(_) => "status",
+            Self::Audit(_) => "audit",
             Self::List { .. } => "list",
             Self::Show { .. } => "show",
             Self::Diff { .. } => "diff",
