@@ -21,7 +21,6 @@ use crate::image::Content;
 use crate::nbd::{Client, Endpoint, ReadOptions};
 use crate::plan::Order;
 use crate::qmp::export::{self, Export, Listening};
-use crate::qmp::release::Leftover;
 use crate::session::Read;
 use crate::units::{BlockRun, BlockSize, Extent};
 use crate::vm::{Hold, seen};
@@ -289,9 +288,7 @@ impl Runner {
     ) -> Result<()> {
         let mut left = vec![listening.leftover()];
         for disk in 0..disks.len() {
-            left.push(Leftover::Export {
-                id: export::export_id(&self.run, disk),
-            });
+            left.extend(export::leftovers(&self.run, disk));
         }
         hold.journal.write(left)?;
         start_server(listening, hold)?;
@@ -393,7 +390,8 @@ impl Runner {
         key: &str,
         bitmaps: &[(u64, String)],
     ) -> Result<Client> {
-        let node = hold.disk(key)?.node.clone();
+        let disk = hold.disk(key)?;
+        let (node, size) = (disk.node.clone(), disk.size);
         let export = Export {
             disk: index,
             bitmaps: bitmaps
@@ -401,13 +399,14 @@ impl Runner {
                 .map(|(_, name)| (node.clone(), name.clone()))
                 .collect(),
             node,
+            size,
             granularity: u32::from(self.repo.block_size()),
         };
         export::add(&mut hold.monitor, &self.run, &export)?;
         let id = export::export_id(&self.run, index);
         let mut endpoint = Endpoint::new(&listening.socket, id).allocation();
         for (_, name) in bitmaps {
-            endpoint = endpoint.bitmap(&export::copy_name(name));
+            endpoint = endpoint.bitmap(&name);
         }
         Ok(endpoint.connect()?)
     }
@@ -473,7 +472,7 @@ impl Runner {
             let mut found = 0;
             let mut heat = disk.heat.as_mut().filter(|heat| epoch > heat.epoch());
             let mut fresh = fresh.as_mut().filter(|_| newest == Some(epoch));
-            client.dirty_extents(&export::copy_name(&name), whole, &mut |extent| {
+            client.dirty_extents(&name, whole, &mut |extent| {
                 let run = block_size.cover(extent);
                 found += proofs.unsafe_of(epoch, run, &mut open);
                 if let Some(heat) = &mut heat {

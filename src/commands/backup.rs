@@ -150,12 +150,13 @@ pub(super) fn track(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Resu
         "changes are followed already"
     };
     outcome.line(format!("{}: {state}", begun.target));
-    for note in std::mem::take(&mut begun.runner.warnings) {
+    let notes = std::mem::take(&mut begun.runner.warnings);
+    for note in &notes {
         outcome.line(format!("  {note}"));
     }
-    outcome
-        .targets
-        .push(json!({ "target": begun.target, "key": begun.key, "started": started }));
+    outcome.targets.push(json!({
+        "target": begun.target, "key": begun.key, "started": started, "notes": notes,
+    }));
     Ok(outcome)
 }
 
