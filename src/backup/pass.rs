@@ -406,7 +406,7 @@ impl Runner {
         let id = export::export_id(&self.run, index);
         let mut endpoint = Endpoint::new(&listening.socket, id).allocation();
         for (_, name) in bitmaps {
-            endpoint = endpoint.bitmap(&name);
+            endpoint = endpoint.bitmap(name);
         }
         Ok(endpoint.connect()?)
     }
