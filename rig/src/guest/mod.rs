@@ -76,9 +76,17 @@ pub struct Builder {
     uefi: bool,
     tpm: bool,
     mac: Option<String>,
+    tree: Option<PathBuf>,
 }
 
 impl Builder {
+    /// Puts the files of a directory into the root of the guest.
+    #[must_use]
+    pub fn tree(mut self, root: &Path) -> Self {
+        self.tree = Some(root.into());
+        self
+    }
+
     /// Of a domain: with UEFI firmware and variables of its own.
     #[must_use]
     pub fn uefi(mut self) -> Self {
@@ -171,7 +179,13 @@ impl Builder {
         }
         let kernel = kernel::kernel()?;
         let initrd = self.dir.join("initrd");
-        initramfs::write(&initrd, &kernel, &self.run_script(), self.agent)?;
+        initramfs::write(
+            &initrd,
+            &kernel,
+            &self.run_script(),
+            self.agent,
+            self.tree.as_deref(),
+        )?;
         let mut args = machine_args(&self.dir, self.vcpus, self.memory_mib);
         args.extend(["-kernel".into(), kernel.image().display().to_string()]);
         args.extend(["-initrd".into(), initrd.display().to_string()]);
@@ -295,6 +309,7 @@ impl Guest {
             uefi: false,
             tpm: false,
             mac: None,
+            tree: None,
         }
     }
 

@@ -1,0 +1,533 @@
+"""Measures one guest under load with no backup and with each tool, in turn; scripts/bench-guest.sh runs it.
+
+A measurement is: a fresh guest; the tool's base (all of it, target free); the day's changes; then the load, at a fixed
+rate. For so many seconds of it nothing is due, and only forerun may work. Then the backup is due, and the tool makes its
+increment. What the guest has seen is taken from fio's log of every single I/O, whose clock is the guest's own; what holds
+the guest, from QEMU's jobs, seen every 20 ms on a monitor of their own. One line of the TSV is one measurement.
+"""
+
+import argparse
+import base64
+import bisect
+import gzip
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tarfile
+import threading
+import time
+
+MIB = 1 << 20
+SETTINGS = ["none", "forerun", "virtnbdbackup", "qmpbackup"]
+PHASES = ["ahead", "window"]
+GUEST = ["iops", "mibs", "write_p50", "write_p99", "write_p999", "commit_p50", "commit_p99", "commit_p999", "stall"]
+COLUMNS = (
+    ["run", "setting", "target", "status"]
+    + [f"{phase}_{figure}" for phase in PHASES for figure in GUEST]
+    + ["window_ms", "held_ms", "done_ms", "copied_mib", "written_mib", "read_mib", "freeze_ms", "precopied_mib"]
+    + ["superseded_mib", "residual_mib", "rate", "load", "reason"]
+)
+
+
+class Failed(Exception):
+    """A measurement that could not be made, in words for the table."""
+
+
+class Qmp:
+    def __init__(self, path):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(60)
+        self.socket.connect(path)
+        self.lines = self.socket.makefile("r")
+        self.events = []
+        self.lines.readline()
+        self.run("qmp_capabilities")
+
+    def run(self, command, **arguments):
+        request = {"execute": command, "arguments": arguments}
+        self.socket.sendall((json.dumps(request) + "\n").encode())
+        while line := self.lines.readline():
+            answer = json.loads(line)
+            if "event" in answer:
+                self.events.append(answer)
+            elif "error" in answer:
+                raise Failed(f"{command}: {answer['error']['desc']}")
+            else:
+                return answer["return"]
+        raise Failed("QEMU has ended")
+
+
+class Watch(threading.Thread):
+    """Sees from outside, alike for all tools, how long a job is in QEMU, and whether the VM is stopped."""
+
+    def __init__(self, path):
+        super().__init__(daemon=True)
+        self.qmp = Qmp(path)
+        self.first = self.last = self.error = None
+        self.going = True
+
+    def run(self):
+        try:
+            while self.going:
+                if self.qmp.run("query-jobs"):
+                    self.last = time.time()
+                    self.first = self.first or self.last
+                time.sleep(0.02)
+        except (Failed, OSError) as error:
+            self.error = error
+
+    def stop(self):
+        """Ends it and gives the longest time that the VM was stopped, in ms."""
+        self.going = False
+        self.join()
+        longest, since = 0, None
+        for event in self.qmp.events:
+            at = event["timestamp"]["seconds"] * 1e3 + event["timestamp"]["microseconds"] / 1e3
+            if event["event"] == "STOP":
+                since = at
+            elif event["event"] == "RESUME" and since:
+                longest = max(longest, at - since)
+        return longest
+
+    def bytes_read(self):
+        """What the guest has read so far."""
+        return sum(device["stats"]["rd_bytes"] for device in self.qmp.run("query-blockstats"))
+
+
+class Shell:
+    """The guest's shell on its port."""
+
+    def __init__(self, path):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(path)
+        self.count = 0
+
+    def run(self, line, timeout=120):
+        self.count += 1
+        self.socket.sendall(f"{self.count} {line}\n".encode())
+        self.socket.settimeout(timeout)
+        said = b""
+        end = re.compile(rb"RIG-END %d (\d+)\r?\n" % self.count)
+        while not (found := end.search(said)):
+            try:
+                more = self.socket.recv(65536)
+            except TimeoutError:
+                more = b""
+            if not more:
+                raise Failed(f"the guest's shell did not finish {line[:60]!r}: {said[-200:]!r}")
+            said += more
+        text = said[: found.start()].decode(errors="replace")
+        if found[1] != b"0":
+            raise Failed(f"in the guest, {line[:60]!r}: {text[-300:]}")
+        return text
+
+    def put(self, path, text):
+        # A line of a shell has an end.
+        coded = base64.b64encode(text.encode()).decode()
+        self.run(f": >{path}.b64")
+        for at in range(0, len(coded), 1000):
+            self.run(f"echo {coded[at:at + 1000]} >>{path}.b64")
+        self.run(f"base64 -d {path}.b64 >{path}")
+
+
+class Target:
+    """Where backups go: a file system on a loop device on a file that a throttle serves, with next to nothing of it cached
+    unwritten, so that the throttle is felt at once."""
+
+    def __init__(self, directory, monitor, loop):
+        self.directory, self.loop = directory, os.path.basename(loop)
+        self.qmp = Qmp(monitor)
+
+    def limit(self, mib):
+        self.qmp.run("qom-set", path="/objects/limit", property="limits", value={"bps-total": int(mib * MIB)})
+
+    def flush(self):
+        subprocess.run(["sync", "-f", self.directory], check=True)
+
+    def written(self):
+        with open(f"/sys/block/{self.loop}/stat") as stat:
+            return int(stat.read().split()[6]) * 512
+
+    def clear(self):
+        for entry in os.scandir(self.directory):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+        self.flush()
+
+
+# --- the load ---
+
+
+def fio_job(options, seed, parts, seconds):
+    common = [
+        "[global]", "direct=1", "norandommap=1", "refill_buffers=1", f"randseed={seed}", "clocksource=clock_gettime",
+        "disable_clat=1", "disable_slat=1", "log_unix_epoch=1",
+    ]
+    if seconds:
+        common += ["time_based=1", f"runtime={seconds}"]
+    return "\n".join(common + [line for part in parts for line in part]) + "\n"
+
+
+# Four of five I/Os go to a twentieth of the disk.
+MIX = ["filename=/dev/vda", "ioengine=libaio", "bsrange=4k-16k", "random_distribution=zoned:80/5:20/95"]
+# What a database does to its disk: a log, each write of it durable, and pages anywhere.
+LOG = ["filename=/dev/vdb", "ioengine=psync", "rw=write", "bs=8k", "sync=dsync", "size=50%"]
+PAGES = ["filename=/dev/vdb", "ioengine=psync", "rw=randwrite", "bs=8k", "offset=50%"]
+
+
+def load_job(options, seed, rates, seconds=36000):
+    """Rates are I/Os a second of the mix, the log and the pages; none: as fast as it goes."""
+    def paced(rate, mixed=False):
+        if not rates:
+            return []
+        return [f"rate_iops={max(1, rate * 7 // 10)},{max(1, rate * 3 // 10)}" if mixed else f"rate_iops={max(1, rate)}"]
+
+    mix, log, pages = rates or (0, 0, 0)
+    return fio_job(options, seed, [
+        ["[mix]", *MIX, "rw=randrw", "rwmixread=70", "iodepth=4", "write_lat_log=/run/fio/mix", *paced(mix, True)],
+        ["[log]", *LOG, "write_lat_log=/run/fio/log", *paced(log)],
+        ["[pages]", *PAGES, "write_lat_log=/run/fio/pages", *paced(pages)],
+    ], seconds)
+
+
+def day_job(options, seed):
+    size = options.changes
+    return fio_job(options, seed, [
+        ["[day-mix]", *MIX, "rw=randwrite", "iodepth=4", f"io_size={size * 3 // 4}m"],
+        ["[day-pages]", *PAGES, f"io_size={max(1, size // 4)}m"],
+    ], None)
+
+
+def read_logs(tar):
+    """Of each job: its I/Os as (time in the guest, ms; latency, us; 1 for a write; bytes), in order of time."""
+    logs = {}
+    for member in tar.getmembers():
+        found = re.search(r"(mix|log|pages)_lat\.\d+\.log$", member.name)
+        if not found:
+            continue
+        rows = []
+        for line in io.TextIOWrapper(tar.extractfile(member)):
+            fields = line.split(",")
+            if len(fields) >= 4:
+                rows.append((int(fields[0]), int(fields[1]) / 1000, int(fields[2]), int(fields[3])))
+        logs[found[1]] = sorted(rows)
+    if set(logs) != {"mix", "log", "pages"}:
+        raise Failed(f"fio left the logs of {sorted(logs)} only")
+    return logs
+
+
+def percentile(ordered, share):
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def guest_figures(logs, begin, end):
+    """What the guest saw between two moments of its clock, ms."""
+    rows = {}
+    for job, log in logs.items():
+        rows[job] = log[bisect.bisect_left(log, (begin,)):bisect.bisect_left(log, (end,))]
+    ios = [row for job in rows.values() for row in job]
+    writes = sorted(row[1] for row in rows["mix"] if row[2])
+    commits = sorted(row[1] for row in rows["log"])
+    if not writes or not commits:
+        raise Failed("the guest wrote nothing in a phase")
+    seconds = (end - begin) / 1000
+    # A stall is as long as the slowest I/O, or as the longest time without any that ended.
+    ends = sorted(row[0] for row in ios)
+    gap = max([later - earlier for earlier, later in zip(ends, ends[1:])] + [ends[0] - begin, end - ends[-1]])
+    figures = {
+        "iops": len(ios) / seconds, "mibs": sum(row[3] for row in ios) / MIB / seconds,
+        "stall": max(gap, max(row[1] for row in ios) / 1000),
+    }
+    for name, ordered in (("write", writes), ("commit", commits)):
+        for label, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999)):
+            figures[f"{name}_{label}"] = percentile(ordered, share) / 1000
+    return figures
+
+
+# --- the tools ---
+
+
+class Tool:
+    """No backup: there is nothing to run."""
+
+    def __init__(self, bench, name):
+        self.bench, self.name = bench, name
+
+    def base(self):
+        pass
+
+    def ahead(self, due):
+        time.sleep(max(0, due - time.time()))
+
+    def increment(self):
+        return {}
+
+    def run(self, words, environment=None, accept=(0,)):
+        places, log = self.bench.places, self.bench.log
+        words = ["nsenter", "--mount", "--target", str(places["namespace"]), "--", *words]
+        log.write(f"$ {' '.join(words)}\n")
+        log.flush()
+        try:
+            ended = subprocess.run(words, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=self.bench.options.patience)
+        except subprocess.TimeoutExpired as late:
+            raise Failed(f"{self.name} did not end in {self.bench.options.patience} s") from late
+        log.write(ended.stdout + ended.stderr)
+        if ended.returncode not in accept:
+            said = (ended.stderr.strip() or ended.stdout.strip()).splitlines() or [""]
+            raise Failed(f"{self.name} ended with {ended.returncode}: {said[-1][:200]}")
+        return ended.stdout
+
+
+class Forerun(Tool):
+    def command(self, *words):
+        options, places = self.bench.options, self.bench.places
+        environment = {"FORERUN_REPO": f"{options.target}/repo", "FORERUN_STATE_DIR": f"{options.dir}/state"}
+        # 3: done, with warnings. 4: more is left than asked for, which is what is measured here.
+        said = self.run([options.forerun, "--json", "-q", *words], environment, (0, 3, 4))
+        return json.loads(said)
+
+    def of_domain(self, verb, *words):
+        places = self.bench.places
+        return self.command(verb, places["name"], "--connect", places["uri"], *words)
+
+    def base(self):
+        self.command("init", f"{self.bench.options.target}/repo")
+        self.of_domain("backup")
+
+    def ahead(self, due):
+        # A moment earlier: what still runs when the backup is due is in the window.
+        until = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(due))
+        while time.time() < due - 1:
+            self.of_domain("precopy", "--until", until)
+            time.sleep(min(1, max(0, due - time.time())))
+        super().ahead(due)
+
+    def increment(self):
+        point = self.of_domain("backup")["targets"][0]["point"]
+        sizes = {f"{name}_mib": point["bytes"][name] / MIB for name in ("precopied", "superseded", "residual")}
+        return {"freeze_ms": point["freeze_ms"], **sizes}
+
+
+class Virtnbdbackup(Tool):
+    def level(self, level):
+        places, options = self.bench.places, self.bench.options
+        words = ["virtnbdbackup", "-U", places["uri"], "-d", places["name"], "-l", level, "-n", "-o", f"{options.target}/vnb"]
+        self.run(words)
+
+    def base(self):
+        self.level("full")
+
+    def increment(self):
+        self.level("inc")
+        return {}
+
+
+class Qmpbackup(Tool):
+    def level(self, level):
+        options = self.bench.options
+        # QEMU opens what it makes: as the same user.
+        words = ["runuser", "-u", options.user, "--", "/usr/bin/python3", f"{options.qmpbackup}/qmpbackup", "--socket"]
+        words += [self.bench.places["peer"], "backup", "--level", level, "--target", f"{options.target}/qmpb"]
+        self.run(words, {"PYTHONPATH": options.qmpbackup})
+
+    def base(self):
+        if not self.bench.options.qmpbackup:
+            raise Failed("no checkout was given (-q)")
+        self.level("full")
+
+    def increment(self):
+        self.level("inc")
+        return {}
+
+
+TOOLS = {"none": Tool, "forerun": Forerun, "virtnbdbackup": Virtnbdbackup, "qmpbackup": Qmpbackup}
+
+
+class Bench:
+    def __init__(self, options, places):
+        self.options, self.places = options, places
+        self.log = open(options.log, "a")
+        self.target = Target(options.target, options.monitor, options.loop)
+        self.rates = None
+        self.shell = None
+
+    def virsh(self, *words, check=True):
+        ended = subprocess.run(["virsh", "--connect", self.places["uri"], *words], text=True, capture_output=True)
+        if check and ended.returncode:
+            raise Failed(f"virsh {words[0]}: {ended.stderr.strip()}")
+        return ended.stdout
+
+    def start(self):
+        """A fresh guest on fresh disks."""
+        self.stop()
+        for disk in ("vda", "vdb"):
+            shutil.copyfile(f"{self.options.template}/{disk}.qcow2", self.places[disk])
+        self.target.limit(0)
+        self.target.clear()
+        shutil.rmtree(f"{self.options.dir}/state", ignore_errors=True)
+        self.virsh("start", self.places["name"])
+        self.shell = Shell(self.places["shell"])
+        self.shell.run("mkdir -p /run/fio", 240)
+
+    def stop(self):
+        self.virsh("destroy", self.places["name"], check=False)
+        for checkpoint in self.virsh("checkpoint-list", self.places["name"], "--name", check=False).split():
+            self.virsh("checkpoint-delete", self.places["name"], checkpoint, "--metadata", check=False)
+
+    def clock(self):
+        """How many ms the guest's clock is ahead."""
+        before = time.time()
+        # busybox' `date` knows seconds only.
+        said = self.shell.run("adjtimex")
+        after = time.time()
+        seconds, micros = (int(re.search(rf"tv_{part}:\s+(\d+)", said)[1]) for part in ("sec", "usec"))
+        return seconds * 1e3 + micros / 1e3 - (before + after) * 500
+
+    def begin_load(self, seed, rates, seconds=36000):
+        self.shell.put("/run/fio/job", load_job(self.options, seed, rates, seconds))
+        line = "cd /run/fio && (fio --output-format=json --output=/run/fio/result job >/run/fio/words 2>&1; touch ended) &"
+        self.shell.run(line)
+
+    def end_load(self):
+        """Ends it and gives the files that it left."""
+        self.shell.run("killall -INT fio; i=0; until [ -e /run/fio/ended ]; do i=$((i + 1)); [ $i -lt 600 ] && sleep 0.1; done")
+        self.shell.run("cd /run/fio && tar cf - result words *.log | gzip -1 >/run/all.gz && cat /run/all.gz >/dev/virtio-ports/rig.out", 240)
+        size = int(self.shell.run("wc -c </run/all.gz"))
+        for _ in range(200):
+            if os.path.getsize(self.places["out"]) >= size:
+                break
+            time.sleep(0.05)
+        with gzip.open(self.places["out"]) as packed:
+            return tarfile.open(fileobj=io.BytesIO(packed.read()))
+
+    def calibrate(self):
+        """Half of what the guest does when nobody holds it back, of each of the three at the same time."""
+        self.start()
+        self.begin_load(1, None)
+        time.sleep(2)
+        offset = self.clock()
+        begin = time.time()
+        time.sleep(5)
+        end = time.time()
+        logs = read_logs(self.end_load())
+        self.rates = []
+        for job in ("mix", "log", "pages"):
+            count = sum(begin * 1e3 + offset <= row[0] < end * 1e3 + offset for row in logs[job])
+            self.rates.append(max(4, int(count / (end - begin) / 2)))
+
+    def measure(self, run, setting, held):
+        options = self.options
+        tool = TOOLS[setting](self, setting)
+        self.start()
+        tool.base()
+        self.shell.put("/run/fio/day", day_job(options, run))
+        self.shell.run("fio --output=/run/fio/day.out /run/fio/day", options.patience)
+        self.target.flush()
+        self.target.limit(options.hold if held else 0)
+        self.begin_load(run + 1000, self.rates)
+        # fio's own start is not the tool's.
+        time.sleep(1.5)
+        offset, start = self.clock(), time.time()
+        watch = Watch(self.places["watch"])
+        with open(self.places["pid_file"]) as file:
+            pid = file.read().strip()
+        read = self.read_by_tool(pid, watch)
+        written = self.target.written()
+        watch.start()
+        due = start + options.seconds
+        # A whole second, for tools that are told when.
+        due = float(int(due + 1))
+        tool.ahead(due)
+        before = self.target.written()
+        own = tool.increment()
+        done = time.time()
+        time.sleep(max(0, due + options.seconds - done))
+        end = max(done, due + options.seconds)
+        stopped = watch.stop()
+        drift = abs(self.clock() - offset)
+        row = {"window_ms": 0, "held_ms": 0, "done_ms": (done - due) * 1e3 if setting != "none" else 0, **own}
+        if watch.error:
+            raise Failed(f"QEMU's monitor: {watch.error}")
+        if watch.last:
+            row.update(window_ms=(watch.last - due) * 1e3, held_ms=(watch.last - watch.first) * 1e3)
+        elif setting != "none":
+            row["window_ms"] = row["done_ms"]
+        self.target.flush()
+        after = self.target.written()
+        row.update(copied_mib=(after - before) / MIB, written_mib=(after - written) / MIB)
+        row["read_mib"] = (self.read_by_tool(pid, watch) - read) / MIB
+        self.target.limit(0)
+        logs = read_logs(self.end_load())
+        for phase, begin, until in (("ahead", start, due), ("window", due, end)):
+            figures = guest_figures(logs, begin * 1e3 + offset, until * 1e3 + offset)
+            row.update({f"{phase}_{name}": value for name, value in figures.items()})
+        # A guest that is stopped does not see it: its clock stands still.
+        row["window_stall"] = max(row["window_stall"], stopped)
+        if drift > 50:
+            self.log.write(f"the guest's clock went {drift:.0f} ms apart\n")
+        return row
+
+    def read_by_tool(self, pid, watch):
+        """What QEMU has read from its images but not for the guest."""
+        with open(f"/proc/{pid}/io") as file:
+            fields = dict(line.split(": ") for line in file.read().splitlines())
+        return int(fields["rchar"]) - watch.bytes_read()
+
+
+def append(path, row):
+    fresh = not os.path.exists(path) or not os.path.getsize(path)
+    with open(path, "a") as table:
+        if fresh:
+            table.write("\t".join(COLUMNS) + "\n")
+        words = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in (row.get(name, "") for name in COLUMNS))
+        table.write("\t".join(re.sub(r"\s+", " ", word) for word in words) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    for name in ("dir", "target", "monitor", "loop", "template", "table", "log", "forerun"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--qmpbackup", default="")
+    parser.add_argument("--user", default="root")
+    parser.add_argument("--settings", default=",".join(SETTINGS))
+    parser.add_argument("--rates", default="")
+    for name, default in (("runs", 10), ("seconds", 30), ("changes", 64), ("hold", 50), ("patience", 600)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    bench = Bench(options, json.loads(input()))
+    say = lambda words: print(f"{time.strftime('%H:%M:%S')} {words}", flush=True)
+    if options.rates:
+        bench.rates = [int(rate) for rate in options.rates.split(",")]
+    else:
+        bench.calibrate()
+    say("I/Os a second of mix, log, pages: " + ",".join(map(str, bench.rates)))
+    wanted = [(setting, held) for setting in options.settings.split(",") for held in (False, True)]
+    for run in range(1, options.runs + 1):
+        # Each run begins with another setting: what drifts over time hurts none more than the others.
+        turn = (run - 1) * 3 % len(wanted)
+        for setting, held in wanted[turn:] + wanted[:turn]:
+            target = f"held to {options.hold}" if held else "free"
+            row = {"run": run, "setting": setting, "target": target, "status": "ok"}
+            began = time.time()
+            row["rate"], row["load"] = ",".join(map(str, bench.rates)), os.getloadavg()[0]
+            bench.log.write(f"--- run {run} {setting} {target}\n")
+            try:
+                row.update(bench.measure(run, setting, held))
+            except (Failed, OSError, ValueError, KeyError, EOFError) as error:
+                row.update(status="failed", reason=f"{type(error).__name__}: {error}")
+            append(options.table, row)
+            told = row.get("reason") or "window {:.0f} ms, copied {:.0f} MiB, p99 of writes {:.1f} ms ahead, {:.1f} in the window".format(
+                row["window_ms"], row["copied_mib"], row["ahead_write_p99"], row["window_write_p99"])
+            say(f"run {run} of {options.runs}, {setting}, target {target}, {time.time() - began:.0f} s: {told}")
+    bench.stop()
+
+
+if __name__ == "__main__":
+    main()
