@@ -29,7 +29,8 @@
 # somebody runs it there.
 #
 # The target is ext4 on a loop device on a file that qemu-storage-daemon serves (FUSE) through its throttle, for every
-# tool. At most 4 MiB of it may be cached unwritten, or else the first hundreds of MiB would go to memory at any speed.
+# tool. While it is held, at most 4 MiB of it are cached unwritten, or else the first hundreds of MiB would go to memory at
+# any speed (Linux 6.2 and later; before it there is only a share of the memory, and a held target is felt late).
 #
 # Needs root. Peers: virtnbdbackup is the distribution's package; qmpbackup's Python modules come from the machine's packages or
 # are put under target/ by pip.
@@ -108,12 +109,6 @@ for _ in $(seq 200); do
 done
 loop=$(losetup --find --show "$work/served")
 mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 -O ^has_journal "$loop"
-bdi=/sys/class/bdi/$(cat "/sys/block/${loop##*/}/dev")
-# Linux 6.2 and later; before it there is only a share of the memory.
-if ! { echo 1 >"$bdi/strict_limit" && echo $((4 << 20)) >"$bdi/max_bytes"; } 2>/dev/null; then
-	echo 0 >"$bdi/max_ratio" || true
-	say "this kernel knows no limit in bytes of what is cached unwritten: the held target is felt late"
-fi
 mkdir "$target"
 mount "$loop" "$target"
 chmod 777 "$target"

@@ -158,6 +158,9 @@ def main():
           f"{max(table.loads, default=0):.1f}")
     if max(table.loads, default=0) > 3:
         print("THE MACHINE WAS BUSY WITH SOMETHING ELSE: none of these figures is to be trusted or told")
+    fewest = min((float(row["ahead_writes"]) for row in table.rows.values()), default=0)
+    if fewest < 1000:
+        print(f"p99.9 IS THE SLOWEST OF FEW: {fewest:.0f} writes ahead of schedule in one measurement; more seconds (-t) are needed")
     for row in table.failed:
         print(f"not measured: run {row['run']}, {row['setting']}, target {row['target']}: {row['reason']}")
     for target in table.targets:

@@ -23,6 +23,7 @@ pub struct Domain {
     disks: Vec<Disk>,
 }
 
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 no_timer_check";
 /// Of the elements that libvirt hands to QEMU unread; a name, nothing that is fetched.
 const QEMU_NAMESPACE: &str = concat!("http", "://libvirt.org/schemas/domain/qemu/1.0");
 
@@ -91,6 +92,17 @@ impl Builder {
             .as_deref()
             .map(|uuid| format!("<uuid>{uuid}</uuid>"));
         let firmware = if self.uefi { FIRMWARE } else { "" };
+        let (kernel, initrd) = (format!("{dir}/vmlinuz"), format!("{dir}/initrd"));
+        let mut words = self.extra.clone();
+        let boot = if self.boot_unseen {
+            let more = ["-kernel", &kernel, "-initrd", &initrd, "-append", CMDLINE];
+            words.extend(more.map(String::from));
+            String::new()
+        } else {
+            format!(
+                "<kernel>{kernel}</kernel><initrd>{initrd}</initrd>\n<cmdline>{CMDLINE}</cmdline>"
+            )
+        };
         let tpm = if self.tpm {
             "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
         } else {
@@ -104,8 +116,7 @@ impl Builder {
         format!(
             "<domain type='qemu' xmlns:qemu='{QEMU_NAMESPACE}'><name>{name}</name>{uuid}<memory unit='MiB'>{memory}</memory><vcpu>{vcpus}</vcpu>
 <iothreads>2</iothreads>
-<os><type arch='x86_64' machine='q35'>hvm</type>{firmware}<kernel>{dir}/vmlinuz</kernel><initrd>{dir}/initrd</initrd>
-<cmdline>console=ttyS0 quiet panic=-1 no_timer_check</cmdline></os><features><acpi/></features><cpu mode='maximum'/>
+<os><type arch='x86_64' machine='q35'>hvm</type>{firmware}{boot}</os><features><acpi/></features><cpu mode='maximum'/>
 <on_reboot>restart</on_reboot><on_crash>destroy</on_crash>
 <devices><emulator>{binary}</emulator>
 {disks}
@@ -119,7 +130,7 @@ impl Builder {
             vcpus = self.vcpus,
             binary = emulator(&self.binary),
             disks = disks.join("\n"),
-            words = words_xml(&self.extra),
+            words = words_xml(&words),
         )
     }
 }

@@ -77,9 +77,17 @@ pub struct Builder {
     tpm: bool,
     mac: Option<String>,
     tree: Option<PathBuf>,
+    boot_unseen: bool,
 }
 
 impl Builder {
+    /// Of a domain: hands kernel and initramfs to QEMU past libvirt, so that no tool takes them for a part of the VM.
+    #[must_use]
+    pub fn boot_unseen(mut self) -> Self {
+        self.boot_unseen = true;
+        self
+    }
+
     /// Puts the files of a directory into the root of the guest.
     #[must_use]
     pub fn tree(mut self, root: &Path) -> Self {
@@ -310,6 +318,7 @@ impl Guest {
             tpm: false,
             mac: None,
             tree: None,
+            boot_unseen: false,
         }
     }
 
