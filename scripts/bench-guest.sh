@@ -8,15 +8,16 @@
 #
 #   -n   runs; each is all settings with both targets (10)
 #   -t   seconds of load before the backup is due, and at least as many from then on (30)
-#   -s   size of the first disk, MiB, all of it random; the second has half of it (512)
-#   -c   what the guest writes between the base and the load, MiB (64)
+#   -s   size of the first disk, MiB, all of it random; the second has half of it (1024)
+#   -c   what the guest writes between the base and the load, MiB (128)
 #   -l   the target's speed when it is held, MiB/s (50)
 #   -S   settings (none,forerun,virtnbdbackup,qmpbackup)
 #   -i   I/Os a second of the mix, the log and the pages, for comparable runs (half of what the guest does when it is let)
 #   -b   the forerun to measure (this tree's, built)
 #   -q   a checkout of qmpbackup; without one it is not measured
 #   -d   where all is put but the target's mount (a directory under /var/tmp)
-#   -o   the table: a line for each measurement, appended, so that what was cut off still counts (bench-guest.tsv)
+#   -o   the table: a line for each measurement, so that what was cut off still counts (target/bench-guest.tsv). One that is
+#        there goes on with its next run at the same load; give the same options. Beside it: TSV.log, what the tools said
 #   -r   only tells what is in such a table
 #
 # `-n 2 -t 5 -s 128 -c 16` is a short try of minutes. A word on what is measured:
@@ -25,7 +26,7 @@
 # qcow2 disks in iothreads, booted fresh for each measurement with the same disks and the same seeds. In it runs Debian's fio:
 # on the first disk 70 % reads and 30 % writes of 4 to 16 KiB, O_DIRECT, four at a time, four of five of them in a twentieth
 # of the disk; on the second what a database does: 8 KiB at the end of a log, each durable before the next (O_DSYNC), and
-# 8 KiB pages anywhere. There is no PostgreSQL in it: emulated, it measures the emulation. Figures are of KVM only where
+# 8 KiB pages, nine of ten in a twentieth. There is no PostgreSQL in it: emulated, it measures the emulation. Figures are of KVM only where
 # somebody runs it there.
 #
 # The target is ext4 on a loop device on a file that qemu-storage-daemon serves (FUSE) through its throttle, for every
@@ -39,8 +40,8 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/lib/packages.sh source-path=SCRIPTDIR/..
 . scripts/lib/packages.sh
 
-runs=10 seconds=30 size=512 changes=64 hold=50 settings=none,forerun,virtnbdbackup,qmpbackup
-rates="" binary="" qmpbackup="" place="" table=bench-guest.tsv tell=""
+runs=10 seconds=30 size=1024 changes=128 hold=50 settings=none,forerun,virtnbdbackup,qmpbackup
+rates="" binary="" qmpbackup="" place="" table=target/bench-guest.tsv tell=""
 while getopts n:t:s:c:l:S:i:b:q:d:o:r: option; do
 	case $option in
 	n) runs=$OPTARG ;;
@@ -77,9 +78,10 @@ fetch_guest_fio target/guest/fio
 # A short path: sockets are in it.
 work=$(mktemp -d "${place:-/var/tmp}/fbg.XXXXXX")
 chmod 755 "$work"
-target=$work/target loop="" daemon="" domain=""
+target=$work/target loop="" daemon="" domain="" measuring=""
 # Ends in the reverse order of the beginning; each part may be missing.
 cleanup() {
+	if [ -n "$measuring" ]; then kill "$measuring" 2>/dev/null || true; wait "$measuring" || true; fi
 	exec {to_domain}>&- || true
 	if [ -n "$domain" ]; then wait "$domain" 2>/dev/null || true; fi
 	if mountpoint -q "$target"; then umount "$target" || umount -l "$target" || true; fi
@@ -167,7 +169,11 @@ status=0
 /usr/bin/python3 rig/bench/guest.py --dir "$work" --target "$target" --monitor "$work/monitor.sock" --loop "$loop" \
 	--template "$work/template" --table "$table" --log "$table.log" --forerun "$binary" --qmpbackup "$qmpbackup" \
 	--user "$user" --settings "$settings" --rates "$rates" --runs "$runs" --seconds "$seconds" \
-	--changes "$changes" --hold "$hold" <"$work/places" >&2 || status=$?
+	--changes "$changes" --hold "$hold" <"$work/places" >&2 &
+measuring=$!
+# In the background, so that a signal is heard at once.
+wait "$measuring" || status=$?
+measuring=""
 cat "$table.about"
 /usr/bin/python3 rig/bench/summary.py "$table"
 [ $status -eq 0 ]

@@ -9,6 +9,7 @@ the guest, from QEMU's jobs, seen every 20 ms on a monitor of their own. One lin
 import argparse
 import base64
 import bisect
+import csv
 import gzip
 import io
 import json
@@ -16,8 +17,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -185,9 +188,10 @@ def fio_job(options, seed, parts, seconds):
 
 # Four of five I/Os go to a twentieth of the disk.
 MIX = ["filename=/dev/vda", "ioengine=libaio", "bsrange=4k-16k", "random_distribution=zoned:80/5:20/95"]
-# What a database does to its disk: a log, each write of it durable, and pages anywhere.
+# What a database does to its disk: a log, each write of it durable, and pages, nine of ten in a twentieth.
 LOG = ["filename=/dev/vdb", "ioengine=psync", "rw=write", "bs=8k", "sync=dsync", "size=50%"]
-PAGES = ["filename=/dev/vdb", "ioengine=psync", "rw=randwrite", "bs=8k", "offset=50%"]
+PAGES = ["filename=/dev/vdb", "ioengine=psync", "rw=randwrite", "bs=8k", "offset=50%",
+         "random_distribution=zoned:90/5:10/95"]
 
 
 def load_job(options, seed, rates, seconds=36000):
@@ -290,9 +294,12 @@ class Tool:
         except subprocess.TimeoutExpired as late:
             raise Failed(f"{self.name} did not end in {self.bench.options.patience} s") from late
         log.write(ended.stdout + ended.stderr)
+        log.flush()
         if ended.returncode not in accept:
-            said = (ended.stderr.strip() or ended.stdout.strip()).splitlines() or [""]
-            raise Failed(f"{self.name} ended with {ended.returncode}: {said[-1][:200]}")
+            # Without colours; what it calls an error, else its last word.
+            said = re.sub(r"\x1b\[[0-9;]*m", "", ended.stdout + ended.stderr).strip().splitlines() or [""]
+            errors = [line for line in said if re.search(r"error|critical", line, re.IGNORECASE)] or said[-1:]
+            raise Failed(f"{self.name} ended with {ended.returncode}: {errors[0][:300]}")
         return ended.stdout
 
 
@@ -430,7 +437,8 @@ class Bench:
 
     def stop(self):
         if self.bare:
-            os.kill(self.qemu, 9)
+            if self.bare.poll() is None:
+                os.kill(self.qemu, signal.SIGKILL)
             self.bare.wait()
             self.bare = None
         self.virsh("destroy", self.places["name"], check=False)
@@ -481,13 +489,17 @@ class Bench:
     def measure(self, run, setting, held):
         options = self.options
         tool = TOOLS[setting](self, setting)
+        began = time.time()
         self.start(tool.libvirt)
+        up = time.time()
         tool.base()
+        based = time.time()
         self.shell.put("/run/fio/day", day_job(options, run))
         self.shell.run("fio --output=/run/fio/day.out /run/fio/day", options.patience)
         self.target.flush()
         self.target.limit(options.hold if held else 0)
         self.begin_load(run + 1000, self.rates)
+        self.log.write(f"s: boot {up - began:.1f}, base {based - up:.1f}, changes {time.time() - based:.1f}\n")
         # fio's own start is not the tool's.
         time.sleep(1.5)
         offset, start = self.clock(), time.time()
@@ -544,6 +556,46 @@ def append(path, row):
         table.write("\t".join(re.sub(r"\s+", " ", word) for word in words) + "\n")
 
 
+def continued(path):
+    """A table that was cut off, or is to have more runs, goes on with its next run and the load that it has."""
+    if not os.path.exists(path):
+        return 1, ""
+    with open(path) as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return max([0] + [int(row["run"]) for row in rows]) + 1, rows[-1]["rate"] if rows else ""
+
+
+def measure_all(bench, options):
+    def say(words):
+        print(f"{time.strftime('%H:%M:%S')} {words}", flush=True)
+
+    first, rates = continued(options.table)
+    rates = options.rates or rates
+    if rates:
+        bench.rates = [int(rate) for rate in rates.split(",")]
+    else:
+        bench.calibrate()
+    say("I/Os a second of mix, log, pages: " + ",".join(map(str, bench.rates)))
+    wanted = [(setting, held) for setting in options.settings.split(",") for held in (False, True)]
+    for run in range(first, first + options.runs):
+        # Each run begins with another setting: what drifts over time hurts none more than the others.
+        turn = (run - 1) * 3 % len(wanted)
+        for setting, held in wanted[turn:] + wanted[:turn]:
+            target = f"held to {options.hold}" if held else "free"
+            row = {"run": run, "setting": setting, "target": target, "status": "ok"}
+            began = time.time()
+            row["rate"], row["load"] = ",".join(map(str, bench.rates)), os.getloadavg()[0]
+            bench.log.write(f"--- run {run} {setting} {target}\n")
+            try:
+                row.update(bench.measure(run, setting, held))
+            except (Failed, OSError, ValueError, KeyError, IndexError, EOFError) as error:
+                row.update(status="failed", reason=f"{type(error).__name__}: {error}")
+            append(options.table, row)
+            told = row.get("reason") or "window {:.0f} ms, copied {:.0f} MiB, p99 of writes {:.1f} ms ahead, {:.1f} in the window".format(
+                row["window_ms"], row["copied_mib"], row["ahead_write_p99"], row["window_write_p99"])
+            say(f"run {run} of {first + options.runs - 1}, {setting}, target {target}, {time.time() - began:.0f} s: {told}")
+
+
 def main():
     parser = argparse.ArgumentParser()
     for name in ("dir", "target", "monitor", "loop", "template", "table", "log", "forerun"):
@@ -556,31 +608,11 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     bench = Bench(options, json.loads(input()))
-    say = lambda words: print(f"{time.strftime('%H:%M:%S')} {words}", flush=True)
-    if options.rates:
-        bench.rates = [int(rate) for rate in options.rates.split(",")]
-    else:
-        bench.calibrate()
-    say("I/Os a second of mix, log, pages: " + ",".join(map(str, bench.rates)))
-    wanted = [(setting, held) for setting in options.settings.split(",") for held in (False, True)]
-    for run in range(1, options.runs + 1):
-        # Each run begins with another setting: what drifts over time hurts none more than the others.
-        turn = (run - 1) * 3 % len(wanted)
-        for setting, held in wanted[turn:] + wanted[:turn]:
-            target = f"held to {options.hold}" if held else "free"
-            row = {"run": run, "setting": setting, "target": target, "status": "ok"}
-            began = time.time()
-            row["rate"], row["load"] = ",".join(map(str, bench.rates)), os.getloadavg()[0]
-            bench.log.write(f"--- run {run} {setting} {target}\n")
-            try:
-                row.update(bench.measure(run, setting, held))
-            except (Failed, OSError, ValueError, KeyError, EOFError) as error:
-                row.update(status="failed", reason=f"{type(error).__name__}: {error}")
-            append(options.table, row)
-            told = row.get("reason") or "window {:.0f} ms, copied {:.0f} MiB, p99 of writes {:.1f} ms ahead, {:.1f} in the window".format(
-                row["window_ms"], row["copied_mib"], row["ahead_write_p99"], row["window_write_p99"])
-            say(f"run {run} of {options.runs}, {setting}, target {target}, {time.time() - began:.0f} s: {told}")
-    bench.stop()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        measure_all(bench, options)
+    finally:
+        bench.stop()
 
 
 if __name__ == "__main__":

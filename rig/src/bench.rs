@@ -68,7 +68,6 @@ impl Bench {
             .disk(Disk::qcow2("vda", size).iothread(true))
             .disk(Disk::qcow2("vdb", size / 2).iothread(true))
             .tree(tree)
-            .boot_unseen()
             .program(Program::Script(SHELL.into()))
             .extra(words.iter().map(String::as_str))
             .define(libvirtd, NAME)?;

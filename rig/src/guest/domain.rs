@@ -94,7 +94,7 @@ impl Builder {
         let firmware = if self.uefi { FIRMWARE } else { "" };
         let (kernel, initrd) = (format!("{dir}/vmlinuz"), format!("{dir}/initrd"));
         let mut words = self.extra.clone();
-        let boot = if self.boot_unseen {
+        let boot = if self.tree.is_some() {
             let more = ["-kernel", &kernel, "-initrd", &initrd, "-append", CMDLINE];
             words.extend(more.map(String::from));
             String::new()
@@ -114,7 +114,7 @@ impl Builder {
             )
         });
         format!(
-            "<domain type='qemu' xmlns:qemu='{QEMU_NAMESPACE}'><name>{name}</name>{uuid}<memory unit='MiB'>{memory}</memory><vcpu>{vcpus}</vcpu>
+            "<domain type='qemu'><name>{name}</name>{uuid}<memory unit='MiB'>{memory}</memory><vcpu>{vcpus}</vcpu>
 <iothreads>2</iothreads>
 <os><type arch='x86_64' machine='q35'>hvm</type>{firmware}{boot}</os><features><acpi/></features><cpu mode='maximum'/>
 <on_reboot>restart</on_reboot><on_crash>destroy</on_crash>
@@ -140,11 +140,12 @@ fn words_xml(words: &[String]) -> String {
     if words.is_empty() {
         return String::new();
     }
-    let words: String = words
+    let words: Vec<String> = words
         .iter()
         .map(|word| format!("<qemu:arg value='{word}'/>"))
         .collect();
-    format!("<qemu:commandline>{words}</qemu:commandline>")
+    let words = words.concat();
+    format!("<qemu:commandline xmlns:qemu='{QEMU_NAMESPACE}'>{words}</qemu:commandline>")
 }
 
 /// libvirt wants an absolute path.

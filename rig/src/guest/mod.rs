@@ -77,18 +77,11 @@ pub struct Builder {
     tpm: bool,
     mac: Option<String>,
     tree: Option<PathBuf>,
-    boot_unseen: bool,
 }
 
 impl Builder {
-    /// Of a domain: hands kernel and initramfs to QEMU past libvirt, so that no tool takes them for a part of the VM.
-    #[must_use]
-    pub fn boot_unseen(mut self) -> Self {
-        self.boot_unseen = true;
-        self
-    }
-
-    /// Puts the files of a directory into the root of the guest.
+    /// Puts the files of a directory into the root of the guest. Of a domain, kernel and initramfs then go to QEMU past
+    /// libvirt: tools would save something so large with the VM, time and again.
     #[must_use]
     pub fn tree(mut self, root: &Path) -> Self {
         self.tree = Some(root.into());
@@ -318,7 +311,6 @@ impl Guest {
             tpm: false,
             mac: None,
             tree: None,
-            boot_unseen: false,
         }
     }
 
