@@ -12,8 +12,8 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/lib/packages.sh
 . scripts/lib/packages.sh
 
-# Measurements, makers of golden files and what replays a history, run by hand.
-BENCHES='^(image::speed::[a-z]+|against_(nbdcopy|hashing_alone)|figures|increments|metadata_of_data|a_second_vm|marking|make(_encrypted)?|replay)$'
+# Measurements, makers of golden files and plots, and what replays a history, run by hand.
+BENCHES='^(image::speed::[a-z]+|against_(nbdcopy|hashing_alone)|figures|increments|metadata_of_data|a_second_vm|marking|make(_encrypted)?|replay|plots)$'
 LOG=target/test.log
 CORES=$(nproc)
 
@@ -59,6 +59,8 @@ ignored=$(sed -n 's/^test \(.*\) \.\.\. ignored.*/\1/p' "$LOG" | grep -vE "$BENC
 [ -z "$ignored" ] || fail "ignored tests that are no benches: $ignored"
 
 step "freezes under concurrent writers"
+# Points are checked here, on a machine that is busy with making them.
+export FORERUN_NO_LOAD_CONTROL=1
 cargo build --quiet --locked --workspace --bins --features fault-injection
 # The rig's own freezer proves the rig, the product's points prove the product. Half of the product's points follow a live
 # pass. Writers through exports need the VM's NBD server, so there the rig freezes itself.

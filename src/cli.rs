@@ -1,15 +1,23 @@
 //! The command line: `clap` types and nothing else.
 
+mod ahead;
 mod command;
+mod freeze;
 mod instant;
+mod load;
+mod restore;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+pub use freeze::{FreezeArgs, FreezeMethod};
+pub use load::LoadArgs;
 
+use self::ahead::parse_share_or_none;
+pub use self::ahead::{AuditArgs, LimitArgs, StatusArgs};
 pub use self::instant::{HookArgs, MoreArgs};
-use crate::backup::Quiesce;
+pub use self::restore::RestoreArgs;
 use crate::exit::{Failure, Kind};
 use crate::image::Compression;
 use crate::target::{Target, absolute_name};
@@ -73,6 +81,9 @@ pub enum Command {
         /// Go on until no more than this is left.
         #[arg(long, value_parser = parse_size)]
         converge: Option<u64>,
+        /// With `--until`: re-read this share of the unchanged blocks a day in idle time, and compare; 0 for none.
+        #[arg(long, value_name = "PERCENT", default_value = "0.5%", value_parser = parse_share_or_none)]
+        audit: f64,
     },
     /// Make a recovery point now.
     Backup {
@@ -85,6 +96,9 @@ pub enum Command {
         #[command(flatten)]
         #[allow(missing_docs)]
         freeze: FreezeArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        limits: LimitArgs,
         #[command(flatten)]
         #[allow(missing_docs)]
         more: MoreArgs,
@@ -106,9 +120,42 @@ pub enum Command {
         /// When the backup is due: HH:MM (its next occurrence), or a date with a time.
         #[arg(long)]
         at: String,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        limits: LimitArgs,
+        /// When it must choose between the guest's ease and the due time, the due time goes first. An explicit `--rate` holds
+        /// all the same.
+        #[arg(long)]
+        hard: bool,
+        /// Re-read this share of the unchanged blocks a day in idle time, and compare; 0 for none.
+        #[arg(long, value_name = "PERCENT", default_value = "0.5%", value_parser = parse_share_or_none)]
+        audit: f64,
     },
-    /// Show what is not copied yet, the session, and what was left behind.
-    Status(RepoTargetArgs),
+    /// Show what the load of a VM and its host is, and which pace it leaves for copying.
+    Load {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        target: TargetArgs,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        load: LoadArgs,
+        /// The repository, for the load of its disk.
+        #[arg(long, env = "FORERUN_REPO")]
+        repo: Option<PathBuf>,
+        /// Between two samples.
+        #[arg(long, default_value = "1s", value_parser = parse_duration)]
+        interval: Duration,
+        /// How many samples; without it 10, or on a terminal until it is interrupted.
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+        count: Option<u32>,
+    },
+    /// Show what is not copied yet and how fast that grows, what is to be expected of the backup, and what was left behind.
+    Status(StatusArgs),
+    /// Re-read unchanged blocks and compare them with what is stored, to find out whether a bitmap has missed changes.
+    ///
+    /// Goes on where the last one ended. A disk whose bitmap has missed a change is read in full by the next backup, and the
+    /// points that may be wrong are named.
+    Audit(AuditArgs),
     /// List the recovery points.
     List {
         #[command(flatten)]
@@ -514,96 +561,18 @@ pub struct RepoTargetArgs {
 /// How fast to copy live.
 #[derive(Debug, Args)]
 pub struct PaceArgs {
-    /// Read at most this much a second: 100MiB/s.
+    /// Read at most this much a second, however much room there is: 100MiB/s.
     #[arg(long, value_parser = parse_rate)]
     pub rate: Option<u64>,
     /// Keep at most so many requests in flight.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub in_flight: u8,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub load: LoadArgs,
     /// What new blocks are compressed with, instead of what `init` said: lz4, zstd, zstd:LEVEL or none.
     #[arg(long, value_name = "CODEC")]
     pub compression: Option<Compression>,
-}
-
-/// How to freeze.
-#[derive(Debug, Args)]
-pub struct FreezeArgs {
-    /// The block snapshot: a fleecing job into a scratch, or an overlay that is committed back. Without it `fleece`, but not
-    /// where the guest would feel the errors of its disk or of a full scratch.
-    #[arg(long = "freeze", value_enum)]
-    pub method: Option<FreezeMethod>,
-    /// Freeze the guest's file systems around the instant.
-    #[arg(long, value_enum, default_value_t = Quiesce::Auto)]
-    pub quiesce: Quiesce,
-    /// How long the guest's file systems may take to freeze.
-    #[arg(long, default_value = "10s", value_parser = parse_duration)]
-    pub freeze_timeout: Duration,
-    /// The guest agent's socket; a domain's is known.
-    #[arg(long, value_name = "SOCKET")]
-    pub agent: Option<PathBuf>,
-    /// Where scratches, overlays and the spool go; by default in the host state directory.
-    #[arg(long, value_name = "DIR")]
-    pub scratch: Option<PathBuf>,
-    /// What each disk's scratch may take, instead of the computed limit.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub scratch_reserve: Option<u64>,
-    /// How long the snapshot may be held.
-    #[arg(long, default_value = "10s", value_parser = parse_duration)]
-    pub deadline: Duration,
-    /// How long the overlay of `--freeze snapshot` may take to be committed back.
-    #[arg(long, default_value = "10m", value_parser = parse_duration)]
-    pub commit_deadline: Duration,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub hooks: HookArgs,
-}
-
-/// The methods of freezing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum FreezeMethod {
-    /// Image fleecing.
-    Fleece,
-    /// External snapshot.
-    Snapshot,
-}
-
-/// What to restore, and to where.
-#[expect(clippy::struct_excessive_bools, reason = "switches of a command line")]
-#[derive(Debug, Args)]
-pub struct RestoreArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub repo: RepoArgs,
-    /// The beginning of an id, TARGET@latest or TARGET@2026-11-22T02:00.
-    #[arg(value_parser = absolute_name)]
-    pub point: String,
-    /// All disks, as files in this directory, and beside them what else of the VM is held.
-    #[arg(long, required_unless_present = "disk")]
-    pub output: Option<PathBuf>,
-    /// One disk to this file or device: `vda=/path`. May be repeated.
-    #[arg(long)]
-    pub disk: Vec<String>,
-    /// The image format; by default raw, with `--define` the one that the disk had.
-    #[arg(long, value_enum)]
-    pub format: Option<Format>,
-    /// Overwrite what is there.
-    #[arg(long)]
-    pub force: bool,
-    /// Only the disks.
-    #[arg(long)]
-    pub disk_only: bool,
-    /// Define the libvirt domain, with the restored disks and a UUID and MAC addresses of its own.
-    #[arg(long, requires = "output", conflicts_with = "disk_only")]
-    pub define: bool,
-    /// The domain's new name.
-    #[arg(long, requires = "define")]
-    pub name: Option<String>,
-    /// Define the domain with the UUID and the MAC addresses that it had: for the VM itself, not for a second one.
-    #[arg(long, requires = "define")]
-    pub same_identity: bool,
-    /// The hypervisor to define the domain at; by default as virsh has it.
-    #[arg(long, value_name = "URI", requires = "define")]
-    pub connect: Option<String>,
 }
 
 /// The formats of restored images.

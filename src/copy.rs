@@ -19,6 +19,8 @@ use crate::units::{BlockRun, BlockSize, Extent};
 
 /// Pieces that wait for a worker, and pieces' results that wait for the writer.
 const QUEUE: usize = 32;
+/// The nice value of who hashes, compresses and stores.
+const NICE: i32 = 10;
 
 /// A piece of a disk that was read.
 pub struct Piece {
@@ -82,12 +84,18 @@ pub fn copy<T>(
     std::thread::scope(|scope| {
         for _ in 0..workers {
             let (pieces, out) = (pieces.clone(), out.clone());
-            scope.spawn(move || work_on(repo, disks, &pieces, &out));
+            scope.spawn(move || {
+                give_way();
+                work_on(repo, disks, &pieces, &out);
+            });
         }
         drop(pieces);
         drop(out);
         let label = |disk: &str| format!("{session} {disk} {pass}");
-        let writer = scope.spawn(move || write(repo, disks, &label, results));
+        let writer = scope.spawn(move || {
+            give_way();
+            write(repo, disks, &label, results)
+        });
         let mut give = |piece: Piece| {
             let bytes = piece.extent.length;
             let taken = match patience {
@@ -114,6 +122,12 @@ pub fn copy<T>(
         copied.generation = generation;
         Ok((result?, copied))
     })
+}
+
+/// This thread works only when nobody else wants the processor or the disk: on Linux a nice value is a thread's own, and its I/O
+/// priority follows from it (`ioprio_set(2)`, best-effort 6). Who talks to a VM that is held is not such a thread.
+fn give_way() {
+    rustix::process::nice(NICE).ok();
 }
 
 fn work_on(
@@ -183,7 +197,7 @@ fn same(disk: usize, block: u64) -> Done {
 
 /// What the base holds at a block. Where the sizes differ, a block that is not whole in both has nothing to be the same
 /// as.
-fn base_entry(disk: &CopyDisk, block: u64, block_size: BlockSize) -> Result<Entry> {
+pub fn base_entry(disk: &CopyDisk, block: u64, block_size: BlockSize) -> Result<Entry> {
     let common = disk.base_size.min(disk.size);
     if disk.base_size != disk.size && block >= common / block_size.bytes() {
         return Ok(Entry::Unset);

@@ -5,6 +5,7 @@
 //!   target.lock                     held while anything of ours is in the VM (a batch, a freeze), whichever the repository
 //!   run-<repository>.lock           held by the one run of a repository on this target
 //!   <run>.journal                   what that run has put, or is about to put, into the VM
+//! /var/lib/forerun/learned/<key>/   what was measured of the target; worth something, and no harm when it is lost
 //! ```
 //!
 //! Locks are the kernel's (`flock`): a holder that dies lets go. A guard inherits the target's lock, so it is held until
@@ -68,6 +69,8 @@ fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
 /// The lock of a batch or a freeze, and what it is of.
 const TARGET_LOCK: &str = "target.lock";
 const THE_TARGET: &str = "the target";
+/// Where what was measured of targets is kept.
+const LEARNED: &str = "learned";
 /// How the file of a journal that is being written ends.
 const UNWRITTEN: &str = "journal-new";
 
@@ -110,7 +113,7 @@ pub fn holder_of(spelling: &str) -> Option<Error> {
 pub fn keys() -> Vec<String> {
     let entries = std::fs::read_dir(root()).into_iter().flatten().flatten();
     let mut keys: Vec<String> = entries
-        .filter(|entry| entry.path().is_dir())
+        .filter(|entry| entry.path().is_dir() && entry.file_name() != LEARNED)
         .filter_map(|entry| entry.file_name().into_string().ok())
         .collect();
     keys.sort();
@@ -121,6 +124,7 @@ pub fn keys() -> Vec<String> {
 #[derive(Debug, Clone)]
 pub struct TargetState {
     directory: PathBuf,
+    learned: PathBuf,
 }
 
 /// A lock that is held until it is dropped.
@@ -141,12 +145,28 @@ impl TargetState {
     /// The state of the target with this key, its directory made when it is not there.
     pub fn open(key: &str) -> Result<Self> {
         let directory = root().join(key);
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&directory)
-            .map_err(io("create", &directory))?;
-        Ok(Self { directory })
+        make_directory(&directory)?;
+        let learned = root().join(LEARNED).join(key);
+        Ok(Self { directory, learned })
+    }
+
+    /// What was kept under this name, if anything was.
+    #[must_use]
+    pub fn recall(&self, name: &str) -> Option<Vec<u8>> {
+        std::fs::read(self.learned.join(file_name(name))).ok()
+    }
+
+    /// Keeps bytes under a name. They may be lost, also without a crash: who reads them must do without.
+    pub fn remember(&self, name: &str, bytes: &[u8]) {
+        let path = self.learned.join(file_name(name));
+        if let Err(error) = make_directory(&self.learned).and_then(|()| replace(&path, bytes)) {
+            tracing::debug!(%error, "what was measured is not kept");
+        }
+    }
+
+    /// Keeps nothing under a name any more.
+    pub fn unlearn(&self, name: &str) {
+        std::fs::remove_file(self.learned.join(file_name(name))).ok();
     }
 
     /// Where it is.
@@ -260,6 +280,50 @@ impl TargetState {
             },
         }
     }
+}
+
+fn make_directory(directory: &Path) -> Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(io("create", directory))
+}
+
+/// A name as one of a file: disks may be called anything.
+fn file_name(name: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let spell = |byte: u8| {
+        if plain(byte) {
+            char::from(byte).to_string()
+        } else {
+            format!("%{byte:02x}")
+        }
+    };
+    name.bytes().map(spell).collect()
+}
+
+/// Replaces a file whole, though not durably.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "what is kept so may be lost, but is never read half"
+)]
+fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let fresh = path.with_extension(format!("new-{}", std::process::id()));
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&fresh)
+        .map_err(io("create", &fresh))?;
+    let written = file.write_all(bytes).map_err(io("write", &fresh));
+    let replaced =
+        written.and_then(|()| std::fs::rename(&fresh, path).map_err(io("replace", path)));
+    if replaced.is_err() {
+        std::fs::remove_file(&fresh).ok();
+    }
+    replaced
 }
 
 fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -8,6 +8,7 @@
 //! the program       main -> commands -> report          cli: what can be asked; exit: how it may end
 //! the main job      backup: pass -> freeze -> commit    session: the next point while it is incomplete
 //! its tools         copy: hash, compare, compress       throttle, progress, schedule
+//! what next         plan: order, prediction, when a pass pays
 //! a VM in hand      target -> vm, offline -> hoststate  guard, settle: what if we die; hooks
 //! what changed      bitmap: names, trust, rotation, proofs
 //! QEMU              qmp: monitor, graph, exports, freeze, agent, release
@@ -50,9 +51,11 @@ pub mod libvirt;
 #[cfg(not(feature = "libvirt"))]
 #[path = "libvirt/absent.rs"]
 pub mod libvirt;
+pub mod load;
 pub mod nbd;
 mod offline;
 mod owner;
+pub mod plan;
 pub mod progress;
 mod prompt;
 pub mod qmp;

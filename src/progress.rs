@@ -11,6 +11,7 @@ pub struct Progress {
     /// Bytes to do in this phase, as far as it is known.
     pub total: AtomicU64,
     phase: Mutex<String>,
+    note: Mutex<String>,
 }
 
 impl Progress {
@@ -23,6 +24,26 @@ impl Progress {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         phase.clone_into(&mut name);
+    }
+
+    /// Says why nothing goes on just now; nothing when it does.
+    pub fn note(&self, note: &str) {
+        let mut held = self
+            .note
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        note.clone_into(&mut held);
+    }
+
+    /// The phase, or why it does not go on.
+    #[must_use]
+    pub fn words(&self) -> String {
+        let note = self
+            .note
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone();
+        if note.is_empty() { self.phase() } else { note }
     }
 
     /// What a part of the repository tells: a phase that begins and its total, or, without a name, how much more is done.

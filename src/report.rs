@@ -127,6 +127,13 @@ fn print_json(command: &str, outcome: &Outcome, failed: &[Failed]) {
     out(&document.to_string());
 }
 
+/// A line of a result that goes on: printed at once, for people.
+pub fn at_once(style: Style, line: &str) {
+    if !style.json && !style.quiet {
+        out(line);
+    }
+}
+
 /// A line of the result. A reader that has gone away is no error of ours.
 fn out(line: &str) {
     writeln!(std::io::stdout(), "{line}").ok();
@@ -184,9 +191,9 @@ fn draw(progress: &Progress, stop: &AtomicBool) {
         let now = progress.phase();
         if now != phase {
             bar.reset();
-            phase.clone_from(&now);
-            bar.set_message(now);
+            phase = now;
         }
+        bar.set_message(progress.words());
         bar.set_length(progress.total.load(Ordering::Relaxed));
         bar.set_position(progress.done.load(Ordering::Relaxed));
         clock::sleep(Duration::from_millis(100));

@@ -14,8 +14,8 @@ use crate::bitmap::rotate::Journal;
 use crate::bitmap::track::{Base, Named, Record, State, Tracked, disown, withdraw};
 use crate::copy::Proof;
 use crate::image::{
-    self, BlockId, Item, Manifest, MapReader, MapRef, Repository, Run, RunContent, SegmentHeader,
-    SegmentRef,
+    self, BlockId, Entry, Item, Manifest, MapReader, MapRef, Repository, Run, RunContent,
+    SegmentHeader, SegmentRef,
 };
 use crate::units::{BlockRun, BlockSize};
 
@@ -275,6 +275,13 @@ impl Session {
         self.log.as_ref().map(image::Session::id)
     }
 
+    /// When the session began.
+    #[must_use]
+    pub fn begun(&self) -> Option<jiff::Timestamp> {
+        let header = self.log.as_ref()?.header();
+        header.get("begun")?.as_str()?.parse().ok()
+    }
+
     /// Takes a step of the tracking, with this session as its journal.
     pub fn track<T>(&mut self, step: impl FnOnce(&mut State, &mut Self) -> Result<T>) -> Result<T> {
         let mut state = std::mem::take(&mut self.state);
@@ -386,6 +393,38 @@ impl Session {
             }
         }
         Ok(unsound)
+    }
+
+    /// What the newest proofs of a disk say of a run of blocks: tells each by its place in the run, `None` being the same as the
+    /// base; older proofs come before newer ones of the same block.
+    pub fn newest_content(
+        &self,
+        disk: &str,
+        range: BlockRun,
+        tell: &mut dyn FnMut(usize, Option<Entry>),
+    ) -> Result<()> {
+        let segments = self.segments.iter();
+        for segment in segments.filter(|segment| segment.header.disk == disk) {
+            let log = self.log.as_ref().context("segments without a session")?;
+            for run in log.segment_content(segment)? {
+                let run = run?;
+                for block in run.first.max(range.first)..run.end().min(range.end()) {
+                    let at = usize::try_from(block - range.first).unwrap_or(usize::MAX);
+                    tell(
+                        at,
+                        match &run.content {
+                            RunContent::Zero(_) => Some(Entry::Zero),
+                            RunContent::Same(_) => None,
+                            RunContent::Data(ids) => {
+                                let at = usize::try_from(block - run.first).unwrap_or(usize::MAX);
+                                ids.as_slice().get(at).copied().map(Entry::Data)
+                            }
+                        },
+                    );
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Builds the map of a disk from its base and all its proofs.

@@ -1,7 +1,7 @@
-//! How fast a pass may read: a rate in bytes a second and a limit of requests in flight. What sets them is the seam for
-//! a controller that watches the load; here they are fixed.
+//! How fast a pass may read: a rate in bytes a second and a limit of requests in flight. Both may change at any time; `load`
+//! sets them by what the guest and the host leave.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::clock;
@@ -14,7 +14,7 @@ const BURST: Duration = Duration::from_millis(100);
 /// The pace that a pass keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pace {
-    /// Bytes a second, `None` for as fast as it goes.
+    /// Bytes a second, `None` for as fast as it goes, 0 for not at all.
     pub rate: Option<u64>,
     /// Requests in flight.
     pub in_flight: usize,
@@ -29,47 +29,66 @@ impl Default for Pace {
     }
 }
 
-/// Holds a rate over all that ask it.
+/// Holds a pace over all that ask it.
 #[derive(Debug)]
-pub struct Throttle {
-    rate: Option<u64>,
-    free_at: Mutex<Instant>,
+pub struct Throttle(Mutex<Held>);
+
+#[derive(Debug)]
+struct Held {
+    pace: Pace,
+    free_at: Instant,
 }
 
 impl Throttle {
     /// A throttle of this many bytes a second.
     #[must_use]
     pub fn new(rate: Option<u64>) -> Self {
-        Self {
-            rate,
-            free_at: Mutex::new(clock::now()),
-        }
+        Self(Mutex::new(Held {
+            pace: Pace {
+                rate,
+                ..Pace::default()
+            },
+            free_at: clock::now(),
+        }))
+    }
+
+    /// The pace just now.
+    #[must_use]
+    pub fn pace(&self) -> Pace {
+        self.held().pace
+    }
+
+    /// Changes the pace, for those who wait, too.
+    pub fn set(&self, pace: Pace) {
+        self.held().pace = pace;
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until `bytes` more may go; `keep_on` is asked now and then whether to wait on. Returns whether they may.
     pub fn wait(&self, bytes: u64, keep_on: &dyn Fn() -> bool) -> bool {
-        let Some(rate) = self.rate else {
-            return keep_on();
-        };
-        let mine = {
-            let mut free_at = self
-                .free_at
-                .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
-            let (begin, next) = schedule(*free_at, clock::now(), bytes, rate);
-            *free_at = next;
-            begin
-        };
-        loop {
-            if !keep_on() {
-                return false;
-            }
-            let left = mine.saturating_duration_since(clock::now());
-            if left.is_zero() {
-                return true;
-            }
+        while keep_on() {
+            let left = {
+                let mut held = self.held();
+                let now = clock::now();
+                match held.pace.rate {
+                    None => return true,
+                    Some(0) => STEP,
+                    Some(rate) => {
+                        let (begin, next) = schedule(held.free_at, now, bytes, rate);
+                        if begin <= now {
+                            held.free_at = next;
+                            return true;
+                        }
+                        begin - now
+                    }
+                }
+            };
             clock::sleep(left.min(STEP));
         }
+        false
     }
 }
 
@@ -98,5 +117,19 @@ mod tests {
         let later = start + Duration::from_secs(60);
         let (begin, _) = schedule(free_at, later, 1, 100 << 20);
         assert_eq!(begin + BURST, later);
+    }
+
+    #[test]
+    fn who_waits_goes_by_the_pace_that_is_set_meanwhile() {
+        let throttle = Throttle::new(Some(0));
+        let stopped = std::cell::Cell::new(3);
+        let few = || stopped.replace(stopped.get() - 1) > 0;
+        assert!(!throttle.wait(1, &few), "a rate of 0 is a stop");
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| throttle.wait(1, &|| true));
+            throttle.set(Pace::default());
+            assert!(waits.join().unwrap());
+        });
+        assert_eq!(throttle.pace(), Pace::default());
     }
 }

@@ -11,13 +11,14 @@ use std::path::{Path, PathBuf};
 const LONGEST: usize = 700;
 
 /// Who may import what of this crate. What a layer is not allowed here it must be handed by a caller.
-const LAYERS: [(&str, &[&str]); 14] = [
+const LAYERS: [(&str, &[&str]); 16] = [
     ("src/units.rs", &[]),
     ("src/clock.rs", &[]),
     ("src/fault.rs", &[]),
     ("src/unix_path.rs", &[]),
     ("src/progress.rs", &[]),
     ("src/throttle.rs", &["clock"]),
+    ("src/load", &["clock", "qmp", "throttle", "units"]),
     ("src/image", &["image", "units", "clock", "fault"]),
     ("src/nbd", &["nbd", "units", "clock", "unix_path"]),
     ("src/qmp", &["qmp", "units", "clock", "fault", "unix_path"]),
@@ -26,6 +27,7 @@ const LAYERS: [(&str, &[&str]); 14] = [
         &["libvirt", "qmp", "clock", "fault", "target"],
     ),
     ("src/bitmap", &["bitmap", "qmp", "units", "clock", "fault"]),
+    ("src/plan", &["plan", "bitmap", "units"]),
     ("src/copy.rs", &["image", "units"]),
     (
         "src/replicate.rs",
@@ -193,7 +195,10 @@ fn nothing_names_a_host() {
         "CONTRIBUTING.md",
         "NOTICE",
     ];
+    // The name of the format of pictures, which nobody connects to.
+    let format = format!("xmlns=\"{scheme}www.w3.org/2000/svg\"");
     for (name, text) in files(&places) {
+        let text = text.replace(&format, "");
         assert!(
             !text.contains(&scheme) && !text.contains(&secure),
             "{name} names a host"

@@ -10,7 +10,6 @@ use super::pass::{pending_names, start_server};
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::track::Tracked;
 use crate::qmp::export::{self, Listening};
-use crate::qmp::release::Leftover;
 use crate::units::{BlockRun, Extent};
 use crate::vm::Hold;
 
@@ -34,9 +33,7 @@ impl Runner {
         self.rotate(&mut hold, false)?;
         let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
         let mut left = vec![listening.leftover()];
-        left.extend((0..self.disks.len()).map(|disk| Leftover::Export {
-            id: export::export_id(&self.run, disk),
-        }));
+        left.extend((0..self.disks.len()).flat_map(|disk| export::leftovers(&self.run, disk)));
         hold.journal.write(left)?;
         let read = self.read_changed(&mut hold, &listening);
         hold.release()?;
@@ -86,7 +83,7 @@ impl Runner {
             length: tracked.size,
         };
         for (_, name) in &pending {
-            client.dirty_extents(&export::copy_name(name), whole, &mut |extent| {
+            client.dirty_extents(&name, whole, &mut |extent| {
                 changed.insert(block_size.cover(extent));
                 ControlFlow::Continue(())
             })?;

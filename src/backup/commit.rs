@@ -15,21 +15,15 @@ use super::freeze::{GivenUp, Residual};
 use super::pass::read_of;
 use super::spool::Spool;
 use super::together::{Common, Seat, Stage};
-use super::{Bytes, CONDEMNED_TRIES, Rescan, Runner, SMALL, is_condemned};
+use super::{Bytes, CONDEMNED_TRIES, Rescan, Runner, is_condemned};
 use crate::bitmap::rotate;
-use crate::clock::{self, Deadline};
+use crate::clock;
 use crate::copy::{self, Copied};
-use crate::exit::{Failure, Kind, classify};
+use crate::exit::{Failure, Kind};
 use crate::image::{self, DiskPoint, Manifest, PointId, RetiredBitmap, Tracking};
-use crate::qmp;
+use crate::plan::Patience;
 use crate::qmp::freeze::Method;
 
-/// So little is left alone while there is time.
-const LITTLE: u64 = 16 << 20;
-/// Between two looks at what is left.
-const BETWEEN_LOOKS: Duration = Duration::from_secs(2);
-/// More live passes than this do not make a residual smaller.
-const PASSES: u32 = 12;
 /// How often a freeze that was given up is tried again.
 const FREEZES: u32 = 3;
 
@@ -64,8 +58,32 @@ pub struct Point {
     pub window_ms: u64,
     /// What was copied.
     pub bytes: Bytes,
+    /// The window, as it was expected and as it came.
+    pub window: Predicted,
+    /// What the freeze found, as it was expected and as it came.
+    pub residual: PredictedBytes,
+    /// Which limits it missed, in words.
+    pub missed: Option<String>,
     /// The disks that were read in full, with the reasons.
     pub rescanned: Vec<Rescan>,
+}
+
+/// A time that was expected.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Predicted {
+    /// What was expected.
+    pub predicted_ms: Option<u64>,
+    /// What came.
+    pub actual_ms: u64,
+}
+
+/// An amount that was expected.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct PredictedBytes {
+    /// What was expected.
+    pub predicted: Option<u64>,
+    /// What came.
+    pub actual: u64,
 }
 
 /// A disk of a point, for reports.
@@ -104,84 +122,17 @@ impl PointFile {
 }
 
 impl Runner {
-    /// Copies ahead until what is left no longer shrinks, or until one of the limits. Returns the bytes that a freeze would
-    /// find now, and whether the limit was reached.
-    pub fn precopy(
-        &mut self,
-        once: bool,
-        until: Option<Deadline>,
-        converge: Option<u64>,
-    ) -> Result<(u64, bool)> {
-        if let Some(until) = until {
-            return self.precopy_until(until, converge);
-        }
-        let mut before = u64::MAX;
-        for _ in 0..PASSES {
-            self.pass(None)?;
-            let left = self.left()?;
-            let reached = converge.is_none_or(|converge| left <= converge);
-            let shrinks = left < before / 10 * 8;
-            if once || (converge.is_some() && reached) || !shrinks || left <= LITTLE {
-                return Ok((left, reached));
-            }
-            before = left;
-        }
-        Ok((before, converge.is_none_or(|converge| before <= converge)))
-    }
-
-    /// Copies ahead for as long as there is time. What passes by itself (somebody else's use of the VM, a restart) is
-    /// waited for: the time that a backup is due has not come.
-    fn precopy_until(&mut self, until: Deadline, converge: Option<u64>) -> Result<(u64, bool)> {
-        let mut left = u64::MAX;
-        let mut trouble = String::new();
-        loop {
-            let looked = if left > LITTLE {
-                self.pass(Some(until)).and_then(|_| self.left())
-            } else {
-                self.left()
-            };
-            match looked {
-                Ok(found) => left = found,
-                Err(error) if passes_by_itself(&error) => {
-                    let words = format!("{error:#}");
-                    if words != trouble {
-                        tracing::warn!("{words}; trying again");
-                        trouble = words;
-                    }
-                }
-                Err(error) => return Err(error),
-            }
-            if until.passed() || converge.is_some_and(|converge| left <= converge) {
-                return Ok((left, converge.is_none_or(|converge| left <= converge)));
-            }
-            self.pause(BETWEEN_LOOKS.min(until.left()))?;
-        }
-    }
-
-    /// What a freeze would find now, in bytes.
-    fn left(&mut self) -> Result<u64> {
-        let mut hold = self.hold()?;
-        self.sample_writes(&mut hold)?;
-        Ok(self.estimate(&hold))
-    }
-
-    pub(super) fn pause(&self, pause: Duration) -> Result<()> {
-        let deadline = Deadline::after(pause);
-        while !deadline.passed() {
-            self.check_interrupt()?;
-            clock::sleep(deadline.left().min(Duration::from_millis(50)));
-        }
-        Ok(())
-    }
-
     /// Makes a recovery point: converges live when much is left, freezes, stores, commits. `due` is when it should have begun.
     pub fn backup(&mut self, due: Timestamp) -> Result<Point> {
         self.converge_in_turn()?;
+        self.decide(due)?;
         let mut tries = 0;
+        let mut begun;
         let residual = loop {
             self.check_interrupt()?;
             self.progress.begin("freeze and residual", 0);
             tries += 1;
+            begun = clock::now();
             match self.freeze() {
                 Ok(residual) => break residual,
                 Err(error) if error.downcast_ref::<GivenUp>().is_some() => {
@@ -194,12 +145,16 @@ impl Runner {
                     }
                     self.warnings
                         .push(format!("{error:#}; trying again after another pass"));
+                    self.patience = Patience::None;
                     self.pass(None)?;
                 }
                 Err(error) => return Err(error),
             }
         };
         let released = clock::utc_now();
+        let took = clock::now() - begun;
+        let cut = &residual.instant;
+        let reading = Duration::from_millis(cut.released_ms.saturating_sub(cut.freeze_ms));
         let window_ms = u64::try_from(released.duration_since(due).as_millis()).unwrap_or(0);
         self.meet(Stage::Released)?;
         let together = self.seat.as_ref().and_then(Seat::common);
@@ -208,6 +163,10 @@ impl Runner {
         let _turn = turn.as_deref().map(take_turn);
         self.seat = None;
         let point = self.store(residual, window_ms, together)?;
+        self.learned
+            .speeds
+            .froze(self.bytes.residual, reading, took);
+        self.keep_learned();
         self.sweep();
         Ok(point)
     }
@@ -224,30 +183,6 @@ impl Runner {
             self.converge()?;
             drop(mine);
             self.meet(stage)?;
-        }
-        Ok(())
-    }
-
-    fn converge(&mut self) -> Result<()> {
-        let mut hold = self.hold()?;
-        self.sample_writes(&mut hold)?;
-        let mut left = self.estimate(&hold);
-        if !hold.lasting()? {
-            return Ok(());
-        }
-        drop(hold);
-        let mut passes = 0;
-        while left > SMALL && passes < PASSES {
-            self.progress.begin("copy ahead", left);
-            self.pass(None)?;
-            passes += 1;
-            let hold = self.hold()?;
-            let now = self.estimate(&hold);
-            drop(hold);
-            if now >= left / 10 * 8 {
-                break;
-            }
-            left = now;
         }
         Ok(())
     }
@@ -319,6 +254,15 @@ impl Runner {
             together,
             window_ms,
             bytes: self.bytes,
+            window: Predicted {
+                predicted_ms: self.predicted.map(|outlook| outlook.window_ms),
+                actual_ms: window_ms,
+            },
+            residual: PredictedBytes {
+                predicted: self.predicted.map(|outlook| outlook.residual),
+                actual: self.bytes.residual,
+            },
+            missed: self.options.limits.missed(self.bytes.residual, window_ms),
             rescanned: self.rescans(),
         };
         let manifest = self.manifest(&point, disks, machine, instant.scratch_bytes)?;
@@ -492,24 +436,6 @@ impl Runner {
 /// Waits for one's turn.
 fn take_turn(turn: &Mutex<()>) -> MutexGuard<'_, ()> {
     turn.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Trouble that may be over in a while.
-fn passes_by_itself(error: &anyhow::Error) -> bool {
-    let (kind, _) = classify(error);
-    let gone = error.chain().any(|cause| {
-        matches!(
-            cause.downcast_ref(),
-            Some(
-                qmp::Error::Unreachable { .. }
-                    | qmp::Error::Unconnected { .. }
-                    | qmp::Error::Closed
-                    | qmp::Error::Lost { .. }
-                    | qmp::Error::Timeout { .. }
-            )
-        )
-    });
-    kind == Kind::Busy || gone
 }
 
 fn format_of(identity: &serde_json::Value) -> String {

@@ -8,26 +8,32 @@
 //!
 //! [`Runner`] owns what the phases share. Each phase is a file: `pass`, `freeze`, `commit`.
 
+mod ahead;
+mod audit;
 mod changed;
 mod commit;
 mod configuration;
 mod freeze;
+mod give_way;
+mod learned;
 mod pass;
 mod spool;
 mod together;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use jiff::Timestamp;
 use serde::Serialize;
 
+pub use audit::{AuditReport, Finding};
 pub use changed::Changed;
 pub use commit::{Point, PointFile};
 pub use configuration::checksum;
+pub use learned::{Learned, Note};
 pub use together::{Common, Seat, seats};
 
 use crate::bitmap::blocks::BlockSet;
@@ -40,13 +46,16 @@ use crate::exit::{Failure, Kind};
 use crate::hooks::{self, Hooks};
 use crate::hoststate::Lock;
 use crate::image::{MapReader, Repository};
+use crate::load::Load;
+use crate::load::config::Config as LoadConfig;
+use crate::plan::{Debt, Heat, Limits, Order, Outlook, Patience};
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::qmp::graph::Bitmap;
 use crate::qmp::names::RunName;
 use crate::qmp::socket::start_time;
 use crate::session::{Session, base_map};
-use crate::throttle::{Pace, Throttle};
+use crate::throttle::Throttle;
 use crate::vm::{Hold, Vm};
 
 /// How long a monitor that somebody else uses is waited for.
@@ -116,8 +125,10 @@ pub enum Quiesce {
 /// How a run goes about it.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The pace of passes.
-    pub pace: Pace,
+    /// What sets the pace of passes.
+    pub load: LoadConfig,
+    /// Where the repository is, for its disk's load.
+    pub repository: Option<PathBuf>,
     /// How the block snapshot is taken.
     pub method: Method,
     /// It was asked for by name.
@@ -140,6 +151,14 @@ pub struct Options {
     pub commit_deadline: Duration,
     /// What the run is called in messages of those who wait for it.
     pub doing: String,
+    /// What the window and the residual may be.
+    pub limits: Limits,
+    /// Where it must choose, the schedule goes before the guest's ease.
+    pub hard: bool,
+    /// Raised while the schedule would be missed and `hard` is set: whoever holds the pace down for the guest's sake gives way.
+    pub urgent: Arc<AtomicBool>,
+    /// The share of the clean blocks that is audited in a day, in percent.
+    pub audit: Option<f64>,
 }
 
 /// What was copied, by what it was good for. Bytes of disks.
@@ -179,6 +198,35 @@ struct RunDisk {
     unsound: Option<BlockSet>,
     /// Pending epochs that turned out to be of no use any more.
     idle: Vec<u64>,
+    /// How often its blocks were found changed.
+    heat: Option<Heat>,
+    /// The open blocks by temperature, worked out with them.
+    order: Option<Order>,
+}
+
+impl RunDisk {
+    /// How many open blocks are left for later.
+    fn postponed(&self) -> u64 {
+        match (&self.order, &self.open) {
+            (Some(order), Some(open)) => order.postponed(open),
+            _ => 0,
+        }
+    }
+
+    /// The open blocks in the order in which they are copied.
+    fn sweeps(&self) -> Vec<BlockSet> {
+        match (&self.order, &self.open) {
+            (Some(order), Some(open)) => order.sweeps(open).into(),
+            (None, Some(open)) => vec![open.clone()],
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whether all is copied but what is left for later.
+    fn is_done(&self) -> bool {
+        let open = self.open.as_ref();
+        open.is_some_and(|open| open.count() == self.postponed())
+    }
 }
 
 /// One run of a repository on a target.
@@ -188,7 +236,8 @@ pub struct Runner {
     run: RunName,
     session: Session,
     options: Options,
-    throttle: Throttle,
+    throttle: Arc<Throttle>,
+    load: Mutex<Load>,
     progress: Arc<Progress>,
     interrupted: Arc<AtomicBool>,
     disks: Vec<RunDisk>,
@@ -201,6 +250,18 @@ pub struct Runner {
     writes: Option<(Instant, u64)>,
     passes: u64,
     begun: Timestamp,
+    /// What a pass may leave for later.
+    patience: Patience,
+    /// What changed a moment ago is left for the next pass, since one comes.
+    cooling: bool,
+    /// How many passes in a row have brought little.
+    dull: u32,
+    /// When the last two rotations were made.
+    rotated: [Option<Instant>; 2],
+    /// What was measured of the target.
+    learned: Learned,
+    /// What was expected of the freeze before it.
+    predicted: Option<Outlook>,
     /// Why the guest is not quiesced.
     not_quiesced: Option<String>,
     /// The hook that comes after the thaw, while it runs.
@@ -221,12 +282,16 @@ impl Runner {
     ) -> Result<Self> {
         let short = repo.id().short();
         let lock = vm.state.lock_run(&short, &options.doing)?;
+        let learned = Learned::recall(&vm.state, &short);
         let mut session = Session::open(&repo, &vm.key)?;
         session.remove_committed()?;
         session.settle()?;
+        let mut load = Load::new(&vm.key, options.load.clone(), options.repository.as_deref());
+        load.heed(Arc::clone(&options.urgent));
         Ok(Self {
             run: RunName::new(&short),
-            throttle: Throttle::new(options.pace.rate),
+            throttle: load.throttle(),
+            load: Mutex::new(load),
             vm,
             repo,
             session,
@@ -240,6 +305,12 @@ impl Runner {
             writes: None,
             passes: 0,
             begun: clock::utc_now(),
+            patience: Patience::None,
+            cooling: false,
+            dull: 0,
+            rotated: [None; 2],
+            learned,
+            predicted: None,
             not_quiesced: None,
             post_thaw: None,
             seat: None,
@@ -337,6 +408,7 @@ impl Runner {
                 rotate::rotate(state, hold, journal, &settings)
             }
         })?;
+        self.rotated = [Some(clock::now()), self.rotated[0]];
         hold.look()?;
         self.take_in_disks(hold)?;
         Ok(rotation)
@@ -371,6 +443,8 @@ impl Runner {
                     proofs: None,
                     unsound: None,
                     idle: Vec::new(),
+                    heat: None,
+                    order: None,
                 },
                 |at| before.swap_remove(at),
             ));
@@ -393,12 +467,19 @@ impl Runner {
     /// How many bytes the next freeze would find, from the counts that QEMU lists: an upper bound, since some of them are
     /// safe already.
     fn estimate(&self, hold: &Hold) -> u64 {
-        let mut bytes = 0;
+        self.debt(hold).total()
+    }
+
+    /// What is not copied yet, by what QEMU lists and what the last pass knew.
+    fn debt(&self, hold: &Hold) -> Debt {
+        let block_size = self.repo.block_size().bytes();
+        let mut debt = Debt::default();
         for disk in hold.disks() {
+            debt.size += disk.size;
             let tracked = self.session.state.disks.get(&disk.key);
             let tracked = tracked.or_else(|| self.session.bases.get(&disk.key));
             let Some(tracked) = tracked else {
-                bytes += disk.size;
+                debt.whole += disk.size;
                 continue;
             };
             let found = |named: &Named| disk.bitmaps.iter().find(|has| has.name == named.name);
@@ -408,16 +489,24 @@ impl Runner {
                 .partition(|bitmap| bitmap.recording);
             let count =
                 |bitmaps: &[&Bitmap]| bitmaps.iter().map(|bitmap| bitmap.count).sum::<u64>();
-            let open = self.disks.iter().find(|known| known.key == disk.key);
-            bytes += match open.and_then(|disk| disk.open.as_ref()) {
-                _ if live.is_empty() => disk.size,
-                Some(open) => count(&live) + open.count() * self.repo.block_size().bytes(),
-                None if tracked.whole.is_some() => disk.size,
-                None => count(&live) + count(&frozen),
+            let known = self.disks.iter().find(|known| known.key == disk.key);
+            let open = known.and_then(|known| Some((known, known.open.as_ref()?)));
+            match open {
+                _ if live.is_empty() => debt.whole += disk.size,
+                Some((known, open)) => {
+                    debt.live += count(&live).min(disk.size);
+                    debt.open += (open.count() * block_size).min(disk.size);
+                    debt.postponed += known.postponed() * block_size;
+                }
+                None if tracked.whole.is_some() => debt.whole += disk.size,
+                None => {
+                    let live = count(&live).min(disk.size);
+                    debt.live += live;
+                    debt.open += count(&frozen).min(disk.size - live);
+                }
             }
-            .min(disk.size);
         }
-        bytes
+        debt
     }
 
     /// The disks that are read in full, with the reasons; a first copy is none.

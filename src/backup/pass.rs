@@ -3,10 +3,12 @@
 
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use super::learned::wall_seconds;
 use super::{CONDEMNED_TRIES, RunDisk, Runner, is_condemned, is_lost};
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::idle;
@@ -17,8 +19,8 @@ use crate::copy::{self, Copied, CopyDisk, Piece, Proof};
 use crate::exit::{Failure, Kind};
 use crate::image::Content;
 use crate::nbd::{Client, Endpoint, ReadOptions};
+use crate::plan::Order;
 use crate::qmp::export::{self, Export, Listening};
-use crate::qmp::release::Leftover;
 use crate::session::Read;
 use crate::units::{BlockRun, BlockSize, Extent};
 use crate::vm::{Hold, seen};
@@ -129,27 +131,27 @@ impl Runner {
             }
             condemned = 0;
             self.strike_idle()?;
-            if self
-                .disks
-                .iter()
-                .all(|disk| disk.open.as_ref().is_some_and(BlockSet::is_empty))
-            {
+            if self.disks.iter().all(RunDisk::is_done) {
                 self.strike()?;
+                self.keep_learned();
                 return Ok(PassEnd::Complete);
             }
-            if until.is_some_and(Deadline::passed) {
-                return Ok(PassEnd::OutOfTime);
-            }
-            clock::sleep(match (self.vm.offline(), &self.vm.domain) {
+            let between = match (self.vm.offline(), &self.vm.domain) {
                 (true, _) => BETWEEN_OFF,
                 (_, Some(_)) => BETWEEN_DOMAIN,
                 (_, None) => BETWEEN,
-            });
+            };
+            clock::sleep(until.map_or(between, |until| between.min(until.left())));
+            self.give_way(until)?;
+            if until.is_some_and(Deadline::passed) {
+                self.keep_learned();
+                return Ok(PassEnd::OutOfTime);
+            }
         }
     }
 
     /// Why the newest rotation cannot be gone on with, when it cannot.
-    fn astray(&self, hold: &Hold, disks: usize) -> Option<String> {
+    pub(super) fn astray(&self, hold: &Hold, disks: usize) -> Option<String> {
         if self.session.state.process.as_ref() != Some(&hold.process()) {
             return Some("another QEMU process".to_owned());
         }
@@ -184,6 +186,7 @@ impl Runner {
         let copy_disks = std::mem::take(&mut self.copy_disks);
         let label = format!("pass {pass}");
         let session = self.session.id().context("a pass without a session")?;
+        let begun = clock::now();
         let this = &*self;
         let done = copy::copy(
             &this.repo,
@@ -216,7 +219,10 @@ impl Runner {
                 released.map(drop)
             },
         );
+        let before = self.bytes.precopied;
         let kept = done.and_then(|((), copied)| self.keep(&mut disks, copied, epoch));
+        let read = self.bytes.precopied - before;
+        self.learned.speeds.copied(read, clock::now() - begun);
         self.disks = disks;
         self.copy_disks = copy_disks;
         kept
@@ -282,12 +288,13 @@ impl Runner {
     ) -> Result<()> {
         let mut left = vec![listening.leftover()];
         for disk in 0..disks.len() {
-            left.push(Leftover::Export {
-                id: export::export_id(&self.run, disk),
-            });
+            left.extend(export::leftovers(&self.run, disk));
         }
         hold.journal.write(left)?;
         start_server(listening, hold)?;
+        let off = self.vm.offline();
+        let machine = hold.machine_seen()?.clone();
+        self.watch().begin(&mut hold.monitor, &machine, off);
         let mut total = 0;
         let mut clients = Vec::new();
         for (index, disk) in disks.iter_mut().enumerate() {
@@ -299,9 +306,15 @@ impl Runner {
             };
             let mut client = self.connect(hold, listening, index, &disk.key, &bitmaps)?;
             if disk.open.is_none() {
+                if disk.heat.is_none() {
+                    let blocks = self.repo.block_size().blocks(disk.size);
+                    let heat = self.recall_heat(blocks, &disk.key, tracked.new.as_ref());
+                    disk.heat = Some(heat);
+                }
                 disk.open = Some(self.load(&tracked, disk, &mut client)?);
             }
-            total += disk.open.as_ref().map_or(0, BlockSet::count) * self.repo.block_size().bytes();
+            let open = disk.open.as_ref().map_or(0, BlockSet::count) - disk.postponed();
+            total += open * self.repo.block_size().bytes();
             clients.push(client);
         }
         self.progress.total.store(
@@ -312,30 +325,59 @@ impl Runner {
             Ordering::Relaxed,
         );
         let interrupted = &self.interrupted;
+        let monitor = Mutex::new(&mut hold.monitor);
+        let look = || {
+            let mut load = self.watch();
+            if load.is_due() {
+                let mut monitor = monitor.lock().unwrap_or_else(PoisonError::into_inner);
+                load.within(&mut **monitor);
+            }
+        };
+        let options = self.read_options();
+        let go_on = || {
+            look();
+            let pace = self.throttle.pace();
+            // With far fewer requests in flight than it has, a batch gives way to one that begins anew.
+            let fits = pace.rate != Some(0) && pace.in_flight * 2 > options.depth;
+            fits && !ends.passed() && !interrupted.load(Ordering::Relaxed)
+        };
         let reading = Reading {
             block_size: self.repo.block_size(),
-            options: self.read_options(),
+            options,
             permit: &|bytes| {
-                let go_on = || !ends.passed() && !interrupted.load(Ordering::Relaxed);
                 if self.throttle.wait(bytes, &go_on) {
+                    self.watch().copied(bytes);
                     ControlFlow::Continue(())
                 } else {
                     ControlFlow::Break(())
                 }
             },
         };
-        for (index, (disk, client)) in disks.iter().zip(&mut clients).enumerate() {
-            let Some(open) = &disk.open else { continue };
-            let ended = reading
-                .read_open(client, index, copy_disks[index].size, open, give)
-                .with_context(|| Unread(disk.key.clone()))?;
-            if ended.is_break() {
-                break;
+        let give = &mut |piece: Piece| {
+            let begun = clock::now();
+            let taken = give(piece);
+            self.watch().stalled(clock::now() - begun);
+            taken
+        };
+        // Each temperature of all disks before the next one.
+        let sweeps: Vec<Vec<BlockSet>> = disks.iter().map(RunDisk::sweeps).collect();
+        'reading: for sweep in 0..sweeps.iter().map(Vec::len).max().unwrap_or(0) {
+            for (index, (disk, client)) in disks.iter().zip(&mut clients).enumerate() {
+                let Some(open) = sweeps[index].get(sweep).filter(|open| !open.is_empty()) else {
+                    continue;
+                };
+                let ended = reading
+                    .read_open(client, index, copy_disks[index].size, open, give)
+                    .with_context(|| Unread(disk.key.clone()))?;
+                if ended.is_break() {
+                    break 'reading;
+                }
             }
         }
         for client in clients {
             client.disconnect()?;
         }
+        self.watch().end(&mut hold.monitor);
         Ok(())
     }
 
@@ -348,7 +390,8 @@ impl Runner {
         key: &str,
         bitmaps: &[(u64, String)],
     ) -> Result<Client> {
-        let node = hold.disk(key)?.node.clone();
+        let disk = hold.disk(key)?;
+        let (node, size) = (disk.node.clone(), disk.size);
         let export = Export {
             disk: index,
             bitmaps: bitmaps
@@ -356,20 +399,21 @@ impl Runner {
                 .map(|(_, name)| (node.clone(), name.clone()))
                 .collect(),
             node,
+            size,
             granularity: u32::from(self.repo.block_size()),
         };
         export::add(&mut hold.monitor, &self.run, &export)?;
         let id = export::export_id(&self.run, index);
         let mut endpoint = Endpoint::new(&listening.socket, id).allocation();
         for (_, name) in bitmaps {
-            endpoint = endpoint.bitmap(&export::copy_name(name));
+            endpoint = endpoint.bitmap(&name);
         }
         Ok(endpoint.connect()?)
     }
 
     pub(super) fn read_options(&self) -> ReadOptions {
         let request_bytes = (256 << 10).max(u32::from(self.repo.block_size()));
-        let depth = self.options.pace.in_flight;
+        let depth = self.throttle.pace().in_flight;
         // Hole chunks are not asked for: QEMU drops the connection on a read error when they are.
         ReadOptions {
             request_bytes,
@@ -421,11 +465,22 @@ impl Runner {
             length: tracked.size,
         };
         disk.idle.clear();
+        let newest = tracked.needed.last().map(|named| named.epoch);
+        let mut fresh = self.recently_rotated().then(|| BlockSet::new(blocks));
         for (epoch, name) in pending_names(tracked) {
             let before = open.count();
             let mut found = 0;
-            client.dirty_extents(&export::copy_name(&name), whole, &mut |extent| {
-                found += proofs.unsafe_of(epoch, block_size.cover(extent), &mut open);
+            let mut heat = disk.heat.as_mut().filter(|heat| epoch > heat.epoch());
+            let mut fresh = fresh.as_mut().filter(|_| newest == Some(epoch));
+            client.dirty_extents(&name, whole, &mut |extent| {
+                let run = block_size.cover(extent);
+                found += proofs.unsafe_of(epoch, run, &mut open);
+                if let Some(heat) = &mut heat {
+                    heat.found(run);
+                }
+                if let Some(fresh) = &mut fresh {
+                    fresh.insert(run);
+                }
                 ControlFlow::Continue(())
             })?;
             if idle(
@@ -444,6 +499,20 @@ impl Runner {
                 "blocks that are damaged in the repository are read again"
             );
             open.union(&unsound);
+        }
+        disk.order = None;
+        if let Some(heat) = &mut disk.heat {
+            if let Some(newest) = newest.filter(|newest| *newest > heat.epoch()) {
+                heat.looked(newest, wall_seconds());
+            }
+            let pending = tracked.needed.len();
+            disk.order = Some(Order::of(
+                &open,
+                heat,
+                fresh.as_ref(),
+                self.patience,
+                pending,
+            ));
         }
         Ok(open)
     }
@@ -465,12 +534,14 @@ impl Runner {
             .track(|state, journal| rotate::strike_idle(state, &mut hold, journal, idle))
     }
 
-    /// Everything older than the newest rotation is safe: strikes it and removes it from the VM.
-    fn strike(&mut self) -> Result<()> {
+    /// Of the disks all of whose blocks are safe, everything older than the newest rotation: strikes it and removes it from
+    /// the VM.
+    pub(super) fn strike(&mut self) -> Result<()> {
         let epoch = self.session.state.epoch;
         let disks: Vec<String> = self
             .disks
             .iter()
+            .filter(|disk| disk.open.as_ref().is_some_and(BlockSet::is_empty))
             .filter(|disk| {
                 let tracked = self.session.state.disks.get(&disk.key);
                 tracked.is_some_and(|tracked| !tracked.pending_epochs().is_empty())

@@ -87,6 +87,28 @@ impl BlockSet {
         }
     }
 
+    /// Takes all of another set of the same disk out.
+    pub fn subtract(&mut self, other: &Self) {
+        self.combine(other, |mine, others| mine & !others);
+    }
+
+    /// Keeps what another set of the same disk has, too.
+    pub fn intersect(&mut self, other: &Self) {
+        self.combine(other, |mine, others| mine & others);
+    }
+
+    fn combine(&mut self, other: &Self, with: impl Fn(u64, u64) -> u64) {
+        let others = other.words.iter().copied().chain(std::iter::repeat(0));
+        for (word, others) in self.words.iter_mut().zip(others) {
+            *word = with(*word, others);
+        }
+        self.count = self
+            .words
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum();
+    }
+
     fn change(&mut self, run: BlockRun, apply: impl Fn(u64, u64) -> u64) {
         let end = run.end().min(self.blocks);
         let mut at = run.first;
@@ -190,6 +212,16 @@ mod tests {
                 listed.extend(run.first..run.end());
             }
             prop_assert_eq!(listed, model.iter().copied().collect::<Vec<_>>());
+            let mut other = BlockSet::new(blocks);
+            other.insert(BlockRun { first: blocks / 4, count: limit });
+            let (mut without, mut both) = (set.clone(), set.clone());
+            without.subtract(&other);
+            both.intersect(&other);
+            for block in 0..blocks {
+                prop_assert_eq!(without.contains(block), set.contains(block) && !other.contains(block));
+                prop_assert_eq!(both.contains(block), set.contains(block) && other.contains(block));
+            }
+            prop_assert_eq!(without.count() + both.count(), set.count());
             let run = BlockRun { first: blocks / 3, count: limit };
             let inside = model.iter().filter(|block| (run.first..run.end()).contains(block));
             prop_assert_eq!(set.count_in(run), inside.count() as u64);

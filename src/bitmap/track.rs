@@ -239,11 +239,26 @@ impl State {
         }
     }
 
+    /// The bitmaps of a disk did not hold what had changed: none of them is of use, and the next rotation begins anew.
+    pub fn disbelieve(&mut self, key: &str, why: String) {
+        if let Some(disk) = self.disks.get_mut(key) {
+            let names: Vec<String> = disk.names().map(|named| named.name.clone()).collect();
+            disk.needed.clear();
+            disk.new = None;
+            disk.doubt = Some(why);
+            let gone = names.into_iter().map(|name| (key.to_owned(), name));
+            self.retired.extend(gone);
+        }
+    }
+
     /// Takes in that blocks were proved in an epoch.
     pub fn apply_proof(&mut self, epoch: u64) {
         self.confirmed |= epoch >= self.epoch;
     }
 }
+
+/// How the reason begins why a disk is read in full whose bitmap did not hold what had changed.
+pub const AUDIT_FOUND: &str = "the audit found";
 
 /// Why a disk is read in full whose base went before anything could build on it.
 const FORGOTTEN: &str = "the point that it builds on was forgotten meanwhile";
@@ -260,7 +275,8 @@ impl Tracked {
     /// Why it is read in full, when that is worth telling: a first copy is not.
     #[must_use]
     pub fn rescanned(&self) -> Option<String> {
-        let told = |why: &String| self.base.is_some() || why == FORGOTTEN;
+        let told =
+            |why: &String| self.base.is_some() || why == FORGOTTEN || why.starts_with(AUDIT_FOUND);
         self.doubt.clone().filter(told)
     }
 

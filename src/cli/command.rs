@@ -14,6 +14,8 @@ impl Command {
                 | Self::Precopy { .. }
                 | Self::Backup { .. }
                 | Self::Run { .. }
+                | Self::Load { .. }
+                | Self::Audit(_)
                 | Self::Prune(_)
                 | Self::Verify { .. }
                 | Self::Check { .. }
@@ -34,7 +36,9 @@ impl Command {
             Self::Precopy { .. } => "precopy",
             Self::Backup { .. } => "backup",
             Self::Run { .. } => "run",
+            Self::Load { .. } => "load",
             Self::Status(_) => "status",
+            Self::Audit(_) => "audit",
             Self::List { .. } => "list",
             Self::Show { .. } => "show",
             Self::Diff { .. } => "diff",

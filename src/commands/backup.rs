@@ -16,19 +16,29 @@ use crate::clock;
 use crate::exit::{Kind, classify};
 use crate::hooks::{Hooks, When};
 use crate::image;
+use crate::load::config::Config;
+use crate::plan::Limits;
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
 use crate::report::{Bar, Outcome, Style};
 use crate::schedule::{self, Due};
-use crate::throttle::Pace;
 use crate::units::Bytes;
 use crate::vm::Vm;
 
 /// What ends a `precopy`.
-pub(super) struct Limits {
+pub(super) struct Ends {
     pub(super) once: bool,
     pub(super) until: Option<String>,
     pub(super) converge: Option<u64>,
+    pub(super) audit: f64,
+}
+
+/// What a run has before it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Plan {
+    pub(super) limits: Limits,
+    pub(super) hard: bool,
+    pub(super) audit: f64,
 }
 
 /// How a backup is made.
@@ -36,6 +46,7 @@ pub(super) struct Limits {
 pub(super) struct How<'a> {
     pub(super) pace: &'a PaceArgs,
     pub(super) freeze: &'a FreezeArgs,
+    pub(super) plan: Plan,
     pub(super) style: Style,
     pub(super) interrupted: &'a Arc<AtomicBool>,
 }
@@ -43,16 +54,14 @@ pub(super) struct How<'a> {
 fn options(
     pace: Option<&PaceArgs>,
     freeze: Option<&FreezeArgs>,
+    plan: Plan,
     doing: &str,
     told: Vec<(String, String)>,
 ) -> Options {
-    let default = Pace::default();
     let named = freeze.and_then(|freeze| freeze.method);
     Options {
-        pace: Pace {
-            rate: pace.and_then(|pace| pace.rate),
-            in_flight: pace.map_or(default.in_flight, |pace| usize::from(pace.in_flight)),
-        },
+        load: pace.map_or_else(Config::default, |pace| pace.load.config(Some(pace))),
+        repository: None,
         method: match named {
             Some(FreezeMethod::Snapshot) => Method::Snapshot,
             _ => Method::Fleece,
@@ -67,6 +76,10 @@ fn options(
         deadline: freeze.map_or(Duration::from_secs(10), |freeze| freeze.deadline),
         commit_deadline: freeze.map_or(Duration::ZERO, |freeze| freeze.commit_deadline),
         doing: format!("forerun {doing}"),
+        limits: plan.limits,
+        hard: plan.hard,
+        urgent: Arc::default(),
+        audit: Some(plan.audit).filter(|share| *share > 0.0),
     }
 }
 
@@ -74,7 +87,7 @@ fn options(
 pub(super) struct Begun {
     pub(super) runner: Runner,
     pub(super) target: String,
-    key: String,
+    pub(super) key: String,
     progress: Arc<Progress>,
     hooks: Hooks,
 }
@@ -100,6 +113,7 @@ pub(super) fn begin(
     args: &RepoTargetArgs,
     pace: Option<&PaceArgs>,
     freeze: Option<&FreezeArgs>,
+    plan: Plan,
     doing: &str,
     interrupted: Arc<AtomicBool>,
 ) -> Result<Begun> {
@@ -110,7 +124,10 @@ pub(super) fn begin(
     let vm = super::find(&args.target, repo.is_encrypted())?;
     let progress = Arc::new(Progress::default());
     let (target, key) = (vm.target.to_string(), vm.key.clone());
-    let options = options(pace, freeze, doing, told(args, &vm, freeze));
+    let options = Options {
+        repository: Some(args.repo.repo.clone()),
+        ..options(pace, freeze, plan, doing, told(args, &vm, freeze))
+    };
     let hooks = options.hooks.clone();
     let runner = Runner::begin(vm, repo, options, Arc::clone(&progress), interrupted)?;
     Ok(Begun {
@@ -124,7 +141,7 @@ pub(super) fn begin(
 
 /// `track`.
 pub(super) fn track(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Result<Outcome> {
-    let mut begun = begin(args, None, None, "track", interrupted)?;
+    let mut begun = begin(args, None, None, Plan::default(), "track", interrupted)?;
     let started = begun.runner.track()?;
     let mut outcome = Outcome::default();
     let state = if started {
@@ -133,18 +150,19 @@ pub(super) fn track(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Resu
         "changes are followed already"
     };
     outcome.line(format!("{}: {state}", begun.target));
-    for note in std::mem::take(&mut begun.runner.warnings) {
+    let notes = std::mem::take(&mut begun.runner.warnings);
+    for note in &notes {
         outcome.line(format!("  {note}"));
     }
-    outcome
-        .targets
-        .push(json!({ "target": begun.target, "key": begun.key, "started": started }));
+    outcome.targets.push(json!({
+        "target": begun.target, "key": begun.key, "started": started, "notes": notes,
+    }));
     Ok(outcome)
 }
 
 /// `changed`.
 pub(super) fn changed(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Result<Outcome> {
-    let mut begun = begin(args, None, None, "changed", interrupted)?;
+    let mut begun = begin(args, None, None, Plan::default(), "changed", interrupted)?;
     let changed = begun.runner.changed()?;
     let mut outcome = Outcome::default();
     for disk in &changed {
@@ -172,16 +190,20 @@ pub(super) fn changed(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Re
 pub(super) fn precopy(
     args: &RepoTargetArgs,
     pace: &PaceArgs,
-    limits: &Limits,
+    ends: &Ends,
     style: Style,
     interrupted: Arc<AtomicBool>,
 ) -> Result<Outcome> {
-    let until = limits.until.as_deref().map(schedule::parse).transpose()?;
-    let mut begun = begin(args, Some(pace), None, "precopy", interrupted)?;
+    let until = ends.until.as_deref().map(schedule::parse).transpose()?;
+    let plan = Plan {
+        audit: ends.audit,
+        ..Plan::default()
+    };
+    let mut begun = begin(args, Some(pace), None, plan, "precopy", interrupted)?;
     let bar = Bar::show(Arc::clone(&begun.progress), style);
     begun.progress.begin("copy ahead", 0);
     let until = until.map(super::super::schedule::Due::deadline);
-    let left = begun.runner.precopy(limits.once, until, limits.converge);
+    let left = begun.runner.precopy(ends.once, until, ends.converge);
     drop(bar);
     let (left, reached) = match left {
         Ok(left) => left,
@@ -202,7 +224,7 @@ pub(super) fn precopy(
     }
     outcome.targets.push(json!({
         "target": begun.target, "key": begun.key, "bytes": bytes, "residual": left,
-        "rescanned": rescanned,
+        "rescanned": rescanned, "load": begun.runner.load_report(),
     }));
     outcome.warnings.append(&mut begun.runner.warnings);
     if !reached {
@@ -227,11 +249,14 @@ pub(super) fn backup(args: &RepoTargetArgs, how: &How) -> Result<Outcome> {
 /// Begins a run that ends with a backup.
 pub(super) fn begin_backup(args: &RepoTargetArgs, how: &How, doing: &str) -> Result<Begun> {
     let interrupted = Arc::clone(how.interrupted);
-    begin(args, Some(how.pace), Some(how.freeze), doing, interrupted)
+    let (pace, freeze) = (Some(how.pace), Some(how.freeze));
+    begin(args, pace, freeze, how.plan, doing, interrupted)
 }
 
 /// The time of one of several targets, before the next one gets its turn.
 const TURN: Duration = Duration::from_secs(60);
+/// Between two rounds in which nothing was to be done, or something failed.
+const BETWEEN_ROUNDS: Duration = Duration::from_secs(2);
 
 /// The first half of `run` on several targets: each in turn copies ahead, until the backup is due. What fails now is told by
 /// the backup that follows.
@@ -241,29 +266,49 @@ pub(super) fn copy_ahead_in_turns(
     how: &How,
     at: Due,
 ) -> Result<()> {
-    let deadline = at.deadline();
-    while !deadline.passed() {
-        for target in targets {
+    let due = at.deadline();
+    let mut runs: Vec<Option<Begun>> = targets.iter().map(|_| None).collect();
+    while !due.passed() {
+        let mut idle = true;
+        for (target, begun) in targets.iter().zip(&mut runs) {
             let shown = target.named()?;
-            let single = RepoTargetArgs {
-                target: target.clone(),
-                repo: args.repo.clone(),
-            };
-            let turn = begin_backup(&single, how, "run").and_then(|mut begun| {
-                let until = deadline.at_most(TURN);
-                begun.runner.precopy(false, Some(until), None).map(drop)
-            });
-            match turn {
+            match take_turn(args, target, begun, how, at) {
                 Err(error) if classify(&error).0 == Kind::Interrupted => return Err(error),
                 Err(error) => {
                     tracing::warn!("{shown}: {error:#}");
-                    clock::sleep(Duration::from_secs(1).min(deadline.left()));
+                    *begun = None;
                 }
-                Ok(()) => {}
+                Ok(nothing) => idle &= nothing,
             }
+        }
+        if idle {
+            clock::sleep(BETWEEN_ROUNDS.min(due.left()));
         }
     }
     Ok(())
+}
+
+/// One turn; whether there was nothing to do.
+fn take_turn(
+    args: &RepoTargetArgs,
+    target: &TargetArgs,
+    begun: &mut Option<Begun>,
+    how: &How,
+    at: Due,
+) -> Result<bool> {
+    let due = at.deadline();
+    let run = if let Some(run) = begun {
+        run
+    } else {
+        let single = RepoTargetArgs {
+            target: target.clone(),
+            repo: args.repo.clone(),
+        };
+        let run = begin_backup(&single, how, "run")?;
+        run.runner.note_due(at.due);
+        begun.insert(run)
+    };
+    run.runner.precopy_turn(due.at_most(TURN), due)
 }
 
 /// `run`.
@@ -273,7 +318,9 @@ pub(super) fn run(args: &RepoTargetArgs, how: &How, at: Due) -> Result<Outcome> 
     let deadline = at.deadline();
     if !deadline.passed() {
         begun.progress.begin("copy ahead", 0);
-        if let Err(error) = begun.runner.precopy(false, Some(deadline), None) {
+        begun.runner.note_due(at.due);
+        let ahead = begun.runner.precopy(false, Some(deadline), None);
+        if let Err(error) = ahead.and_then(|_| begun.runner.wait_until(at.due)) {
             return Ok(ended(begun, Err(error), None));
         }
     }
@@ -340,6 +387,13 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
         point.released_ms,
         seconds(point.window_ms)
     ));
+    if let Some(predicted) = point.residual.predicted {
+        outcome.line(format!(
+            "  expected: residual {}, window {:.1} s",
+            Bytes(predicted),
+            seconds(point.window.predicted_ms.unwrap_or(0))
+        ));
+    }
     outcome.line(format!("  {}", consistency(point)));
     if let Some(together) = &point.together {
         outcome.line(format!(
@@ -361,9 +415,14 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
     for disk in &point.rescanned {
         outcome.line(format!("  {} was read in full: {}", disk.disk, disk.reason));
     }
+    if let Some(missed) = &point.missed {
+        outcome.kind = Some(Kind::Missed);
+        outcome.line(format!("  MISSED: {missed}"));
+    }
     let point_json = serde_json::to_value(point).unwrap_or(Value::Null);
     outcome.targets.push(json!({
         "target": begun.target, "key": begun.key, "point": point_json, "late": late.is_some(),
+        "load": begun.runner.load_report(),
     }));
     outcome.warnings.append(&mut begun.runner.warnings);
     if let Some(due) = late {

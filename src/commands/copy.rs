@@ -92,6 +92,12 @@ pub(super) fn copy(
         skipped.len(),
         failed.len()
     ));
+    if from.is_encrypted() && !to.is_encrypted() && !copied.is_empty() {
+        outcome.line(
+            "the second repository is not encrypted: disks, TPM state and passwords of definitions are readable there"
+                .to_owned(),
+        );
+    }
     if !failed.is_empty() {
         outcome.kind = Some(Kind::Corrupt);
     }

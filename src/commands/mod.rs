@@ -1,10 +1,12 @@
 //! The commands: each turns its arguments into calls of the library and the results into an [`Outcome`].
 
+mod audit;
 mod backup;
 mod copy;
 mod define;
 mod forget;
 mod key;
+mod load;
 mod prune;
 mod recover;
 mod repair;
@@ -13,6 +15,7 @@ mod restore;
 mod secret;
 mod several;
 mod stats;
+mod status;
 mod target;
 mod together;
 mod verify;
@@ -102,11 +105,13 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             once,
             until,
             converge,
+            audit,
         } => {
-            let limits = backup::Limits {
+            let limits = backup::Ends {
                 once,
                 until,
                 converge,
+                audit,
             };
             several::each_of(&target, &[], &interrupted, |target| {
                 backup::precopy(target, &pace, &limits, style, Arc::clone(&interrupted))
@@ -116,11 +121,16 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             target,
             pace,
             freeze,
+            limits,
             more,
         } => {
             let how = How {
                 pace: &pace,
                 freeze: &freeze,
+                plan: backup::Plan {
+                    limits: limits.limits(),
+                    ..backup::Plan::default()
+                },
                 style,
                 interrupted: &interrupted,
             };
@@ -138,11 +148,19 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
             freeze,
             more,
             at,
+            limits,
+            hard,
+            audit,
         } => {
             let at = schedule::parse(&at)?;
             let how = How {
                 pace: &pace,
                 freeze: &freeze,
+                plan: backup::Plan {
+                    limits: limits.limits(),
+                    hard,
+                    audit,
+                },
                 style,
                 interrupted: &interrupted,
             };
@@ -157,7 +175,24 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 backup::run(target, &how, at)
             })
         }
-        Command::Status(args) => several::each_of(&args, &[], &interrupted, target::status),
+        Command::Load {
+            target,
+            load,
+            repo,
+            interval,
+            count,
+        } => {
+            let sampling = load::Sampling {
+                interval,
+                count,
+                repo,
+            };
+            load::load(&target, &load, &sampling, style, &interrupted)
+        }
+        Command::Status(args) => status::status(&args, &interrupted),
+        Command::Audit(args) => several::each_of(&args.target, &[], &interrupted, |target| {
+            audit::audit(target, &args, Arc::clone(&interrupted))
+        }),
         Command::List { repo, target } => repository::list(&repo, target.as_deref()),
         Command::Show { repo, point } => repository::show(&repo, &point),
         Command::Diff { repo, a, b } => repository::diff(&repo, &a, &b),

@@ -1,28 +1,26 @@
-//! `inspect`, `status`, `untrack` and `drop-session`.
+//! `inspect`, `untrack` and `drop-session`.
 
 use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::secret;
 use crate::bitmap::name;
-use crate::bitmap::track::{self, Tracked};
 use crate::cli::{RepoArgs, RepoTargetArgs, TargetArgs};
 use crate::exit::{Failure, Kind};
 use crate::hoststate::TargetState;
 use crate::image::{self, Closed, Repository};
 use crate::qmp::command::{action_remove_bitmap, transaction};
-use crate::qmp::graph;
+use crate::qmp::export;
 use crate::qmp::names::RunName;
-use crate::qmp::{export, orphans};
 use crate::replicate;
 use crate::report::Outcome;
 use crate::session::{Session, is_withdrawn_key};
 use crate::target::{Choice, Target};
 use crate::units::Bytes;
-use crate::vm::{Hold, SAVED, Vm, seen};
+use crate::vm::{Hold, SAVED, Vm};
 
 /// A run that makes nothing: only its name is needed.
-fn looking() -> RunName {
+pub(super) fn looking() -> RunName {
     RunName::new("00000000")
 }
 
@@ -157,78 +155,6 @@ pub(super) fn overview(args: &TargetArgs) -> Result<Outcome> {
         ));
     }
     Ok(outcome)
-}
-
-/// `status`.
-pub(super) fn status(args: &RepoTargetArgs) -> Result<Outcome> {
-    let repo = secret::open(&args.repo)?;
-    let vm = super::find(&args.target, repo.is_encrypted())?;
-    let mut hold = vm.hold(&looking(), "forerun status")?;
-    hold.look()?;
-    let session = Session::open(&repo, &vm.key)?;
-    let mut outcome = Outcome::default();
-    let mut disks = Vec::new();
-    for disk in hold.disks() {
-        let (tracked, confirmed) = match session.state.disks.get(&disk.key) {
-            Some(tracked) => (Some(tracked), session.state.confirmed(tracked)),
-            None => (session.bases.get(&disk.key), true),
-        };
-        let (state, dirty, doubt) = describe(tracked, confirmed, disk);
-        outcome.line(format!(
-            "{}  {state}, at most {} to copy",
-            disk.key,
-            Bytes(dirty)
-        ));
-        disks.push(json!({
-            "disk": disk.key, "size": disk.size, "state": state, "dirty": dirty, "doubt": doubt,
-        }));
-    }
-    let session_id = session.id().map(|id| id.to_string());
-    let parent = session.parent.map(|id| id.to_string());
-    let words = |id: &Option<String>| id.clone().unwrap_or_else(|| "none".to_owned());
-    outcome.line(format!(
-        "session {}  last point {}",
-        words(&session_id),
-        words(&parent)
-    ));
-    let found = orphans::of(&mut hold.monitor, None)?;
-    if !found.is_empty() {
-        outcome.warnings.push(format!(
-            "{} things that no journal lists are in the VM; `forerun recover` takes them back",
-            found.len()
-        ));
-    }
-    outcome.targets.push(json!({
-        "target": vm.target.to_string(), "key": vm.key, "disks": disks, "session": session_id,
-        "last_point": parent, "leftovers": found,
-    }));
-    Ok(outcome)
-}
-
-fn describe(
-    tracked: Option<&Tracked>,
-    confirmed: bool,
-    disk: &graph::Disk,
-) -> (&'static str, u64, Option<String>) {
-    let Some(tracked) = tracked else {
-        return ("not followed yet", disk.size, None);
-    };
-    match track::trust(tracked, confirmed, &seen(disk)) {
-        Err(why) => ("to be read in full", disk.size, Some(why)),
-        Ok(chain) => {
-            let count = |named: &track::Named| {
-                let found = disk.bitmaps.iter().find(|bitmap| bitmap.name == named.name);
-                found.map_or(0, |bitmap| bitmap.count)
-            };
-            let dirty: u64 = chain.iter().map(count).sum();
-            let whole = if tracked.whole.is_some() {
-                disk.size
-            } else {
-                0
-            };
-            ("followed", dirty.max(whole).min(disk.size), None)
-        }
-    }
 }
 
 /// `untrack`.

@@ -350,13 +350,13 @@ mod tests {
     const NEW: &str = "0b0f7a1c-58e5-4c26-9a7e-6f1f6b1f9d3e";
 
     /// As libvirt 11 prints a UEFI guest with a TPM, all kinds of disks, and an operator's own metadata.
-    const WINDOWS: &str = "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+    const WINDOWS: &str = "<domain type='kvm' xmlns:qemu='urn:as-libvirt-s-own'>
   <name>win &amp; more</name>
   <uuid>4dea22b3-1d52-d8f3-2516-782e98ab3fa0</uuid>
   <genid>e9392370-2917-565e-692b-d057f46512d6</genid>
   <title>keep &lt;this&gt;</title>
   <metadata>
-    <app:it xmlns:app='http://example.org/1'><name>not the domain's</name><uuid>4dea22b3-1d52-d8f3-2516-782e98ab3fa0</uuid></app:it>
+    <app:it xmlns:app='urn:an-operator-s'><name>not the domain's</name><uuid>4dea22b3-1d52-d8f3-2516-782e98ab3fa0</uuid></app:it>
   </metadata>
   <memory unit='KiB'>8388608</memory>
   <iothreads>2</iothreads>

@@ -8,16 +8,19 @@ use std::path::{Path, PathBuf};
 
 use qapi::qmp;
 use rustix::fs::{Mode, OFlags};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::command::{action_remove_bitmap, call, call_within, flag, list, text, transaction};
-use super::names::{PREFIX, Part, RunName};
+use super::command::{call, call_within, transaction};
+use super::names::{Part, RunName};
 use super::release::Leftover;
 use super::{Error, Monitor, REPLY_TIMEOUT, Result};
 use crate::unix_path::ShortPath;
 
 /// The longest string of the NBD protocol ("Values", string length).
 const NBD_NAME_LIMIT: usize = 4096;
+
+/// The unit of a node's length.
+const SECTOR: u64 = 512;
 
 /// How the names of our sockets end: `<repository>-<run>.nbd`, short enough for a socket's path.
 pub(super) const SOCKET: &str = ".nbd";
@@ -29,21 +32,12 @@ pub struct Export {
     pub disk: usize,
     /// The node to read.
     pub node: String,
-    /// The bitmaps to read with it, each as (the node that has it, its name). Copies of them are exported, see [`copy_name`].
+    /// The bitmaps to read with it, each as (the node that has it, its name). Copies of them are exported, see [`add`].
     pub bitmaps: Vec<(String, String)>,
+    /// The node's size in bytes.
+    pub size: u64,
     /// Bytes a bit of theirs.
     pub granularity: u32,
-}
-
-/// How the names of copies end.
-const COPY: &str = "-copy";
-
-/// The name that a bitmap is exported under: that of a copy that is not stored. A stored one that is in use when QEMU gives its
-/// images away, for a save or a migration, is the end of QEMU (10.0.2: `bdrv_release_dirty_bitmap_locked: Assertion
-/// !bdrv_dirty_bitmap_busy(bitmap) failed`).
-#[must_use]
-pub fn copy_name(bitmap: &str) -> String {
-    format!("{bitmap}{COPY}")
 }
 
 /// Where a run's NBD server listens.
@@ -113,60 +107,53 @@ pub fn export_id(run: &RunName, disk: usize) -> String {
     run.part(Part::Export, disk)
 }
 
+/// What must be journalled before [`add`]: the export, and the node that holds what it shows of the bitmaps.
+#[must_use]
+pub fn leftovers(run: &RunName, disk: usize) -> [Leftover; 2] {
+    [
+        Leftover::Export {
+            id: export_id(run, disk),
+        },
+        Leftover::Node {
+            name: run.part(Part::Holder, disk),
+        },
+    ]
+}
+
 /// Adds one export.
+///
+/// What it shows of the bitmaps are copies on a node of our own, that no other is above or below. A bitmap in use must be on
+/// no node of the guest's: QEMU 10.0.2 ends (`bdrv_release_dirty_bitmap_locked: Assertion !bdrv_dirty_bitmap_busy(bitmap)
+/// failed`) when it gives that node's image away, for a save or a migration, or when the node is deleted, by a pivot to a copy
+/// or to the image that an overlay was committed to.
 pub fn add(monitor: &mut dyn Monitor, run: &RunName, export: &Export) -> Result<()> {
     let id = export_id(run, export.disk);
-    let mut copies = Vec::new();
-    let mut exported = Vec::new();
-    for (node, name) in &export.bitmaps {
-        let copy = copy_name(name);
-        copies.push(json!({ "type": "block-dirty-bitmap-add", "data": {
-            "node": node, "name": copy, "granularity": export.granularity, "disabled": true,
-        }}));
-        copies.push(json!({ "type": "block-dirty-bitmap-merge", "data": {
-            "node": node, "target": copy, "bitmaps": [name],
-        }}));
-        exported.push(json!({ "node": node, "name": copy }));
-    }
-    match transaction(monitor, &copies) {
-        Err(error) if error.refused() => {
-            // A run whose journal is lost may have left some; those of other exports are in use.
-            remove_copies(monitor, &[&run.repository])?;
-            transaction(monitor, &copies)?;
-        }
-        done => done?,
-    }
     let mut arguments = json!({
         "type": "nbd", "id": id, "name": id, "node-name": export.node, "writable": false,
     });
-    if !exported.is_empty() {
+    if !export.bitmaps.is_empty() {
+        let holder = run.part(Part::Holder, export.disk);
+        // A node's length is in sectors, and bitmaps are merged with those of the same length only.
+        let node = json!({
+            "driver": "null-co", "node-name": holder,
+            "size": export.size.next_multiple_of(SECTOR),
+        });
+        call::<qmp::blockdev_add>(monitor, node)?;
+        let mut copies = Vec::new();
+        let mut exported = Vec::new();
+        for (node, name) in &export.bitmaps {
+            copies.push(json!({ "type": "block-dirty-bitmap-add", "data": {
+                "node": holder, "name": name, "granularity": export.granularity, "disabled": true,
+            }}));
+            copies.push(json!({ "type": "block-dirty-bitmap-merge", "data": {
+                "node": holder, "target": name, "bitmaps": [{ "node": node, "name": name }],
+            }}));
+            exported.push(json!({ "node": holder, "name": name }));
+        }
+        transaction(monitor, &copies)?;
         arguments["bitmaps"] = exported.into();
     }
     call::<qmp::block_export_add>(monitor, arguments).map(drop)
-}
-
-/// Removes the copies of bitmaps that exports of these repositories had. Only under the target's lock, with no export left.
-pub(super) fn remove_copies(monitor: &mut dyn Monitor, repositories: &[&str]) -> Result<()> {
-    let ours = |name: &str| {
-        let copied = name
-            .strip_suffix(COPY)
-            .and_then(|name| name.strip_prefix(PREFIX));
-        let of = copied.and_then(|name| name.split('-').next());
-        of.is_some_and(|of| repositories.contains(&of))
-    };
-    let mut actions = Vec::new();
-    for node in list::<qmp::query_named_block_nodes>(monitor, json!({ "flat": true }))? {
-        let bitmaps = node.get("dirty-bitmaps").and_then(Value::as_array);
-        for bitmap in bitmaps.into_iter().flatten() {
-            if ours(text(bitmap, "name")) && !flag(bitmap, "busy") {
-                actions.push(action_remove_bitmap(
-                    text(&node, "node-name"),
-                    text(bitmap, "name"),
-                ));
-            }
-        }
-    }
-    transaction(monitor, &actions)
 }
 
 /// Whether the VM's NBD server runs, whoever's it is. There is no query for it: an export under a name that is too long

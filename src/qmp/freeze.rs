@@ -156,9 +156,7 @@ impl Freeze {
             let name = |part| self.run.part(part, disk.index);
             if self.managed() {
                 left.push(Leftover::Managed(self.managed_overlay(disk)));
-                left.push(Leftover::Export {
-                    id: export::export_id(&self.run, disk.index),
-                });
+                left.extend(export::leftovers(&self.run, disk.index));
                 continue;
             }
             left.push(Leftover::Job {
@@ -170,9 +168,7 @@ impl Freeze {
                 }),
                 Method::Snapshot => left.push(Leftover::Overlay(self.overlay(disk))),
             }
-            left.push(Leftover::Export {
-                id: export::export_id(&self.run, disk.index),
-            });
+            left.extend(export::leftovers(&self.run, disk.index));
             left.push(Leftover::Node {
                 name: name(Part::Scratch),
             });

@@ -42,6 +42,8 @@ impl RunName {
 pub enum Part {
     /// An NBD export.
     Export,
+    /// The node that holds the bitmaps of an export.
+    Holder,
     /// The file node under a scratch or an overlay.
     File,
     /// The qcow2 node of a scratch or an overlay.
@@ -60,6 +62,7 @@ impl Part {
     fn letter(self) -> char {
         match self {
             Self::Export => 'e',
+            Self::Holder => 'h',
             Self::File => 'f',
             Self::Scratch => 's',
             Self::Create => 'c',

@@ -32,7 +32,7 @@ pub fn of(monitor: &mut dyn Monitor, repository: Option<&str>) -> Result<Vec<Lef
     }
     // A scratch goes before the file under it. Filters go with their jobs.
     let graph = Graph::read(monitor)?;
-    for letter in ['s', 'f'] {
+    for letter in ['h', 's', 'f'] {
         let names = graph
             .names()
             .filter(|name| ours(name) && part(name) == Some(letter));

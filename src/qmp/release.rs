@@ -13,9 +13,8 @@ use serde_json::json;
 use super::agent::{self, Address};
 use super::command::{call, flag, job_status, jobs, list, text};
 use super::managed::{self, Managed};
-use super::names::PREFIX;
 use super::overlay::{self, Overlay};
-use super::{Error, Monitor, Result, export};
+use super::{Error, Monitor, Result};
 use crate::clock::{self, Deadline};
 use crate::unix_path::ShortPath;
 
@@ -150,16 +149,10 @@ pub fn release_rest(
     left: &[Leftover],
     done: &mut Released,
 ) -> Result<()> {
-    let mut repositories = Vec::new();
     for item in left {
         if let Leftover::Export { id } = item {
             delete_export(monitor, id, done)?;
-            let repository = id.strip_prefix(PREFIX).and_then(|id| id.split('-').next());
-            repositories.extend(repository.filter(|of| !repositories.contains(of)));
         }
-    }
-    if !repositories.is_empty() {
-        export::remove_copies(monitor, &repositories)?;
     }
     for item in left {
         if let Leftover::Server { socket, listener } = item {

@@ -89,6 +89,8 @@ impl Life {
     /// What [`exact`](Self::exact) says of a backup that was made.
     pub(crate) fn is_exact(&mut self, what: &str, backup: &Ended, rescanned: &[&str]) {
         let found = backup.rescanned();
+        let log = self.lab.qemu_log();
+        assert!(!log.contains("Assertion"), "{what}: QEMU ended: {log}");
         let disks = self.disks.clone();
         let step = self.lab.step_on(&backup.point(), &disks);
         assert!(step >= self.last, "{what}: {step} after {}", self.last);

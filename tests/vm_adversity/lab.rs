@@ -71,6 +71,8 @@ impl Lab {
             .arg("--json")
             .env("FORERUN_REPO", &self.repo)
             .env("FORERUN_STATE_DIR", self.path().join("state"))
+            // What the machine of the tests is busy with is not theirs.
+            .env("FORERUN_NO_LOAD_CONTROL", "1")
             .stdin(Stdio::null());
         command
     }
@@ -81,13 +83,7 @@ impl Lab {
 
     /// Begins a command; [`Running::end`] waits for it.
     pub(crate) fn begin(&self, words: &[&str]) -> Running {
-        let child = self
-            .command(words)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        Running(Some(child))
+        Running::spawn(self.command(words))
     }
 
     /// Restores a disk of a point as raw and gives its bytes.
@@ -133,6 +129,11 @@ pub(crate) fn compare(what: &str, found: &[u8], expected: &[u8]) {
 pub(crate) struct Running(Option<Child>);
 
 impl Running {
+    pub(crate) fn spawn(mut command: Command) -> Self {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self(Some(command.spawn().unwrap()))
+    }
+
     pub(crate) fn pid(&self) -> rustix::process::Pid {
         rustix::process::Pid::from_child(self.0.as_ref().unwrap())
     }
@@ -336,7 +337,7 @@ pub(crate) fn noise(size: u64) -> Vec<u8> {
 impl Still {
     pub(crate) fn start(dir: &Path, words: &[Vec<String>]) -> Self {
         let socket = |name: &str| format!("unix:{},server=on,wait=off", dir.join(name).display());
-        for name in ["qmp.sock", "rig.sock"] {
+        for name in ["qmp.sock", "rig.sock", "more.sock"] {
             fs::remove_file(dir.join(name)).ok();
         }
         let log = fs::File::create(dir.join("qemu.log")).unwrap();
@@ -344,6 +345,7 @@ impl Still {
             .args("-machine q35 -accel tcg -nodefaults -no-user-config -display none -S".split(' '))
             .args(["-m", "64", "-qmp", &socket("qmp.sock")])
             .args(["-qmp", &socket("rig.sock")])
+            .args(["-qmp", &socket("more.sock")])
             .args(words.concat())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())

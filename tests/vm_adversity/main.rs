@@ -3,16 +3,20 @@
 #![allow(
     clippy::disallowed_methods,
     clippy::unwrap_used,
-    reason = "a test's files need not be durable, and a test may panic"
+    clippy::print_stderr,
+    reason = "a test's files need not be durable, and a test may panic and say what it measured"
 )]
 
 mod agent;
+mod ahead;
+mod audit;
 mod changes;
 mod choice;
 mod dropped;
 mod foreign;
 mod heal;
 mod lab;
+mod load;
 mod offline;
 mod overlay;
 mod restore;

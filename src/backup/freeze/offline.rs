@@ -12,7 +12,6 @@ use crate::bitmap::rotate;
 use crate::clock::{self, Deadline};
 use crate::qmp::export::{self, Listening};
 use crate::qmp::freeze::{Freeze, Method};
-use crate::qmp::release::Leftover;
 use crate::vm::{Hold, SAVED};
 
 impl Runner {
@@ -42,9 +41,7 @@ impl Runner {
         let mut spool = Spool::new(&directory)?;
         let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
         let mut left = vec![listening.leftover()];
-        left.extend((0..self.disks.len()).map(|disk| Leftover::Export {
-            id: export::export_id(&self.run, disk),
-        }));
+        left.extend((0..self.disks.len()).flat_map(|disk| export::leftovers(&self.run, disk)));
         hold.journal.write(left)?;
         start_server(&listening, hold)?;
         let disks = self.freeze_disks(hold, &rotation)?;

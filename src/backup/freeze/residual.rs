@@ -149,6 +149,7 @@ impl Runner {
         let export = Export {
             disk: index,
             node: freeze.frozen_node(index),
+            size: frozen.size,
             granularity: frozen.granularity,
             bitmaps: bitmaps
                 .iter()
@@ -163,7 +164,7 @@ impl Runner {
             .allocation()
             .timeout(self.options.deadline);
         for name in bitmaps.iter().map(|(_, name)| name).chain(&beginning) {
-            endpoint = endpoint.bitmap(&export::copy_name(name));
+            endpoint = endpoint.bitmap(&name);
         }
         let mut client = endpoint.connect()?;
         client.set_deadline(Some(deadline));
@@ -177,7 +178,7 @@ impl Runner {
             length: disk.size,
         };
         for name in newest.iter().map(|(_, name)| name).chain(&beginning) {
-            client.dirty_extents(&export::copy_name(name), whole, &mut |extent| {
+            client.dirty_extents(&name, whole, &mut |extent| {
                 open.insert(block_size.cover(extent));
                 ControlFlow::Continue(())
             })?;

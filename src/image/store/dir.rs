@@ -613,6 +613,10 @@ impl ObjectWriter for DirWriter {
         step_of("store", "fsync", kind);
         self.file.get_ref().sync_all().map_err(failed)?;
         step_of("store", "fsync", kind);
+        if self.length >= WRITE_OUT {
+            // Who made it will hardly read it again, and the guests' own files are worth more in the page cache.
+            fadvise(self.file.get_ref(), 0, None, Advice::DontNeed).ok();
+        }
         self.inner.publish(&self.name, &self.temporary)?;
         step_of("store", "untemp", kind);
         std::fs::remove_file(&self.temporary).ok();

@@ -1,0 +1,333 @@
+//! Copying ahead: when a pass is made and when one sleeps, what is expected of the freeze, and whether its limits hold.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::Result;
+use jiff::Timestamp;
+
+use super::{Bytes as Copied, Runner, SMALL};
+use crate::clock::{self, Deadline};
+use crate::exit::{Failure, Kind, classify};
+use crate::plan::outlook::OnMiss;
+use crate::plan::{Debt, Outlook, Patience, Situation, Step, ahead};
+use crate::qmp;
+
+/// So little is left alone when nothing is due.
+const LITTLE: u64 = 16 << 20;
+/// More live passes than this do not make a residual smaller.
+const PASSES: u32 = 12;
+/// Two rotations so far apart show what changes just now.
+const PROBE: Duration = Duration::from_millis(500);
+/// With less time than this nothing is found out first.
+const NO_PROBE: Duration = Duration::from_millis(2500);
+/// After trouble that passes by itself.
+const AFTER_TROUBLE: Duration = Duration::from_secs(2);
+/// The end of a long sleep is looked for by the wall clock.
+const LAST_WAIT: Duration = Duration::from_millis(20);
+/// Idle time is used for an audit when there is so much of it.
+const IDLE: Duration = Duration::from_secs(5);
+const IDLE_BEFORE_DUE: Duration = Duration::from_secs(30);
+
+impl Runner {
+    /// Copies ahead until what is left no longer shrinks, or until one of the limits. Returns the bytes that a freeze would
+    /// find now, and whether the limit was reached.
+    pub fn precopy(
+        &mut self,
+        once: bool,
+        until: Option<Deadline>,
+        converge: Option<u64>,
+    ) -> Result<(u64, bool)> {
+        if let Some(due) = until {
+            return self.precopy_until(due, converge);
+        }
+        // Who names a residual gets it, whatever of it is copied in vain.
+        self.patience = match converge {
+            Some(_) => Patience::None,
+            None => Patience::Until(None),
+        };
+        let mut before = u64::MAX;
+        let reached = |left| converge.is_none_or(|converge| left <= converge);
+        for _ in 0..PASSES {
+            self.pass(None)?;
+            let debt = self.look()?;
+            let left = debt.total();
+            let useful = left.saturating_sub(debt.postponed);
+            let shrinks = left < before / 10 * 8;
+            before = left;
+            if once || (converge.is_some() && reached(left)) || !shrinks || useful <= LITTLE {
+                break;
+            }
+        }
+        Ok((before, reached(before)))
+    }
+
+    /// Copies ahead for as long as there is time. What passes by itself (somebody else's use of the VM, a restart) is
+    /// waited for: the time that a backup is due has not come.
+    fn precopy_until(&mut self, due: Deadline, converge: Option<u64>) -> Result<(u64, bool)> {
+        let mut left = u64::MAX;
+        let mut trouble = String::new();
+        let reached = |left| converge.is_none_or(|converge| left <= converge);
+        loop {
+            let done = match self.step_ahead(due, due, converge) {
+                Ok((found, nap)) => {
+                    left = found;
+                    if let Some(nap) = nap {
+                        self.sleep_ahead(nap, due)?;
+                    }
+                    converge.is_some() && reached(left)
+                }
+                Err(error) if passes_by_itself(&error) => {
+                    let words = format!("{error:#}");
+                    if words != trouble {
+                        tracing::warn!("{words}; trying again");
+                        trouble = words;
+                    }
+                    self.pause(AFTER_TROUBLE.min(due.left()))?;
+                    false
+                }
+                Err(error) => return Err(error),
+            };
+            if done || due.passed() {
+                self.cooling = false;
+                return Ok((left, reached(left)));
+            }
+        }
+    }
+
+    /// The turn of one of several targets whose backups are due at a time. Returns when nothing is to be done for now, or
+    /// when the turn is over, and says which.
+    pub fn precopy_turn(&mut self, turn: Deadline, due: Deadline) -> Result<bool> {
+        while !turn.passed() {
+            if let Some(nap) = self.step_ahead(turn, due, None)?.1 {
+                self.audit_if_idle(nap, due)?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// A pass, if one pays now, that ends at `until`; else the time for which there is nothing to do. With what a freeze would
+    /// find.
+    fn step_ahead(
+        &mut self,
+        until: Deadline,
+        due: Deadline,
+        converge: Option<u64>,
+    ) -> Result<(u64, Option<Duration>)> {
+        let debt = self.look()?;
+        let total = debt.total();
+        if converge.is_some_and(|converge| total <= converge) {
+            return Ok((total, None));
+        }
+        let outlook = self.outlook(&debt, due.left());
+        // Before anything was measured it would be a guess.
+        self.predicted = self.learned.change.fit().map(|_| outlook);
+        let urgent = self.options.hard && !outlook.in_time;
+        self.options.urgent.store(urgent, Ordering::Relaxed);
+        let step = ahead::next(&Situation {
+            left: due.left(),
+            debt,
+            fit: self.learned.change.fit(),
+            copy: self.copy_speed(),
+            since: self.rotated[0].map(|rotated| clock::now() - rotated),
+            dull: self.dull,
+        });
+        tracing::debug!(?step, ?debt, ?outlook, left = ?due.left(), "ahead");
+        if let Step::Nap(nap) = step {
+            return Ok((total, Some(nap)));
+        }
+        self.choose_patience(&debt, &outlook, due, converge);
+        self.probe(until)?;
+        let useful = |bytes: Copied| bytes.precopied - bytes.superseded;
+        let before = useful(self.bytes);
+        self.pass(Some(until))?;
+        let copied = useful(self.bytes) - before;
+        self.dull = if ahead::is_dull(copied) {
+            self.dull + 1
+        } else {
+            0
+        };
+        Ok((total, None))
+    }
+
+    /// Sleeps, or audits.
+    fn sleep_ahead(&mut self, nap: Duration, due: Deadline) -> Result<()> {
+        let asleep = due.at_most(nap);
+        self.audit_if_idle(nap, due)?;
+        self.pause(asleep.left())
+    }
+
+    fn audit_if_idle(&mut self, nap: Duration, due: Deadline) -> Result<()> {
+        if nap < IDLE || due.left() < IDLE_BEFORE_DUE {
+            return Ok(());
+        }
+        self.audit_idle(due.at_most(nap))
+    }
+
+    /// What the next pass may leave for later: nothing where that would miss a limit.
+    fn choose_patience(
+        &mut self,
+        debt: &Debt,
+        outlook: &Outlook,
+        due: Deadline,
+        converge: Option<u64>,
+    ) {
+        let largest = self.options.limits.largest(&self.learned.speeds);
+        let most = largest.into_iter().chain(converge).min();
+        let later = debt.postponed > 0;
+        let impatient = most.is_some_and(|most| outlook.in_time && outlook.residual > most);
+        self.patience = if later && impatient {
+            Patience::None
+        } else {
+            Patience::Until(Some(due.left()))
+        };
+        self.cooling = self.patience != Patience::None;
+    }
+
+    /// Rotates a moment before the pass does, so that it knows what changes just now.
+    fn probe(&mut self, until: Deadline) -> Result<()> {
+        if !self.cooling || until.left() < NO_PROBE {
+            return Ok(());
+        }
+        let mut hold = self.hold()?;
+        if !hold.lasting()? || self.vm.offline() {
+            return Ok(());
+        }
+        self.rotate(&mut hold, false)?;
+        drop(hold);
+        for disk in &mut self.disks {
+            disk.open = None;
+        }
+        self.pause(PROBE)
+    }
+
+    /// Looks at what is not copied yet, and learns from it how fast that grows.
+    fn look(&mut self) -> Result<Debt> {
+        let mut hold = self.hold()?;
+        self.sample_writes(&mut hold)?;
+        let debt = self.debt(&hold);
+        if let Some(rotated) = self.rotated[0]
+            && self.disks.iter().all(|disk| disk.open.is_some())
+        {
+            let seconds = (clock::now() - rotated).as_secs_f64();
+            #[allow(clippy::cast_precision_loss, reason = "a measure")]
+            self.learned.change.looked(seconds, debt.live as f64);
+        }
+        Ok(debt)
+    }
+
+    fn copy_speed(&self) -> f64 {
+        self.learned.speeds.copy(self.options.load.rate)
+    }
+
+    fn outlook(&self, debt: &Debt, left: Duration) -> Outlook {
+        let (fit, speeds) = (self.learned.change.fit(), &self.learned.speeds);
+        Outlook::with_passes(debt, fit, speeds, self.options.load.rate, left)
+    }
+
+    /// Waits until a time has come by the wall clock, too: nothing is frozen before its time.
+    pub fn wait_until(&self, due: Timestamp) -> Result<()> {
+        while clock::utc_now() < due {
+            self.check_interrupt()?;
+            clock::sleep(LAST_WAIT);
+        }
+        Ok(())
+    }
+
+    pub(super) fn pause(&self, pause: Duration) -> Result<()> {
+        let deadline = Deadline::after(pause);
+        while !deadline.passed() {
+            self.check_interrupt()?;
+            clock::sleep(deadline.left().min(Duration::from_millis(50)));
+        }
+        Ok(())
+    }
+
+    /// Live passes for as long as they make what the freeze will find smaller, down to what is not worth one.
+    pub(super) fn converge(&mut self) -> Result<()> {
+        let mut hold = self.hold()?;
+        self.sample_writes(&mut hold)?;
+        let debt = self.debt(&hold);
+        if !hold.lasting()? {
+            return Ok(());
+        }
+        drop(hold);
+        if self.predicted.is_none() {
+            let (fit, speeds) = (self.learned.change.fit(), &self.learned.speeds);
+            let rate = self.options.load.rate;
+            let mut outlook = Outlook::alone(&debt, fit, speeds, rate, Duration::ZERO);
+            if debt.total() > SMALL {
+                // Much is copied live before; what it comes to is the window, but not the residual.
+                outlook.residual = self.outlook(&debt, Duration::MAX).residual;
+            } else {
+                outlook.window_ms = speeds.window_ms(outlook.residual);
+            }
+            self.predicted = Some(outlook);
+        }
+        self.options
+            .urgent
+            .store(self.options.hard, Ordering::Relaxed);
+        let limit = self.options.limits.largest(&self.learned.speeds);
+        let small = limit.map_or(SMALL, |limit| limit.min(SMALL));
+        self.patience = if limit.is_some_and(|limit| limit < debt.postponed) {
+            Patience::None
+        } else {
+            Patience::Until(None)
+        };
+        let mut debt = debt;
+        let mut passes = 0;
+        while debt.total().saturating_sub(debt.postponed) > small && passes < PASSES {
+            self.progress.begin("copy ahead", debt.total());
+            self.pass(None)?;
+            passes += 1;
+            let now = self.look()?;
+            let shrinks = now.total() < debt.total() / 10 * 8;
+            debt = now;
+            if !shrinks {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails where the limits cannot be held by a freeze that begins now, and none is wanted then.
+    pub(super) fn decide(&mut self, due: Timestamp) -> Result<()> {
+        let limits = self.options.limits;
+        if limits.on_miss == OnMiss::Backup {
+            return Ok(());
+        }
+        let hold = self.hold()?;
+        let left = self.debt(&hold).expected();
+        drop(hold);
+        let late = clock::utc_now().duration_since(due).as_millis();
+        let late = u64::try_from(late).unwrap_or(0);
+        let window = late + self.learned.speeds.window_ms(left);
+        let Some(missed) = limits.missed(left, window) else {
+            return Ok(());
+        };
+        Err(Failure::hinted(
+            Kind::Missed,
+            format!("no point is made: it would take {missed}"),
+            "what is copied stays: begin earlier, run it when the guest writes less, or give `--on-miss backup`",
+        ))
+    }
+}
+
+/// Trouble that may be over in a while.
+fn passes_by_itself(error: &anyhow::Error) -> bool {
+    let (kind, _) = classify(error);
+    let gone = error.chain().any(|cause| {
+        matches!(
+            cause.downcast_ref(),
+            Some(
+                qmp::Error::Unreachable { .. }
+                    | qmp::Error::Unconnected { .. }
+                    | qmp::Error::Closed
+                    | qmp::Error::Lost { .. }
+                    | qmp::Error::Timeout { .. }
+            )
+        )
+    });
+    kind == Kind::Busy || gone
+}

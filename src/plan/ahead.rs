@@ -1,0 +1,257 @@
+//! What comes next while a backup is not due yet: a pass where one pays, else sleep. Shortly before the due time comes a last
+//! pass, so that the residual is what was written since.
+//!
+//! ```text
+//! pass pass pass ..... nap ..... pass ........ nap ........ pass .......... nap ......... last pass | due
+//! while much is open   until a useful batch has come, or longer where passes bring little
+//! ```
+
+use std::time::Duration;
+
+use super::change::Fit;
+use super::outlook::{Debt, LAST_PASS};
+
+/// A pass is worth its rotation and exports from so many bytes on.
+const WORTH: u64 = 16 << 20;
+/// Between two looks.
+const SHORTEST_NAP: Duration = Duration::from_secs(2);
+const LONGEST_NAP: Duration = Duration::from_secs(60);
+/// Passes that bring little come no more often than this.
+const RAREST: Duration = Duration::from_secs(600);
+/// In the last moment nothing is begun.
+const LAST: Duration = Duration::from_secs(1);
+/// The last pass is begun this much earlier than it is thought to take.
+const MARGIN: f64 = 1.25;
+
+/// What is known when the next step is asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Situation {
+    /// Until the due time.
+    pub left: Duration,
+    /// What is not copied yet.
+    pub debt: Debt,
+    /// How the guest changes it.
+    pub fit: Option<Fit>,
+    /// Bytes a second that passes copy.
+    pub copy: f64,
+    /// Since the last rotation; `None` when there was none.
+    pub since: Option<Duration>,
+    /// How many passes in a row have brought little.
+    pub dull: u32,
+}
+
+/// What to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// A pass.
+    Pass,
+    /// The last one.
+    LastPass,
+    /// Look again after this time.
+    Nap(Duration),
+}
+
+/// Whether a pass that copied so much was hardly worth it.
+#[must_use]
+pub fn is_dull(copied: u64) -> bool {
+    copied < WORTH / 4
+}
+
+/// The next step.
+#[must_use]
+pub fn next(now: &Situation) -> Step {
+    let Some(since) = now.since else {
+        return Step::Pass;
+    };
+    if now.left <= LAST {
+        return Step::Nap(now.left);
+    }
+    let useful = now.debt.useful(now.fit);
+    #[allow(clippy::cast_precision_loss, reason = "sizes for predictions")]
+    let (copying, missing) = (
+        useful as f64 / now.copy.max(1.0),
+        WORTH.saturating_sub(useful) as f64,
+    );
+    let tail = Duration::from_secs_f64((LAST_PASS + copying) * MARGIN).min(RAREST);
+    if now.left <= tail {
+        // What was read a moment ago is not read better now.
+        if since >= now.left.min(tail) && now.debt.total() > 0 {
+            return Step::LastPass;
+        }
+        if useful < WORTH {
+            return Step::Nap(now.left.min(SHORTEST_NAP));
+        }
+    }
+    let patience = SHORTEST_NAP
+        .saturating_mul(1 << now.dull.min(16))
+        .min(RAREST);
+    let wait = if useful >= WORTH {
+        if now.dull == 0 || since >= patience {
+            return Step::Pass;
+        }
+        patience.saturating_sub(since)
+    } else {
+        let steady = now.fit.map_or(0.0, |fit| fit.steady);
+        if steady > 0.0 {
+            Duration::try_from_secs_f64(missing / steady).unwrap_or(LONGEST_NAP)
+        } else {
+            LONGEST_NAP
+        }
+    };
+    let until_tail = now
+        .left
+        .saturating_sub(tail)
+        .max(Duration::from_millis(100));
+    Step::Nap(wait.clamp(SHORTEST_NAP, LONGEST_NAP).min(until_tail))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// A guest in virtual time: `hot` bytes rewritten all the time, `steady` bytes a second on top; a copy of 100 MiB/s.
+    struct Guest {
+        now: f64,
+        hot: f64,
+        steady: f64,
+        open: f64,
+        rotated: Option<f64>,
+        dull: u32,
+        passes: u32,
+        looks: u32,
+        copied: f64,
+        last_pass: Option<f64>,
+    }
+
+    impl Guest {
+        fn run(hot: u64, steady: u64, open: u64, due: f64) -> Self {
+            let float = |mib: u64| f64::from(u32::try_from(mib).unwrap()) * 1_048_576.0;
+            let mut guest = Self {
+                now: 0.0,
+                hot: float(hot),
+                steady: float(steady) / 16.0,
+                open: float(open),
+                rotated: None,
+                dull: 0,
+                passes: 0,
+                looks: 0,
+                copied: 0.0,
+                last_pass: None,
+            };
+            while guest.now < due {
+                guest.looks += 1;
+                let step = next(&guest.situation(due));
+                match step {
+                    Step::Nap(nap) => {
+                        assert!(nap.as_secs_f64() <= due - guest.now + 0.001);
+                        guest.now += nap.as_secs_f64().max(0.001);
+                    }
+                    Step::Pass => guest.pass(due),
+                    Step::LastPass => {
+                        guest.pass(due);
+                        guest.last_pass = guest.rotated;
+                    }
+                }
+                assert!(guest.looks < 10_000, "it does not come to an end");
+            }
+            guest
+        }
+
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "sizes"
+        )]
+        fn situation(&self, due: f64) -> Situation {
+            let since = self.rotated.map(|rotated| self.now - rotated);
+            let live = since.map_or(0.0, |since| self.hot + self.steady * since);
+            Situation {
+                left: Duration::from_secs_f64((due - self.now).max(0.0)),
+                debt: Debt {
+                    open: (self.open + self.hot) as u64,
+                    postponed: self.hot as u64,
+                    live: live as u64,
+                    whole: 0,
+                    size: 1 << 40,
+                },
+                fit: Some(Fit {
+                    hot: self.hot,
+                    within: 1.0,
+                    steady: self.steady,
+                }),
+                copy: 100.0 * 1_048_576.0,
+                since: since.map(Duration::from_secs_f64),
+                dull: self.dull,
+            }
+        }
+
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "sizes"
+        )]
+        fn pass(&mut self, due: f64) {
+            let since = self.rotated.map_or(0.0, |rotated| self.now - rotated);
+            self.rotated = Some(self.now);
+            let todo = self.open + self.steady * since;
+            let takes = 1.0 + todo / (100.0 * 1_048_576.0);
+            let done = todo * ((due - self.now) / takes).min(1.0);
+            self.now += takes.min(due - self.now);
+            self.open = todo - done;
+            self.copied += done;
+            self.passes += 1;
+            self.dull = if is_dull(done as u64) {
+                self.dull + 1
+            } else {
+                0
+            };
+        }
+    }
+
+    #[test]
+    fn all_is_copied_first_then_a_pass_comes_when_a_batch_has_and_the_last_one_right_before() {
+        // 1/16 MiB a second: 225 MiB in the hour.
+        let guest = Guest::run(64, 1, 10_000, 3600.0);
+        assert!(guest.open < 1.0);
+        assert!((2..40).contains(&guest.passes), "{} passes", guest.passes);
+        assert!(guest.looks < 200, "{} looks", guest.looks);
+        let last = guest.last_pass.unwrap();
+        assert!((3580.0..3600.0).contains(&last), "the last pass at {last}");
+    }
+
+    #[test]
+    fn an_idle_guest_is_left_alone() {
+        let guest = Guest::run(0, 0, 0, 3600.0);
+        assert_eq!(guest.passes, 1);
+        assert!(guest.looks < 80, "{} looks", guest.looks);
+    }
+
+    #[test]
+    fn passes_go_on_while_much_is_open() {
+        let guest = Guest::run(0, 16, 100_000, 600.0);
+        // 60,000 MiB at most can be copied.
+        assert!(guest.copied > 55_000.0 * 1_048_576.0);
+        assert!(guest.open > 0.0);
+    }
+
+    #[test]
+    fn a_hot_set_alone_causes_no_busy_passes() {
+        let guest = Guest::run(512, 0, 0, 3600.0);
+        assert!(guest.passes <= 3, "{} passes", guest.passes);
+        assert!(guest.last_pass.is_some());
+    }
+
+    #[test]
+    fn dull_passes_become_rare() {
+        let mut now = Guest::run(0, 0, 0, 0.0).situation(7200.0);
+        now.since = Some(Duration::from_secs(30));
+        now.debt.live = 100 * MIB;
+        assert_eq!(next(&now), Step::Pass);
+        now.dull = 8;
+        assert!(matches!(next(&now), Step::Nap(_)));
+        now.since = Some(RAREST);
+        assert_eq!(next(&now), Step::Pass);
+    }
+}
