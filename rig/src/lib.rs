@@ -6,11 +6,14 @@
 //! block    pages and devices            stamp    ordered writes; "the state after write N"
 //! nbd      a small client               vclock   concurrent writes; "one instant"
 //! qmp      a raw monitor client         guest    a VM with an initramfs    exports  a QEMU without a guest
+//! bench    a domain to measure, its console and its load's log on sockets and files of their own
 //! freeze   how exact the orders of a freeze are, our own or the product's                    demo     the demo's guest
 //! ```
 //!
 //! Without the feature `host` only what runs inside a guest is built (`rig-guest`).
 
+#[cfg(feature = "host")]
+pub mod bench;
 pub mod block;
 #[cfg(feature = "host")]
 pub mod demo;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use forerun_rig::bench::Bench;
 use forerun_rig::block::{Image, RawFile};
 use forerun_rig::demo::Demo;
 use forerun_rig::freeze::{self, Cell, Method, Order, Product, Via};
@@ -34,6 +35,23 @@ enum Verb {
     FreezeExact(FreezeArgs),
     /// Boots a guest that writes to two disks all the time, and stays until that QEMU ends.
     DemoGuest(DemoArgs),
+    /// Defines the domain of `scripts/bench-guest.sh` under a libvirtd of its own, and keeps both until standard input ends.
+    BenchDomain(BenchArgs),
+}
+
+#[derive(Args)]
+struct BenchArgs {
+    /// For libvirtd's files, sockets and images; a short path.
+    #[arg(long)]
+    dir: PathBuf,
+    /// What is put into the root of the guest.
+    #[arg(long)]
+    tree: PathBuf,
+    /// Of `vda`; `vdb` has half of it.
+    #[arg(long, default_value_t = 512)]
+    disk_mib: u64,
+    #[arg(long, default_value_t = 1)]
+    vcpus: u32,
 }
 
 #[derive(Args)]
@@ -160,6 +178,7 @@ fn main() -> ExitCode {
         Verb::Vclock(args) => run_vclock(&args).map(|()| true),
         Verb::FreezeExact(args) => Ok(freeze_exact(&args)),
         Verb::DemoGuest(args) => demo_guest(&args).map(|()| true),
+        Verb::BenchDomain(args) => bench_domain(&args).map(|()| true),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -257,6 +276,13 @@ fn demo_guest(args: &DemoArgs) -> Result<()> {
     let mut guest = demo.boot()?;
     say("up");
     guest.wait_exit(DEMO_LASTS)
+}
+
+fn bench_domain(args: &BenchArgs) -> Result<()> {
+    let bench = Bench::define(&args.dir, &args.tree, args.disk_mib << 20, args.vcpus)?;
+    say(&bench.places()?.to_string());
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    Ok(())
 }
 
 fn freeze_exact(args: &FreezeArgs) -> bool {

@@ -4,10 +4,11 @@
 #   need_packages rust-check qemu guest test libvirt   # groups; quick when all is there; the demo needs `demo` too
 #   fetch_guest_kernel DIR                     # DIR/vmlinuz and DIR/modules, never installed as a package
 #   fetch_guest_agent DIR                      # DIR/root/... with qemu-ga and its libraries
+#   fetch_guest_fio DIR                        # DIR/root/... with fio and its libraries
 #   fetch_guest_system DIR                     # DIR/root.qcow2: a small system with systemd and qemu-ga
 #
 # Groups: rust-check (a compiler that is new enough), qemu (system emulator and image tools),
-# guest (what a test guest is built from), test (load and check tools), demo (to read reports), bench (what measures),
+# guest (what a test guest is built from), test (load and check tools), demo (to read reports), bench (what measures), peers (other tools to measure beside),
 # libvirt (its development files, for every build with the feature `libvirt`, and a daemon for its tests).
 #
 # Debian 12's own QEMU (7.2) cannot be mixed with image tools from backports, so on Debian 12 both come from
@@ -120,6 +121,7 @@ need_packages() {
 			fi
 			;;
 		bench) list+=(time jq openssl) ;;
+		peers) list+=(virtnbdbackup python3 python3-pip) ;;
 		*)
 			packages_say "unknown group $group"
 			return 2
@@ -198,6 +200,26 @@ fetch_guest_agent() {
 	rm -rf "$work"
 	[ $status -eq 0 ] || packages_say "the guest agent could not be fetched into $dir"
 	return $status
+}
+
+# fetch_guest_fio DIR: this machine's fio and the libraries that it needs, under DIR/root, for the guests' initramfs.
+fetch_guest_fio() {
+	local dir=$1 library fio
+	if [ -e "$dir/root/complete" ]; then return 0; fi
+	fio=$(command -v fio) || {
+		packages_say "fio is not installed"
+		return 1
+	}
+	rm -rf "$dir/root"
+	mkdir -p "$dir/root/usr/sbin" "$dir/root/lib64" "$dir/root/lib/x86_64-linux-gnu" || return 1
+	cp "$fio" "$dir/root/usr/sbin/fio" || return 1
+	while read -r library; do
+		case "$library" in
+		*/ld-linux-*) cp -L "$library" "$dir/root/lib64/" || return 1 ;;
+		*) cp -L "$library" "$dir/root/lib/x86_64-linux-gnu/" || return 1 ;;
+		esac
+	done < <(ldd "$fio" | grep -o '/[^ ]*')
+	touch "$dir/root/complete"
 }
 
 # fetch_guest_system DIR: DIR/root.qcow2, the root of a guest with systemd and qemu-ga, from the machine's own release and

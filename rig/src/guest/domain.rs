@@ -23,10 +23,25 @@ pub struct Domain {
     disks: Vec<Disk>,
 }
 
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 no_timer_check";
+/// Of the elements that libvirt hands to QEMU unread; a name, nothing that is fetched.
+const QEMU_NAMESPACE: &str = concat!("http", "://libvirt.org/schemas/domain/qemu/1.0");
+
 impl Builder {
     /// Defines the guest as a domain, starts it, and waits until it is up. A disk's id is its target's `dev`, which
     /// says its bus, too: `vda` is on virtio-blk, `sda` on virtio-scsi. Another bus is one of libvirt's names.
     pub fn domain(
+        self,
+        libvirtd: std::sync::Arc<std::sync::Mutex<Libvirtd>>,
+        name: &str,
+    ) -> Result<Domain> {
+        let mut domain = self.define(libvirtd, name)?;
+        domain.start()?;
+        Ok(domain)
+    }
+
+    /// Defines the guest as a domain and leaves it off.
+    pub fn define(
         self,
         libvirtd: std::sync::Arc<std::sync::Mutex<Libvirtd>>,
         name: &str,
@@ -46,17 +61,17 @@ impl Builder {
             &kernel,
             &self.run_script(),
             self.agent && self.system.is_none(),
+            self.tree.as_deref(),
         )?;
         let file = self.dir.join(format!("{name}.xml"));
         fs::write(&file, self.xml(name))?;
-        let mut domain = Domain {
+        let domain = Domain {
             libvirtd,
             name: name.into(),
             dir: self.dir,
             disks: self.disks,
         };
         domain.virsh(&["define", &file.display().to_string()])?;
-        domain.start()?;
         Ok(domain)
     }
 
@@ -77,6 +92,17 @@ impl Builder {
             .as_deref()
             .map(|uuid| format!("<uuid>{uuid}</uuid>"));
         let firmware = if self.uefi { FIRMWARE } else { "" };
+        let (kernel, initrd) = (format!("{dir}/vmlinuz"), format!("{dir}/initrd"));
+        let mut words = self.extra.clone();
+        let boot = if self.tree.is_some() {
+            let more = ["-kernel", &kernel, "-initrd", &initrd, "-append", CMDLINE];
+            words.extend(more.map(String::from));
+            String::new()
+        } else {
+            format!(
+                "<kernel>{kernel}</kernel><initrd>{initrd}</initrd>\n<cmdline>{CMDLINE}</cmdline>"
+            )
+        };
         let tpm = if self.tpm {
             "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
         } else {
@@ -90,14 +116,13 @@ impl Builder {
         format!(
             "<domain type='qemu'><name>{name}</name>{uuid}<memory unit='MiB'>{memory}</memory><vcpu>{vcpus}</vcpu>
 <iothreads>2</iothreads>
-<os><type arch='x86_64' machine='q35'>hvm</type>{firmware}<kernel>{dir}/vmlinuz</kernel><initrd>{dir}/initrd</initrd>
-<cmdline>console=ttyS0 quiet panic=-1 no_timer_check</cmdline></os><features><acpi/></features><cpu mode='maximum'/>
+<os><type arch='x86_64' machine='q35'>hvm</type>{firmware}{boot}</os><features><acpi/></features><cpu mode='maximum'/>
 <on_reboot>restart</on_reboot><on_crash>destroy</on_crash>
 <devices><emulator>{binary}</emulator>
 {disks}
 <controller type='scsi' index='0' model='virtio-scsi'><driver iothread='2'/></controller>
 <serial type='file'><source path='{dir}/serial.log'/></serial>
-{agent}{tpm}{interface}<memballoon model='none'/></devices></domain>
+{agent}{tpm}{interface}<memballoon model='none'/></devices>{words}</domain>
 ",
             uuid = uuid.unwrap_or_default(),
             interface = interface.unwrap_or_default(),
@@ -105,8 +130,22 @@ impl Builder {
             vcpus = self.vcpus,
             binary = emulator(&self.binary),
             disks = disks.join("\n"),
+            words = words_xml(&words),
         )
     }
+}
+
+/// More words for QEMU's command line, past libvirt.
+fn words_xml(words: &[String]) -> String {
+    if words.is_empty() {
+        return String::new();
+    }
+    let words: Vec<String> = words
+        .iter()
+        .map(|word| format!("<qemu:arg value='{word}'/>"))
+        .collect();
+    let words = words.concat();
+    format!("<qemu:commandline xmlns:qemu='{QEMU_NAMESPACE}'>{words}</qemu:commandline>")
 }
 
 /// libvirt wants an absolute path.

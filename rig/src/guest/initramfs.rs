@@ -57,10 +57,19 @@ done
 "#;
 
 /// Writes a guest's initramfs.
-pub(super) fn write(path: &Path, kernel: &Kernel, run_script: &str, agent: bool) -> Result<()> {
+pub(super) fn write(
+    path: &Path,
+    kernel: &Kernel,
+    run_script: &str,
+    agent: bool,
+    tree: Option<&Path>,
+) -> Result<()> {
     let mut bytes = fs::read(common(kernel, agent)?)?;
     let mut own = Archive::default();
     own.file("rig/run", 0o755, run_script.as_bytes());
+    if let Some(root) = tree {
+        add_tree(&mut own, root, root)?;
+    }
     bytes.extend(own.finish());
     fs::write(path, bytes).with_context(|| format!("write {}", path.display()))
 }

@@ -126,6 +126,11 @@ impl Libvirtd {
         command
     }
 
+    /// The process whose mount namespace the daemon is in.
+    pub fn namespace(&self) -> u32 {
+        self.holder.id()
+    }
+
     /// Its directory.
     pub fn home(&self) -> &Path {
         &self.home

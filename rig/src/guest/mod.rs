@@ -76,9 +76,18 @@ pub struct Builder {
     uefi: bool,
     tpm: bool,
     mac: Option<String>,
+    tree: Option<PathBuf>,
 }
 
 impl Builder {
+    /// Puts the files of a directory into the root of the guest. Of a domain, kernel and initramfs then go to QEMU past
+    /// libvirt: tools would save something so large with the VM, time and again.
+    #[must_use]
+    pub fn tree(mut self, root: &Path) -> Self {
+        self.tree = Some(root.into());
+        self
+    }
+
     /// Of a domain: with UEFI firmware and variables of its own.
     #[must_use]
     pub fn uefi(mut self) -> Self {
@@ -171,7 +180,13 @@ impl Builder {
         }
         let kernel = kernel::kernel()?;
         let initrd = self.dir.join("initrd");
-        initramfs::write(&initrd, &kernel, &self.run_script(), self.agent)?;
+        initramfs::write(
+            &initrd,
+            &kernel,
+            &self.run_script(),
+            self.agent,
+            self.tree.as_deref(),
+        )?;
         let mut args = machine_args(&self.dir, self.vcpus, self.memory_mib);
         args.extend(["-kernel".into(), kernel.image().display().to_string()]);
         args.extend(["-initrd".into(), initrd.display().to_string()]);
@@ -295,6 +310,7 @@ impl Guest {
             uefi: false,
             tpm: false,
             mac: None,
+            tree: None,
         }
     }
 

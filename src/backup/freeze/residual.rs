@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::GivenUp;
-use crate::backup::pass::{Reading, Unread, pending_names};
+use crate::backup::pass::{Unread, pending_names};
+use crate::backup::reading::Reading;
 use crate::backup::spool::Spool;
 use crate::backup::{RunDisk, Runner};
 use crate::bitmap::blocks::BlockSet;
