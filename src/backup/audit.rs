@@ -26,7 +26,6 @@ use crate::copy::base_entry;
 use crate::exit::{Failure, Kind};
 use crate::image::{Encoded, Entry, MapReader, PointId};
 use crate::qmp::export::{self, Listening};
-use crate::qmp::release::Leftover;
 use crate::units::{BlockRun, Bytes, Extent};
 use crate::vm::Hold;
 
@@ -277,9 +276,7 @@ impl Runner {
         }
         let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
         let mut left = vec![listening.leftover()];
-        left.extend((0..self.disks.len()).map(|disk| Leftover::Export {
-            id: export::export_id(&self.run, disk),
-        }));
+        left.extend((0..self.disks.len()).flat_map(|disk| export::leftovers(&self.run, disk)));
         hold.journal.write(left)?;
         let mut disks = std::mem::take(&mut self.disks);
         let acted = self.connect_all(&mut hold, &mut disks, &listening);

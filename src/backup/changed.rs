@@ -83,7 +83,7 @@ impl Runner {
             length: tracked.size,
         };
         for (_, name) in &pending {
-            client.dirty_extents(&name, whole, &mut |extent| {
+            client.dirty_extents(name, whole, &mut |extent| {
                 changed.insert(block_size.cover(extent));
                 ControlFlow::Continue(())
             })?;

@@ -17,6 +17,7 @@ mod freeze;
 mod give_way;
 mod learned;
 mod pass;
+mod reading;
 mod spool;
 mod together;
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::learned::wall_seconds;
+use super::reading::Reading;
 use super::{CONDEMNED_TRIES, RunDisk, Runner, is_condemned, is_lost};
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::idle;
@@ -37,12 +38,6 @@ const BETWEEN: Duration = Duration::from_millis(20);
 const BETWEEN_DOMAIN: Duration = Duration::from_millis(200);
 /// Between two batches over the images of a VM that is off: whoever starts it fails while they are held, and tries again.
 const BETWEEN_OFF: Duration = Duration::from_secs(1);
-/// A run of at least this many blocks is worth asking the block status for.
-const WORTH_ASKING: u64 = 16;
-/// The most blocks that are asked for at once.
-const WINDOW: u64 = 4096;
-/// The spans of runs that are read together.
-const GROUP: usize = 4096;
 /// Bytes of pieces that were read and wait, or are worked on.
 const SPARE: usize = 16 << 20;
 /// How long others' use of the NBD server is waited for.
@@ -406,7 +401,7 @@ impl Runner {
         let id = export::export_id(&self.run, index);
         let mut endpoint = Endpoint::new(&listening.socket, id).allocation();
         for (_, name) in bitmaps {
-            endpoint = endpoint.bitmap(&name);
+            endpoint = endpoint.bitmap(name);
         }
         Ok(endpoint.connect()?)
     }
@@ -598,128 +593,5 @@ pub(super) fn start_server(listening: &Listening, hold: &mut Hold) -> Result<()>
             }
             started => return Ok(started?),
         }
-    }
-}
-
-/// How the open blocks of a disk are read.
-pub(super) struct Reading<'a> {
-    pub(super) block_size: BlockSize,
-    pub(super) options: ReadOptions,
-    pub(super) permit: &'a (dyn Fn(u64) -> ControlFlow<()> + Sync),
-}
-
-impl Reading<'_> {
-    /// Reads the open blocks of a disk in order. What the block status calls zero is not read, but handed on as zeros.
-    pub(super) fn read_open(
-        &self,
-        client: &mut Client,
-        disk: usize,
-        size: u64,
-        open: &BlockSet,
-        give: &mut dyn FnMut(Piece) -> ControlFlow<()>,
-    ) -> Result<ControlFlow<()>> {
-        let mut group: Vec<Extent> = Vec::new();
-        for run in open.runs_from(0, WINDOW) {
-            let extent = self.block_size.run_extent(run, size);
-            if run.count < WORTH_ASKING {
-                group.push(extent);
-            } else {
-                let zeros = self.zeros(client, run, size)?;
-                let mut at = run.first;
-                for zero in zeros {
-                    if zero.first > at {
-                        let data = BlockRun {
-                            first: at,
-                            count: zero.first - at,
-                        };
-                        group.push(self.block_size.run_extent(data, size));
-                    }
-                    at = zero.end();
-                    let extent = self.block_size.run_extent(zero, size);
-                    if (self.permit)(0).is_break()
-                        || give(Piece {
-                            disk,
-                            extent,
-                            data: None,
-                        })
-                        .is_break()
-                    {
-                        return Ok(ControlFlow::Break(()));
-                    }
-                }
-                if at < run.end() {
-                    let data = BlockRun {
-                        first: at,
-                        count: run.end() - at,
-                    };
-                    group.push(self.block_size.run_extent(data, size));
-                }
-            }
-            let bytes: u64 = group.iter().map(|extent| extent.length).sum();
-            if (group.len() >= GROUP || bytes >= WINDOW * self.block_size.bytes())
-                && self
-                    .read(client, disk, std::mem::take(&mut group), give)?
-                    .is_break()
-            {
-                return Ok(ControlFlow::Break(()));
-            }
-        }
-        self.read(client, disk, group, give)
-    }
-
-    /// The whole blocks of a run that read as zeros.
-    fn zeros(&self, client: &mut Client, run: BlockRun, size: u64) -> Result<Vec<BlockRun>> {
-        let mut zeros = Vec::new();
-        let within = self.block_size.run_extent(run, size);
-        client.zero_extents(within, &mut |extent| {
-            let first = extent.offset.div_ceil(self.block_size.bytes());
-            let end = if extent.end() >= size {
-                self.block_size.blocks(size)
-            } else {
-                extent.end() / self.block_size.bytes()
-            };
-            if end > first {
-                zeros.push(BlockRun {
-                    first,
-                    count: end - first,
-                });
-            }
-            ControlFlow::Continue(())
-        })?;
-        Ok(zeros)
-    }
-
-    fn read(
-        &self,
-        client: &mut Client,
-        disk: usize,
-        extents: Vec<Extent>,
-        give: &mut dyn FnMut(Piece) -> ControlFlow<()>,
-    ) -> Result<ControlFlow<()>> {
-        if extents.is_empty() {
-            return Ok((self.permit)(0));
-        }
-        let summary = client.read_all(
-            extents,
-            self.options,
-            &|bytes| (self.permit)(bytes),
-            &mut |done| {
-                let data =
-                    done.data
-                        .map(|buffer| -> Box<dyn std::ops::Deref<Target = [u8]> + Send> {
-                            Box::new(buffer)
-                        });
-                give(Piece {
-                    disk,
-                    extent: done.extent,
-                    data,
-                })
-            },
-        )?;
-        Ok(if summary.stopped {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        })
     }
 }

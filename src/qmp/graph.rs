@@ -154,6 +154,11 @@ impl Graph {
         self.nodes.get(name)
     }
 
+    /// Whether both answers that the graph is made of have the nodes from here down to an image.
+    pub(super) fn agrees_on(&self, top: &str) -> bool {
+        self.below_filters(top).is_ok()
+    }
+
     /// The names of all nodes.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.nodes.keys().map(String::as_str)

@@ -2,6 +2,7 @@
 //! and exports. Nothing is guessed: a device that cannot be attributed for certain is refused.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use qapi::qmp;
 use serde::Serialize;
@@ -10,6 +11,12 @@ use serde_json::{Value, json};
 use super::command::{call, flag, list, text};
 use super::graph::{Disk, Graph};
 use super::{Error, Monitor, Process, Result};
+use crate::clock;
+
+/// How often devices and graph are read at most until they agree.
+const READINGS: u32 = 5;
+/// Between two of these.
+const READ_AGAIN: Duration = Duration::from_millis(20);
 
 /// Front ends whose writes all pass through their block node.
 const FRONT_ENDS: [&str; 8] = [
@@ -81,10 +88,10 @@ pub struct Machine {
 
 /// Asks a VM what it is and has.
 pub fn identify(monitor: &mut dyn Monitor) -> Result<Machine> {
-    let graph = Graph::read(monitor)?;
+    let (devices, graph) = devices_and_graph(monitor)?;
     let mut disks: Vec<Disk> = Vec::new();
     let mut left_out = nodeless(monitor)?;
-    for device in list::<qmp::query_block>(monitor, json!({}))? {
+    for device in devices {
         match describe(monitor, &graph, &device)? {
             Ok(disk) => disks.push(disk),
             Err(left) => left_out.push(left),
@@ -129,6 +136,25 @@ pub fn identify(monitor: &mut dyn Monitor) -> Result<Machine> {
             .map(|export| thing(export, "id", "node-name", "type"))
             .collect(),
     })
+}
+
+/// The devices and the graph under them. A job that begins or ends puts a filter above a node or takes it away; when that falls
+/// between the two answers they are asked for again.
+fn devices_and_graph(monitor: &mut dyn Monitor) -> Result<(Vec<Value>, Graph)> {
+    let mut tries = 0;
+    loop {
+        let devices = list::<qmp::query_block>(monitor, json!({}))?;
+        let graph = Graph::read(monitor)?;
+        tries += 1;
+        let known = |device: &Value| {
+            let top = device.get("inserted").map(|node| text(node, "node-name"));
+            top.is_none_or(|top| graph.agrees_on(top))
+        };
+        if tries == READINGS || devices.iter().all(known) {
+            return Ok((devices, graph));
+        }
+        clock::sleep(READ_AGAIN);
+    }
 }
 
 /// The VM's UUID; the all-zero one of a QEMU without `-uuid` is none.

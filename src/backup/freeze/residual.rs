@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::GivenUp;
-use crate::backup::pass::{Reading, Unread, pending_names};
+use crate::backup::pass::{Unread, pending_names};
+use crate::backup::reading::Reading;
 use crate::backup::spool::Spool;
 use crate::backup::{RunDisk, Runner};
 use crate::bitmap::blocks::BlockSet;
@@ -164,7 +165,7 @@ impl Runner {
             .allocation()
             .timeout(self.options.deadline);
         for name in bitmaps.iter().map(|(_, name)| name).chain(&beginning) {
-            endpoint = endpoint.bitmap(&name);
+            endpoint = endpoint.bitmap(name);
         }
         let mut client = endpoint.connect()?;
         client.set_deadline(Some(deadline));
@@ -178,7 +179,7 @@ impl Runner {
             length: disk.size,
         };
         for name in newest.iter().map(|(_, name)| name).chain(&beginning) {
-            client.dirty_extents(&name, whole, &mut |extent| {
+            client.dirty_extents(name, whole, &mut |extent| {
                 open.insert(block_size.cover(extent));
                 ControlFlow::Continue(())
             })?;
