@@ -161,8 +161,13 @@ def main():
     fewest = min((float(row["ahead_writes"]) for row in table.rows.values()), default=0)
     if fewest < 1000:
         print(f"p99.9 IS THE SLOWEST OF FEW: {fewest:.0f} writes ahead of schedule in one measurement; more seconds (-t) are needed")
-    for row in table.failed:
-        print(f"not measured: run {row['run']}, {row['setting']}, target {row['target']}: {row['reason']}")
+    for setting in SETTINGS:
+        failures = [row for row in table.failed if row["setting"] == setting]
+        if failures:
+            made = sum(key[0] == setting for key in table.rows)
+            print(f"{setting} failed {len(failures)} of {len(failures) + made} times" + ("" if made else ": NOT MEASURED") + "; of its reasons:")
+            for reason in sorted({row["reason"] for row in failures})[:5]:
+                print(f"  {reason}")
     for target in table.targets:
         tell_figures(table, target)
     for target in table.targets:
