@@ -309,7 +309,9 @@ class Tool:
             # Without colours; what it calls an error, else its last word.
             said = re.sub(r"\x1b\[[0-9;]*m", "", ended.stdout + ended.stderr).strip().splitlines() or [""]
             errors = [line for line in said if re.search(r"\b(error|critical|failed)\b", line, re.IGNORECASE)] or said
-            raise Failed(f"{self.name} ended with {ended.returncode}: {re.sub(r'^.*?\] *', '', errors[-1])[:300]}")
+            # Without the time, so that the same is the same.
+            words = re.sub(r"^\[[^]]*\] *", "", errors[-1])
+            raise Failed(f"{self.name} ended with {ended.returncode}: {words[:300]}")
         return ended.stdout
 
 
