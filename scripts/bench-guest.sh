@@ -26,8 +26,8 @@
 # qcow2 disks in iothreads, booted fresh for each measurement with the same disks and the same seeds. In it runs Debian's fio:
 # on the first disk 70 % reads and 30 % writes of 4 to 16 KiB, O_DIRECT, four at a time, four of five of them in a twentieth
 # of the disk; on the second what a database does: 8 KiB at the end of a log, each durable before the next (O_DSYNC), and
-# 8 KiB pages, nine of ten in a twentieth. There is no PostgreSQL in it: emulated, it measures the emulation. Figures are of KVM only where
-# somebody runs it there.
+# 8 KiB pages, nine of ten in a twentieth. It is not PostgreSQL, which under emulation would measure the emulation. The guest
+# never uses KVM: ratios tell something, the figures themselves little.
 #
 # The target is ext4 on a loop device on a file that qemu-storage-daemon serves (FUSE) through its throttle, for every
 # tool. While it is held, at most 4 MiB of it are cached unwritten, or else the first hundreds of MiB would go to memory at
