@@ -22,16 +22,19 @@
 #
 # `-n 2 -t 5 -s 128 -c 16` is a short try of minutes. A word on what is measured:
 #
-# The guest is one libvirt domain under a libvirtd of its own, the same for all: Debian's cloud kernel in TCG, one CPU, two
+# The guest is one libvirt domain under a libvirtd of its own: Debian's cloud kernel in TCG, one CPU, two
 # qcow2 disks in iothreads, booted fresh for each measurement with the same disks and the same seeds. In it runs Debian's fio:
 # on the first disk 70 % reads and 30 % writes of 4 to 16 KiB, O_DIRECT, four at a time, four of five of them in a twentieth
 # of the disk; on the second what a database does: 8 KiB at the end of a log, each durable before the next (O_DSYNC), and
-# 8 KiB pages, nine of ten in a twentieth. There is no PostgreSQL in it: emulated, it measures the emulation. Figures are of KVM only where
-# somebody runs it there.
+# 8 KiB pages, nine of ten in a twentieth. It is not PostgreSQL, which under emulation would measure the emulation. The guest
+# never uses KVM: ratios tell something, the figures themselves little.
 #
 # The target is ext4 on a loop device on a file that qemu-storage-daemon serves (FUSE) through its throttle, for every
 # tool. While it is held, at most 4 MiB of it are cached unwritten, or else the first hundreds of MiB would go to memory at
 # any speed (Linux 6.2 and later; before it there is only a share of the memory, and a held target is felt late).
+#
+# qmpbackup gets the domain's own QEMU command line without libvirt: it makes names of nodes from names of nodes, and libvirt's
+# become too long for QEMU. A tool that fails under the load is tried twice more; all failures are told.
 #
 # Needs root. Peers: virtnbdbackup is the distribution's package; qmpbackup's Python modules come from the machine's packages or
 # are put under target/ by pip.

@@ -1,8 +1,8 @@
 """Tells what is in the table of scripts/bench-guest.sh: figures, ratios within the same run, and the goals.
 
 A ratio is of two measurements of one run with the target alike. Of the ratios of all runs the median is told with the
-quartiles (with the least and the most, of fewer than four). Where these have what they are compared with between them, the
-noise is larger than the difference: undecided.
+quartiles (of fewer than four runs, with the least and the most, and nothing is decided). Where these have what they are
+compared with between them, the noise is larger than the difference: undecided.
 """
 
 import csv
@@ -11,6 +11,8 @@ import sys
 
 SETTINGS = ["none", "forerun", "virtnbdbackup", "qmpbackup"]
 PEERS = SETTINGS[2:]
+# With fewer runs nothing is decided.
+FEWEST = 4
 FIGURES = [
     ("ahead_iops", "ahead: I/Os a second"),
     ("ahead_mibs", "ahead: MiB/s"),
@@ -47,7 +49,7 @@ def spread(values):
     """The median and what is called the noise around it."""
     values = sorted(values)
     middle = statistics.median(values)
-    if len(values) < 4:
+    if len(values) < FEWEST:
         return middle, values[0], values[-1]
     low, _, high = statistics.quantiles(values, method="inclusive")
     return middle, low, high
@@ -82,7 +84,9 @@ class Table:
 
 def verdict(ratios, bound, below):
     middle, low, high = spread(ratios)
-    if (high if below else -low) <= (bound if below else -bound):
+    if len(ratios) < FEWEST:
+        word = "undecided, too few runs"
+    elif (high if below else -low) <= (bound if below else -bound):
         word = "met"
     elif (low if below else -high) > (bound if below else -bound):
         word = "missed"
@@ -110,7 +114,7 @@ def tell_ratios(table, target):
         for setting in SETTINGS[1:]:
             if ratios := table.ratios(figure, setting, "none", target):
                 middle, low, high = spread(ratios)
-                word = "undecided" if low <= 1 <= high else "more" if middle > 1 else "less"
+                word = "undecided" if len(ratios) < FEWEST or low <= 1 <= high else "more" if middle > 1 else "less"
                 print(f"  {name:34}{setting:>16}  {short(middle)} ({short(low)} - {short(high)}) {word}")
 
 
@@ -161,8 +165,13 @@ def main():
     fewest = min((float(row["ahead_writes"]) for row in table.rows.values()), default=0)
     if fewest < 1000:
         print(f"p99.9 IS THE SLOWEST OF FEW: {fewest:.0f} writes ahead of schedule in one measurement; more seconds (-t) are needed")
-    for row in table.failed:
-        print(f"not measured: run {row['run']}, {row['setting']}, target {row['target']}: {row['reason']}")
+    for setting in SETTINGS:
+        failures = [row for row in table.failed if row["setting"] == setting]
+        if failures:
+            made = sum(key[0] == setting for key in table.rows)
+            print(f"{setting} failed {len(failures)} of {len(failures) + made} times" + ("" if made else ": NOT MEASURED") + "; of its reasons:")
+            for reason in sorted({row["reason"] for row in failures})[:5]:
+                print(f"  {reason}")
     for target in table.targets:
         tell_figures(table, target)
     for target in table.targets:
