@@ -156,7 +156,7 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
     // The guest's kernel has no driver for SATA: what is on that disk was there before.
     let before = tempfile::Builder::new()
         .suffix(".qcow2")
-        .tempfile_in("/dev/shm")
+        .tempfile_in(domain_common::base())
         .unwrap();
     let sata = before.path().to_str().unwrap().to_owned();
     run(

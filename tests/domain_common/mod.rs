@@ -21,7 +21,7 @@ use crate::vm_common::{Ended, Started, UUID, WAIT, wait_for};
 static SHARED: Mutex<Weak<Mutex<Libvirtd>>> = Mutex::new(Weak::new());
 
 /// Where files go: into memory where there is room for them, else to the temporary directory.
-fn base() -> PathBuf {
+pub(crate) fn base() -> PathBuf {
     let memory = Path::new("/dev/shm");
     let room =
         rustix::fs::statvfs(memory).is_ok_and(|stat| stat.f_bavail * stat.f_frsize > 2 << 30);
