@@ -190,7 +190,9 @@ fn a_domain_ends_within_a_pass_and_within_a_freeze() {
         rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
         let ended = run.end();
         println!("{end} during a freeze: {ended:#?}");
-        if ended.json["targets"][0]["point"]["id"].is_string() {
+        // A point of the domain that is off reads all of it, and is what the next one goes on from.
+        let made = ended.json["targets"][0]["point"]["id"].is_string();
+        if made {
             if *end == "kill" {
                 is_the_images(&mut life, &ended);
             } else {
@@ -198,7 +200,7 @@ fn a_domain_ends_within_a_pass_and_within_a_freeze() {
             }
         }
         life.start();
-        let rescanned: &[&str] = if *end == "kill" { &ALL } else { &RAW };
+        let rescanned: &[&str] = if *end == "kill" && !made { &ALL } else { &RAW };
         life.exact(&format!("{end} during a freeze"), &[], rescanned);
         life.lab.is_clean();
     }
