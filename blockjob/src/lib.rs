@@ -1,7 +1,7 @@
 //! The block jobs of libvirt's C interface (libvirt-domain.h) that the crate `virt` does not bind. The only `unsafe` code of
 //! the project: three calls with C strings and one plain structure.
 
-use std::ffi::{CStr, c_int};
+use std::ffi::{CStr, c_int, c_uint};
 
 use virt::domain::Domain;
 use virt::error::Error;
@@ -14,19 +14,22 @@ pub struct Progress {
     pub current: u64,
     /// In all; it grows while the guest writes.
     pub end: u64,
+    /// Whether the job commits the active image; else it is another one.
+    pub commits_active: bool,
 }
 
-/// Begins to commit a disk's active overlay into the image right under it (`virDomainBlockCommit`, active and shallow).
-pub fn commit_active(domain: &Domain, disk: &CStr) -> Result<(), Error> {
+/// Begins to commit a disk's active overlay into the image right under it (`virDomainBlockCommit`, active and shallow). The
+/// overlay is named: were it no longer in use, "the active one" would be the guest's own image, and its template the one under it.
+pub fn commit_active(domain: &Domain, disk: &CStr, overlay: &CStr) -> Result<(), Error> {
     let flags = sys::VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | sys::VIR_DOMAIN_BLOCK_COMMIT_SHALLOW;
-    // SAFETY: the domain is referenced for as long as it is borrowed, the string ends with a zero, and libvirt takes null for
-    // "the top" and "the image under it".
+    // SAFETY: the domain is referenced for as long as it is borrowed, the strings end with a zero, and libvirt takes null for
+    // "the image under it".
     let done = unsafe {
         sys::virDomainBlockCommit(
             domain.as_ptr(),
             disk.as_ptr(),
             std::ptr::null(),
-            std::ptr::null(),
+            overlay.as_ptr(),
             0,
             flags,
         )
@@ -61,6 +64,8 @@ pub fn progress(domain: &Domain, disk: &CStr) -> Result<Option<Progress>, Error>
     Ok((checked(found)? > 0).then_some(Progress {
         current: info.cur,
         end: info.end,
+        commits_active: c_uint::try_from(info.type_)
+            == Ok(sys::VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT),
     }))
 }
 

@@ -4,6 +4,7 @@
 use std::ffi::CString;
 use std::fmt::Write as _;
 
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use forerun_blockjob as blockjob;
@@ -74,6 +75,7 @@ impl Manager for DomainSnapshots {
         Ok(found.map(|found| Progress {
             current: found.current,
             end: found.end,
+            commits_active: found.commits_active,
         }))
     }
 
@@ -88,9 +90,11 @@ impl Manager for DomainSnapshots {
             .any(|node| Path::new(text(node, "file")) == file))
     }
 
-    fn commit(&self, disk: &str) -> Result<()> {
-        self.ask("commit an overlay", disk, |domain, disk| {
-            blockjob::commit_active(domain, disk)
+    fn commit(&self, overlay: &Managed) -> Result<()> {
+        let file = CString::new(overlay.file.as_os_str().as_bytes())
+            .map_err(|_| Error::Libvirt(format!("{} is no path", overlay.file.display())))?;
+        self.ask("commit an overlay", &overlay.disk, move |domain, disk| {
+            blockjob::commit_active(domain, disk, &file)
         })
     }
 

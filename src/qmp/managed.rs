@@ -54,6 +54,8 @@ pub struct Progress {
     pub current: u64,
     /// Bytes in all.
     pub end: u64,
+    /// Whether it commits the disk's active image; else it is somebody's for another purpose.
+    pub commits_active: bool,
 }
 
 /// Who takes snapshots of a VM and commits them. Every call is one of the manager's own.
@@ -62,14 +64,14 @@ pub trait Manager: Send + Sync + std::fmt::Debug {
     fn running(&self) -> Result<bool>;
     /// Takes an external snapshot of these disks onto files that are there, all at one instant or none.
     fn snapshot(&self, overlays: &[Managed]) -> Result<()>;
-    /// What a disk's data goes to, now and after the VM's next start.
+    /// What a disk's data goes to: first now, then after the VM's next start.
     fn sources(&self, disk: &str) -> Result<Vec<Source>>;
     /// The block job of a disk.
     fn job(&self, disk: &str) -> Result<Option<Progress>>;
     /// Whether the VM's QEMU has a file open.
     fn opened(&self, file: &Path) -> Result<bool>;
-    /// Begins to commit the overlay of a disk.
-    fn commit(&self, disk: &str) -> Result<()>;
+    /// Begins to commit an overlay; refused with [`Error::Libvirt`] when it is not what the disk's data goes to.
+    fn commit(&self, overlay: &Managed) -> Result<()>;
     /// Ends a commit; refused with [`Error::Libvirt`] while it is not ready.
     fn pivot(&self, disk: &str) -> Result<()>;
 }
@@ -118,7 +120,10 @@ pub fn commit(manager: &dyn Manager, overlay: &Managed) -> Result<Committed> {
                 file: overlay.file.clone(),
             });
         }
-        done.what = Some(format!("overlay of disk {}", overlay.disk));
+        let in_use = sources.first() == Some(&ours);
+        if in_use {
+            done.what = Some(format!("overlay of disk {}", overlay.disk));
+        }
         let job = manager.job(&overlay.disk)?;
         let took = clock::now() - begun;
         if took > deadline {
@@ -131,7 +136,18 @@ pub fn commit(manager: &dyn Manager, overlay: &Managed) -> Result<Committed> {
         }
         // libvirt says no to a pivot that comes too early, and to a commit while another job is on the disk.
         let asked = match job {
-            None => manager.commit(&overlay.disk),
+            // Only the next start would have it: somebody has changed the definition, or is about to.
+            _ if !in_use => Err(Error::Libvirt(format!(
+                "the definition of the domain has {} for disk `{}`, which does not use it now",
+                overlay.file.display(),
+                overlay.disk
+            ))),
+            None => manager.commit(overlay),
+            Some(job) if !job.commits_active => Err(Error::Libvirt(format!(
+                "another block job is on disk `{}`, which is on the overlay {}",
+                overlay.disk,
+                overlay.file.display()
+            ))),
             Some(job) if job.current >= job.end && job.end > 0 => manager.pivot(&overlay.disk),
             Some(_) => Ok(()),
         };
@@ -170,4 +186,96 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
         what: format!("rename {}", from.display()),
         source,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// What cannot be provoked at will: libvirt at a moment of our choice.
+    #[derive(Debug)]
+    struct At {
+        live: PathBuf,
+        next: PathBuf,
+        job: Option<Progress>,
+        asked: Mutex<Vec<&'static str>>,
+    }
+
+    impl Manager for At {
+        fn running(&self) -> Result<bool> {
+            Ok(true)
+        }
+
+        fn snapshot(&self, _overlays: &[Managed]) -> Result<()> {
+            Ok(())
+        }
+
+        fn sources(&self, _disk: &str) -> Result<Vec<Source>> {
+            let paths = [&self.live, &self.next];
+            Ok(paths.map(|path| Source::Path(Some(path.clone()))).to_vec())
+        }
+
+        fn job(&self, _disk: &str) -> Result<Option<Progress>> {
+            Ok(self.job)
+        }
+
+        fn opened(&self, _file: &Path) -> Result<bool> {
+            Ok(false)
+        }
+
+        fn commit(&self, _overlay: &Managed) -> Result<()> {
+            self.asked.lock().unwrap().push("commit");
+            Ok(())
+        }
+
+        fn pivot(&self, _disk: &str) -> Result<()> {
+            self.asked.lock().unwrap().push("pivot");
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn neither_another_image_nor_another_job_is_touched() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let ours = file.path().to_path_buf();
+        let overlay = Managed {
+            disk: "vda".to_owned(),
+            file: ours.clone(),
+            deadline_ms: 50,
+        };
+        let at = |live: &Path, next: &Path, job| At {
+            live: live.to_path_buf(),
+            next: next.to_path_buf(),
+            job,
+            asked: Mutex::default(),
+        };
+        let ready = |commits_active| Progress {
+            current: 1,
+            end: 1,
+            commits_active,
+        };
+        let other = Path::new("/images/base");
+        // In use only after the next start: "the active image" is the guest's own.
+        let pivoted = at(other, &ours, None);
+        assert!(commit(&pivoted, &overlay).is_err());
+        assert!(pivoted.asked.lock().unwrap().is_empty());
+        // Somebody copies the disk elsewhere.
+        let copied = at(&ours, &ours, Some(ready(false)));
+        assert!(commit(&copied, &overlay).is_err());
+        assert!(copied.asked.lock().unwrap().is_empty());
+        assert!(ours.exists());
+        // Ours, and nobody's at the end.
+        let ours_ready = at(&ours, &ours, Some(ready(true)));
+        assert!(commit(&ours_ready, &overlay).is_err());
+        assert!(ours_ready.asked.lock().unwrap().contains(&"pivot"));
+        assert!(
+            commit(&at(other, other, None), &overlay)
+                .unwrap()
+                .what
+                .is_none()
+        );
+        assert!(!ours.exists());
+    }
 }
