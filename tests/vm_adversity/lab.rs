@@ -267,9 +267,13 @@ pub(crate) fn node(id: &str, image: &Path, format: &str) -> Value {
 
 /// A qcow2 disk whose file answers reads at this rate only, so that a freeze takes its time.
 pub(crate) fn slow_drive(id: &str, image: &Path, bytes_a_second: u64) -> Vec<String> {
+    throttled_drive(id, image, &json!({ "bps-read": bytes_a_second }))
+}
+
+/// A qcow2 disk whose file has these limits (QEMU's `ThrottleLimits`), whoever asks.
+pub(crate) fn throttled_drive(id: &str, image: &Path, limits: &Value) -> Vec<String> {
     let group = json!({
-        "qom-type": "throttle-group", "id": format!("{id}-slow"),
-        "limits": { "bps-read": bytes_a_second },
+        "qom-type": "throttle-group", "id": format!("{id}-slow"), "limits": limits,
     });
     let node = json!({
         "driver": "qcow2", "node-name": format!("{id}-node"), "discard": "unmap",

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use forerun_rig::qmp::Qmp;
 use serde_json::json;
 
-use crate::lab::{Lab, MIB, Ran, Running, Still, WAIT, drive, io, random_image};
+use crate::lab::{Lab, MIB, Ran, Running, Still, WAIT, drive, io, random_image, throttled_drive};
 
 /// Thresholds of the host that a machine under test cannot pass: what it is busy with is not the test's.
 const HOST: [&str; 8] = [
@@ -26,29 +26,6 @@ fn watching(lab: &Lab, words: &[&str]) -> Ran {
     command.env_remove("FORERUN_NO_LOAD_CONTROL");
     command.env("FORERUN_LOG", "forerun::load=debug");
     Running::spawn(command).end()
-}
-
-/// A disk whose file does so many bytes a second at most, whoever asks.
-fn shared_drive(id: &str, image: &std::path::Path, bytes_a_second: u64) -> Vec<String> {
-    let group = json!({
-        "qom-type": "throttle-group", "id": format!("{id}-slow"),
-        "limits": { "bps-total": bytes_a_second },
-    });
-    let node = json!({
-        "driver": "qcow2", "node-name": format!("{id}-node"), "discard": "unmap",
-        "file": {
-            "driver": "throttle", "node-name": format!("{id}-slow"), "throttle-group": format!("{id}-slow"),
-            "file": { "driver": "file", "filename": image },
-        },
-    });
-    vec![
-        "-object".into(),
-        group.to_string(),
-        "-blockdev".into(),
-        node.to_string(),
-        "-device".into(),
-        format!("virtio-blk-pci,id={id},drive={id}-node"),
-    ]
 }
 
 /// Reads of 64 KiB as the guest's device would, some fifty a second; `aio_read` is what QEMU counts.
@@ -84,7 +61,14 @@ fn an_idle_guest_is_copied_at_full_speed() {
 fn a_guest_that_reads_is_given_way_to() {
     let lab = Lab::new();
     let (image, _) = random_image(lab.path(), "a.qcow2", "qcow2", 192 * MIB);
-    let vm = Still::start(lab.path(), &[shared_drive("vda", &image, 20 * MIB)]);
+    let vm = Still::start(
+        lab.path(),
+        &[throttled_drive(
+            "vda",
+            &image,
+            &json!({ "bps-total": 20 * MIB }),
+        )],
+    );
     let target = vm.target();
     let ended = AtomicBool::new(false);
     std::thread::scope(|scope| {
