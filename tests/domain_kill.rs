@@ -168,6 +168,8 @@ fn few(steps: &[Step]) -> Vec<Step> {
         "journal:write:after#1",
         "qmp:block-dirty-bitmap-disable:answered#1",
         "qga:guest-fsfreeze-freeze:answered#1",
+        "snapshot:before#1",
+        "snapshot:answered#1",
         "qmp:transaction:answered#1",
         "qmp:block-export-add:answered#1",
         "qmp:block-job-cancel:answered#1",
@@ -186,6 +188,11 @@ fn killed_at_any_step_of_a_domain_s_precopy() {
 #[test]
 fn killed_at_any_step_of_a_domain_s_backup() {
     dies("killback", &["backup", "--freeze", "fleece"]);
+}
+
+#[test]
+fn killed_at_any_step_of_a_domain_s_snapshot() {
+    dies("killsnap", &["backup", "--freeze", "snapshot"]);
 }
 
 /// Dies with its guard right after the transaction: everything of a freeze is in the VM. Returns the journal.
