@@ -3,6 +3,7 @@
 mod ahead;
 mod command;
 mod freeze;
+mod host;
 mod instant;
 mod load;
 mod restore;
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use freeze::{FreezeArgs, FreezeMethod};
+pub use host::HostArgs;
 pub use load::LoadArgs;
 
 use self::ahead::parse_share_or_none;
@@ -570,6 +572,9 @@ pub struct PaceArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub load: LoadArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub host: HostArgs,
     /// What new blocks are compressed with, instead of what `init` said: lz4, zstd, zstd:LEVEL or none.
     #[arg(long, value_name = "CODEC")]
     pub compression: Option<Compression>,

@@ -15,6 +15,13 @@ pub fn now() -> Instant {
     Instant::now()
 }
 
+/// Since the host was started, suspended or not: the one clock that all processes of the host share and nobody sets.
+#[must_use]
+pub fn since_boot() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::try_from(time).unwrap_or(Duration::ZERO)
+}
+
 /// The wall clock, UTC.
 #[must_use]
 pub fn utc_now() -> Timestamp {

@@ -5,6 +5,7 @@
 //!   target.lock                     held while anything of ours is in the VM (a batch, a freeze), whichever the repository
 //!   run-<repository>.lock           held by the one run of a repository on this target
 //!   <run>.journal                   what that run has put, or is about to put, into the VM
+//! /var/lib/forerun/budget/           what all runs of this host share (`budget`)
 //! /var/lib/forerun/learned/<key>/   what was measured of the target; worth something, and no harm when it is lost
 //! ```
 //!
@@ -20,6 +21,7 @@ use std::time::Duration;
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
+use crate::budget::BUDGET;
 use crate::clock::{self, Deadline};
 use crate::hooks::Hook;
 use crate::qmp::Process;
@@ -113,7 +115,8 @@ pub fn holder_of(spelling: &str) -> Option<Error> {
 pub fn keys() -> Vec<String> {
     let entries = std::fs::read_dir(root()).into_iter().flatten().flatten();
     let mut keys: Vec<String> = entries
-        .filter(|entry| entry.path().is_dir() && entry.file_name() != LEARNED)
+        .filter(|entry| entry.path().is_dir())
+        .filter(|entry| entry.file_name() != LEARNED && entry.file_name() != BUDGET)
         .filter_map(|entry| entry.file_name().into_string().ok())
         .collect();
     keys.sort();

@@ -8,6 +8,7 @@
 //! the program       main -> commands -> report          cli: what can be asked; exit: how it may end
 //! the main job      backup: pass -> freeze -> commit    session: the next point while it is incomplete
 //! its tools         copy: hash, compare, compress       throttle, progress, schedule
+//! beside others     budget: passes, freezes and one rate for all runs of a host
 //! what next         plan: order, prediction, when a pass pays
 //! a VM in hand      target -> vm, offline -> hoststate  guard, settle: what if we die; hooks
 //! what changed      bitmap: names, trust, rotation, proofs
@@ -36,6 +37,7 @@ extern crate self as forerun;
 
 pub mod backup;
 pub mod bitmap;
+pub mod budget;
 pub mod cli;
 pub mod clock;
 pub mod commands;

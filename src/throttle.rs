@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::clock;
 
 /// The longest single wait, so that a caller can look at its deadline and at signals between.
-const STEP: Duration = Duration::from_millis(50);
+pub(crate) const STEP: Duration = Duration::from_millis(50);
 /// A pause may be made up for by a burst of this much time's worth.
 const BURST: Duration = Duration::from_millis(100);
 
@@ -31,25 +31,32 @@ impl Default for Pace {
 
 /// Holds a pace over all that ask it.
 #[derive(Debug)]
-pub struct Throttle(Mutex<Held>);
+pub struct Throttle {
+    began: Instant,
+    held: Mutex<Held>,
+}
 
 #[derive(Debug)]
 struct Held {
     pace: Pace,
-    free_at: Instant,
+    /// Since it began.
+    free_at: Duration,
 }
 
 impl Throttle {
     /// A throttle of this many bytes a second.
     #[must_use]
     pub fn new(rate: Option<u64>) -> Self {
-        Self(Mutex::new(Held {
-            pace: Pace {
-                rate,
-                ..Pace::default()
-            },
-            free_at: clock::now(),
-        }))
+        Self {
+            began: clock::now(),
+            held: Mutex::new(Held {
+                pace: Pace {
+                    rate,
+                    ..Pace::default()
+                },
+                free_at: Duration::ZERO,
+            }),
+        }
     }
 
     /// The pace just now.
@@ -64,7 +71,7 @@ impl Throttle {
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until `bytes` more may go; `keep_on` is asked now and then whether to wait on. Returns whether they may.
@@ -72,7 +79,7 @@ impl Throttle {
         while keep_on() {
             let left = {
                 let mut held = self.held();
-                let now = clock::now();
+                let now = clock::now() - self.began;
                 match held.pace.rate {
                     None => return true,
                     Some(0) => STEP,
@@ -92,13 +99,21 @@ impl Throttle {
     }
 }
 
-/// When a request of `bytes` may begin, and when the one after it may.
-fn schedule(free_at: Instant, now: Instant, bytes: u64, rate: u64) -> (Instant, Instant) {
-    let earliest = now.checked_sub(BURST).unwrap_or(now);
-    let begin = free_at.max(earliest);
+/// When a request of `bytes` may begin, and when the one after it may, on any clock.
+pub(crate) fn schedule(
+    free_at: Duration,
+    now: Duration,
+    bytes: u64,
+    rate: u64,
+) -> (Duration, Duration) {
+    let begin = free_at.max(now.saturating_sub(BURST));
+    (begin, begin + takes(bytes, rate))
+}
+
+/// How long so many bytes take.
+pub(crate) fn takes(bytes: u64, rate: u64) -> Duration {
     let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(rate.max(1));
-    let takes = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
-    (begin, begin + takes)
+    Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
 #[cfg(test)]
@@ -107,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_second_of_requests_takes_a_second_and_a_pause_earns_a_short_burst_only() {
-        let start = clock::now();
+        let start = Duration::from_secs(5);
         let mut free_at = start;
         for _ in 0..100 {
             free_at = schedule(free_at, start, 1 << 20, 100 << 20).1;

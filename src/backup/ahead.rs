@@ -7,6 +7,7 @@ use anyhow::Result;
 use jiff::Timestamp;
 
 use super::{Bytes as Copied, Runner, SMALL};
+use crate::budget;
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind, classify};
 use crate::plan::outlook::OnMiss;
@@ -125,6 +126,7 @@ impl Runner {
         self.predicted = self.learned.change.fit().map(|_| outlook);
         let urgent = self.options.hard && !outlook.in_time;
         self.options.urgent.store(urgent, Ordering::Relaxed);
+        self.note_urgent(self.is_urgent(&debt, &outlook, due.left()));
         let step = ahead::next(&Situation {
             left: due.left(),
             debt,
@@ -218,12 +220,19 @@ impl Runner {
     }
 
     fn copy_speed(&self) -> f64 {
-        self.learned.speeds.copy(self.options.load.rate)
+        self.learned.speeds.copy(self.rate())
     }
 
     fn outlook(&self, debt: &Debt, left: Duration) -> Outlook {
         let (fit, speeds) = (self.learned.change.fit(), &self.learned.speeds);
-        Outlook::with_passes(debt, fit, speeds, self.options.load.rate, left)
+        Outlook::with_passes(debt, fit, speeds, self.rate(), left)
+    }
+
+    #[allow(clippy::cast_precision_loss, reason = "sizes for predictions")]
+    fn is_urgent(&self, debt: &Debt, outlook: &Outlook, left: Duration) -> bool {
+        let useful = debt.useful(self.learned.change.fit()) as f64;
+        let needed = Duration::try_from_secs_f64(useful / self.copy_speed());
+        budget::order::is_urgent(outlook.in_time, left, needed.unwrap_or(Duration::MAX))
     }
 
     /// Waits until a time has come by the wall clock, too: nothing is frozen before its time.
@@ -255,7 +264,7 @@ impl Runner {
         drop(hold);
         if self.predicted.is_none() {
             let (fit, speeds) = (self.learned.change.fit(), &self.learned.speeds);
-            let rate = self.options.load.rate;
+            let rate = self.rate();
             let mut outlook = Outlook::alone(&debt, fit, speeds, rate, Duration::ZERO);
             if debt.total() > SMALL {
                 // Much is copied live before; what it comes to is the window, but not the residual.
@@ -268,8 +277,9 @@ impl Runner {
         self.options
             .urgent
             .store(self.options.hard, Ordering::Relaxed);
+        self.note_urgent(true);
         let limit = self.options.limits.largest(&self.learned.speeds);
-        let small = limit.map_or(SMALL, |limit| limit.min(SMALL));
+        let small = self.small().min(limit.unwrap_or(SMALL));
         self.patience = if limit.is_some_and(|limit| limit < debt.postponed) {
             Patience::None
         } else {

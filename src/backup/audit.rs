@@ -127,6 +127,9 @@ impl Runner {
         let mut rounds = self.rounds();
         while left.iter().any(|left| *left > 0) && !until.is_some_and(Deadline::passed) {
             self.check_interrupt()?;
+            let Some(_place) = self.turn_to_copy(until)? else {
+                break;
+            };
             let ends = until.map_or(Deadline::after(BATCH), |until| until.at_most(BATCH));
             report.checked += self.audit_batch(&mut left, &mut rounds, ends, &mut found)?;
             self.keep_rounds(&rounds);
@@ -148,6 +151,10 @@ impl Runner {
         if self.vm.offline() || self.disks.iter().any(|disk| disk.open.is_none()) {
             return Ok(());
         }
+        // Only where nobody waits for a turn: this time is spare.
+        let Some(_place) = self.turn_to_copy(Some(Deadline::after(Duration::ZERO)))? else {
+            return Ok(());
+        };
         let mut rounds = self.rounds();
         let now = clock::utc_now();
         let is_over = |day: Timestamp| {
@@ -359,8 +366,10 @@ impl Runner {
             extents,
             self.read_options(),
             &|bytes| {
-                let go_on = || !ends.passed() && !self.interrupted.load(Ordering::Relaxed);
-                if self.throttle.wait(bytes, &go_on) {
+                let go_on = || {
+                    !ends.passed() && !self.interrupted.load(Ordering::Relaxed) && !self.yields()
+                };
+                if self.throttle.wait(bytes, &go_on) && self.wait_for_rate(bytes, &go_on) {
                     ControlFlow::Continue(())
                 } else {
                     ControlFlow::Break(())

@@ -56,6 +56,8 @@ pub struct Point {
     pub together: Option<Common>,
     /// From when the backup was due to the guest released, milliseconds.
     pub window_ms: u64,
+    /// Of these, how long it waited since other runs of the host froze, milliseconds.
+    pub waited_ms: u64,
     /// What was copied.
     pub bytes: Bytes,
     /// The window, as it was expected and as it came.
@@ -66,6 +68,13 @@ pub struct Point {
     pub missed: Option<String>,
     /// The disks that were read in full, with the reasons.
     pub rescanned: Vec<Rescan>,
+}
+
+/// How long the backup took from when it was due.
+#[derive(Debug, Clone, Copy)]
+struct Waits {
+    window_ms: u64,
+    waited_ms: u64,
 }
 
 /// A time that was expected.
@@ -124,16 +133,22 @@ impl PointFile {
 impl Runner {
     /// Makes a recovery point: converges live when much is left, freezes, stores, commits. `due` is when it should have begun.
     pub fn backup(&mut self, due: Timestamp) -> Result<Point> {
+        self.tell_due(due);
         self.converge_in_turn()?;
         self.decide(due)?;
         let mut tries = 0;
         let mut begun;
+        let mut waited = Duration::ZERO;
         let residual = loop {
             self.check_interrupt()?;
             self.progress.begin("freeze and residual", 0);
             tries += 1;
+            let (place, wait) = self.turn_to_freeze()?;
+            waited += wait;
             begun = clock::now();
-            match self.freeze() {
+            let frozen = self.freeze();
+            drop(place);
+            match frozen {
                 Ok(residual) => break residual,
                 Err(error) if error.downcast_ref::<GivenUp>().is_some() => {
                     if tries == FREEZES {
@@ -162,7 +177,11 @@ impl Runner {
         let turn = self.seat.as_ref().map(Seat::turn);
         let _turn = turn.as_deref().map(take_turn);
         self.seat = None;
-        let point = self.store(residual, window_ms, together)?;
+        let waits = Waits {
+            window_ms,
+            waited_ms: u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
+        };
+        let point = self.store(residual, waits, together)?;
         self.learned
             .speeds
             .froze(self.bytes.residual, reading, took);
@@ -191,9 +210,13 @@ impl Runner {
     fn store(
         &mut self,
         residual: Residual,
-        window_ms: u64,
+        waits: Waits,
         together: Option<Common>,
     ) -> Result<Point> {
+        let Waits {
+            window_ms,
+            waited_ms,
+        } = waits;
         let Residual {
             instant,
             spool,
@@ -253,6 +276,7 @@ impl Runner {
                 .filter(|_| quiesce == image::Quiesce::CrashConsistent),
             together,
             window_ms,
+            waited_ms,
             bytes: self.bytes,
             window: Predicted {
                 predicted_ms: self.predicted.map(|outlook| outlook.window_ms),

@@ -129,6 +129,7 @@ impl Runner {
     pub fn note_due(&self, due: Timestamp) {
         let repository = self.repo.id().short();
         Note::leave(&self.vm.state, &repository, due, &self.options.limits);
+        self.tell_due(due);
     }
 
     /// Whether the bitmap that the last rotation ended tells of the last seconds only.

@@ -20,6 +20,7 @@ mod pass;
 mod reading;
 mod spool;
 mod together;
+mod turn;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,11 +42,12 @@ use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::dirty::Proofs;
 use crate::bitmap::rotate::{self, Settings};
 use crate::bitmap::track::{Named, Rotation};
+use crate::budget::{self, Share};
 use crate::clock::{self, Deadline};
 use crate::copy::CopyDisk;
 use crate::exit::{Failure, Kind};
 use crate::hooks::{self, Hooks};
-use crate::hoststate::Lock;
+use crate::hoststate::{self, Lock};
 use crate::image::{MapReader, Repository};
 use crate::load::Load;
 use crate::load::config::Config as LoadConfig;
@@ -160,6 +162,8 @@ pub struct Options {
     pub urgent: Arc<AtomicBool>,
     /// The share of the clean blocks that is audited in a day, in percent.
     pub audit: Option<f64>,
+    /// What all runs of this host may do together; without it this one takes no part in that.
+    pub host: Option<budget::Limits>,
 }
 
 /// What was copied, by what it was good for. Bytes of disks.
@@ -269,6 +273,8 @@ pub struct Runner {
     post_thaw: Option<hooks::Running>,
     /// Where the targets of a common instant meet.
     seat: Option<Seat>,
+    /// This run's part in the host's budget.
+    share: Option<Arc<Share>>,
     _lock: Lock,
 }
 
@@ -289,6 +295,10 @@ impl Runner {
         session.settle()?;
         let mut load = Load::new(&vm.key, options.load.clone(), options.repository.as_deref());
         load.heed(Arc::clone(&options.urgent));
+        let share = options.host.map(|limits| {
+            let spelled = vm.target.to_string();
+            Share::join(&hoststate::root(), &spelled, &vm.key, &short, limits)
+        });
         Ok(Self {
             run: RunName::new(&short),
             throttle: load.throttle(),
@@ -315,12 +325,16 @@ impl Runner {
             not_quiesced: None,
             post_thaw: None,
             seat: None,
+            share,
             _lock: lock,
         })
     }
 
     /// Makes the next backup one of several at a common instant.
     pub fn join(&mut self, seat: Seat) {
+        if let Some(share) = &self.share {
+            share.tell(|me| me.group = Some(seat.group_name()));
+        }
         self.seat = Some(seat);
     }
 

@@ -91,6 +91,10 @@ impl Runner {
         let mut condemned = 0;
         loop {
             self.check_interrupt()?;
+            let Some(place) = self.turn_to_copy(until)? else {
+                self.keep_learned();
+                return Ok(PassEnd::OutOfTime);
+            };
             let mut hold = self.hold()?;
             hold.may_share_files()?;
             if !hold.lasting()? {
@@ -125,6 +129,7 @@ impl Runner {
                 done => self.note_unreadable(done)?,
             }
             condemned = 0;
+            drop(place);
             self.strike_idle()?;
             if self.disks.iter().all(RunDisk::is_done) {
                 self.strike()?;
@@ -334,13 +339,14 @@ impl Runner {
             let pace = self.throttle.pace();
             // With far fewer requests in flight than it has, a batch gives way to one that begins anew.
             let fits = pace.rate != Some(0) && pace.in_flight * 2 > options.depth;
-            fits && !ends.passed() && !interrupted.load(Ordering::Relaxed)
+            let go_on = fits && !ends.passed() && !interrupted.load(Ordering::Relaxed);
+            go_on && !self.yields()
         };
         let reading = Reading {
             block_size: self.repo.block_size(),
             options,
             permit: &|bytes| {
-                if self.throttle.wait(bytes, &go_on) {
+                if self.throttle.wait(bytes, &go_on) && self.wait_for_rate(bytes, &go_on) {
                     self.watch().copied(bytes);
                     ControlFlow::Continue(())
                 } else {

@@ -13,6 +13,7 @@
 //! A run that fails leaves and is not waited for. From `prepared` to `cut` nobody waits for longer than a limit: whoever is
 //! late then is left out, and finds that when it comes.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,9 @@ use crate::exit::{Failure, Kind};
 
 /// How often a run that waits looks whether it is interrupted.
 const LOOK: Duration = Duration::from_millis(50);
+
+/// How many groups this process had.
+static GROUPS: AtomicU32 = AtomicU32::new(0);
 
 /// Where the runs meet, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -76,6 +80,7 @@ struct Group {
     members: Mutex<Vec<Member>>,
     changed: Condvar,
     turn: Arc<Mutex<()>>,
+    name: String,
 }
 
 /// One run's seat in a group. Dropped, the run has left.
@@ -99,6 +104,11 @@ pub fn seats(names: Vec<String>) -> Vec<Seat> {
         members: Mutex::new(members.collect()),
         changed: Condvar::new(),
         turn: Arc::default(),
+        name: format!(
+            "{}-{}",
+            std::process::id(),
+            GROUPS.fetch_add(1, Ordering::Relaxed)
+        ),
     });
     let seat = |index| Seat {
         group: Arc::clone(&group),
@@ -140,6 +150,11 @@ impl Seat {
             let waited = self.group.changed.wait_timeout(members, left);
             members = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// A name that no other group of this host has.
+    pub(in crate::backup) fn group_name(&self) -> String {
+        self.group.name.clone()
     }
 
     /// What only one of the runs does at a time.

@@ -80,6 +80,7 @@ fn options(
         hard: plan.hard,
         urgent: Arc::default(),
         audit: Some(plan.audit).filter(|share| *share > 0.0),
+        host: pace.map(|pace| pace.host.limits()),
     }
 }
 

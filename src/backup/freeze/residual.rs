@@ -53,14 +53,16 @@ impl Runner {
             let reading = Reading {
                 block_size: self.repo.block_size(),
                 options: residual_options(self.repo.block_size()),
-                permit: &|_| {
-                    if deadline.passed()
-                        || freeze.filling().is_some()
-                        || interrupted.load(Ordering::Relaxed)
-                    {
-                        ControlFlow::Break(())
-                    } else {
+                permit: &|bytes| {
+                    let keep_on = || {
+                        !deadline.passed()
+                            && freeze.filling().is_none()
+                            && !interrupted.load(Ordering::Relaxed)
+                    };
+                    if self.wait_for_rate(bytes, &keep_on) {
                         ControlFlow::Continue(())
+                    } else {
+                        ControlFlow::Break(())
                     }
                 },
             };
@@ -240,7 +242,7 @@ impl Runner {
     }
 }
 
-/// The residual is read as fast as it goes, whatever the pace of passes; but a request of a scratch holds up the guest's
+/// The residual is read as fast as the host's rate allows, whatever the pace of passes; but a request of a scratch holds up the guest's
 /// writes to its range, so they stay small.
 fn residual_options(block_size: BlockSize) -> ReadOptions {
     let request_bytes = (256 << 10).max(u32::from(block_size));
