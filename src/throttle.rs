@@ -89,7 +89,7 @@ impl Throttle {
                             held.free_at = next;
                             return true;
                         }
-                        begin - now
+                        begin.saturating_sub(now)
                     }
                 }
             };
@@ -127,7 +127,7 @@ mod tests {
         for _ in 0..100 {
             free_at = schedule(free_at, start, 1 << 20, 100 << 20).1;
         }
-        let taken = free_at - start;
+        let taken = free_at.saturating_sub(start);
         assert!((Duration::from_millis(999)..=Duration::from_millis(1001)).contains(&taken));
         let later = start + Duration::from_secs(60);
         let (begin, _) = schedule(free_at, later, 1, 100 << 20);

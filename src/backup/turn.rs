@@ -16,6 +16,10 @@ const FREEZE_WAIT: Duration = Duration::from_secs(60);
 /// A wait as short as that of one batch is not worth telling.
 const WORTH_TELLING: Duration = Duration::from_secs(10);
 
+/// A turn that has come; without a budget there are none to wait for.
+#[derive(Debug)]
+pub(super) struct Turned(#[expect(dead_code, reason = "it is held")] Option<Place>);
+
 impl Runner {
     /// The rate that this run may have at most.
     pub(super) fn rate(&self) -> Option<u64> {
@@ -61,9 +65,9 @@ impl Runner {
     }
 
     /// Waits for the turn of a batch; `None` when the time is up before.
-    pub(super) fn turn_to_copy(&self, until: Option<Deadline>) -> Result<Option<Option<Place>>> {
+    pub(super) fn turn_to_copy(&self, until: Option<Deadline>) -> Result<Option<Turned>> {
         let Some(share) = &self.share else {
-            return Ok(Some(None));
+            return Ok(Some(Turned(None)));
         };
         let begun = clock::now();
         let mut asked = false;
@@ -77,7 +81,7 @@ impl Runner {
                 words
             } else {
                 match share.copy() {
-                    Turn::Begun(place) => break Some(Some(place)),
+                    Turn::Begun(place) => break Some(Turned(Some(place))),
                     Turn::NotYet(words) => words,
                 }
             };
@@ -100,9 +104,9 @@ impl Runner {
     }
 
     /// Waits for the turn of a freeze, for a limited time; returns its place and how long it waited.
-    pub(super) fn turn_to_freeze(&mut self) -> Result<(Option<Place>, Duration)> {
+    pub(super) fn turn_to_freeze(&mut self) -> Result<(Turned, Duration)> {
         let Some(share) = &self.share else {
-            return Ok((None, Duration::ZERO));
+            return Ok((Turned(None), Duration::ZERO));
         };
         let begun = clock::now();
         let deadline = Deadline::after(FREEZE_WAIT);
@@ -129,6 +133,6 @@ impl Runner {
             clock::sleep(LOOK);
         };
         self.progress.note("");
-        Ok((Some(place), clock::now() - begun))
+        Ok((Turned(Some(place)), clock::now() - begun))
     }
 }

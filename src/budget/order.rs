@@ -324,8 +324,8 @@ mod tests {
         assert_eq!(first(&members), [1, 4]);
         members[1].doing = Doing::Freezes;
         assert_eq!(first(&members), [1, 4]);
-        for at in 0..5 {
-            members[at].limits.freezes = 2;
+        for member in &mut members {
+            member.limits.freezes = 2;
         }
         assert_eq!(first(&members), [0, 1, 4]);
         // One without a due time comes last.

@@ -99,7 +99,7 @@ fn decide(
     };
     let (begin, next) = schedule(free_at, now, bytes, rate);
     if begin > now {
-        (Some(begin - now), None)
+        (Some(begin.saturating_sub(now)), None)
     } else {
         (None, Some(next))
     }
@@ -116,8 +116,8 @@ mod tests {
         let now = Duration::from_secs(100);
         let (wait, next) = decide(Duration::from_secs(90_000), now, 1 << 18, RATE);
         assert_eq!((wait, next), (None, Some(now + takes(1 << 18, RATE))));
-        let soon = now + Duration::from_millis(3);
-        assert_eq!(decide(soon, now, 1 << 18, RATE), (Some(soon - now), None));
+        let wait = Duration::from_millis(3);
+        assert_eq!(decide(now + wait, now, 1 << 18, RATE), (Some(wait), None));
     }
 
     #[test]
