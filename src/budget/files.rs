@@ -85,7 +85,6 @@ impl Files {
             return Ok(false);
         };
         let me = decide(read(&self.directory, self.own.as_ref())?);
-        crate::fault::step_of("budget", "locked", me.doing.name());
         let own = match &mut self.own {
             Some(own) => own,
             None => self.own.insert(create(&self.directory)?),

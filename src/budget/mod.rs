@@ -283,6 +283,7 @@ impl Share {
                 me.seen = now();
                 if me.doing != before {
                     me.since = me.seen;
+                    crate::fault::step_of("budget", "locked", me.doing.name());
                 }
                 self.measure(me, measured);
                 let freezing = order::freezing(&others, me.seen);

@@ -120,15 +120,18 @@ impl Member {
         u128::from(now.saturating_sub(self.seen)) < silent.as_nanos()
     }
 
-    /// Who is served first: urgent ones, then who was served longest ago.
-    fn rank(&self, at: usize, now: u64) -> (bool, u64, usize) {
+    /// Who is served first: urgent ones, then who was served longest ago, then who waits longest. Each asks this by itself: it
+    /// must be the same for all, whatever the order in which they see each other.
+    fn rank(&self, now: u64) -> (bool, u64, u64, &str, &str) {
         let starved = u128::from(now.saturating_sub(self.since)) >= STARVED.as_nanos();
-        (!(self.urgent || starved), self.served, at)
+        let last = !(self.urgent || starved);
+        (last, self.served, self.since, &self.key, &self.repository)
     }
 
     /// Whose freeze comes first: what is due earliest, then what takes the shortest.
-    fn turn(&self, at: usize) -> (i64, u64, usize) {
-        (self.due.unwrap_or(i64::MAX), self.residual, at)
+    fn turn(&self) -> (i64, u64, u64, &str, &str) {
+        let due = self.due.unwrap_or(i64::MAX);
+        (due, self.residual, self.since, &self.key, &self.repository)
     }
 }
 
@@ -170,7 +173,7 @@ pub fn may_copy(members: &[Member], me: usize, now: u64) -> Result<(), Vec<usize
     let mut before = who(members, now, |doing| doing == Doing::Copies);
     let mut waiting = who(members, now, |doing| doing == Doing::Waits);
     waiting.retain(|at| *at != me);
-    let rank = |at: usize| members[at].rank(at, now);
+    let rank = |at: usize| members[at].rank(now);
     before.extend(waiting.into_iter().filter(|at| rank(*at) < rank(me)));
     let passes = strictest(members).passes.max(1) as usize;
     if before.len() < passes {
@@ -198,7 +201,7 @@ pub fn may_freeze(members: &[Member], me: usize, now: u64) -> Result<(), Vec<usi
     waiting.push(me);
     let turn = |at: usize| {
         let together = waiting.iter().filter(|other| place(**other) == place(at));
-        let turns = together.map(|other| members[*other].turn(*other));
+        let turns = together.map(|other| members[*other].turn());
         turns.min()
     };
     let mine = turn(me);
@@ -262,6 +265,7 @@ mod tests {
     fn urgent_ones_come_first_then_who_was_served_longest_ago_and_nobody_beside_a_freeze() {
         let mut members = vec![member(Doing::Waits); 4];
         for (at, served) in [40, 20, 30, 10].into_iter().enumerate() {
+            members[at].key = at.to_string();
             members[at].served = served;
         }
         let first = |members: &[Member]| -> Vec<usize> {
@@ -288,6 +292,7 @@ mod tests {
             Doing::Freezes,
         ] {
             let mut members = vec![member(doing), member(Doing::Waits)];
+            members[0].key = "a".to_owned();
             members[0].limits.passes = 1;
             members[0].urgent = true;
             let now = 300 * SECOND;
@@ -305,6 +310,7 @@ mod tests {
             .into_iter()
             .enumerate()
         {
+            members[at].key = at.to_string();
             members[at].due = Some(due);
             members[at].residual = residual;
         }
@@ -350,6 +356,7 @@ mod tests {
         /// When its batch or freeze ends; only of those that have one.
         ends: Vec<u64>,
         stopped: Vec<bool>,
+        joined: u32,
     }
 
     impl World {
@@ -363,6 +370,8 @@ mod tests {
         fn join(&mut self, limits: Limits) {
             let mut new = member(Doing::Idle);
             new.limits = limits;
+            self.joined += 1;
+            new.key = self.joined.to_string();
             new.urgent = self.random(3) == 0;
             new.due = Some(i64::try_from(self.random(100)).unwrap());
             new.residual = self.random(100);
@@ -375,6 +384,18 @@ mod tests {
         fn set(&mut self, at: usize, doing: Doing) {
             self.members[at].doing = doing;
             self.members[at].since = self.now;
+        }
+
+        /// Asks as a member does: it sees itself last.
+        fn asks(
+            &self,
+            at: usize,
+            may: fn(&[Member], usize, u64) -> Result<(), Vec<usize>>,
+        ) -> bool {
+            let mut seen = self.members.clone();
+            let me = seen.remove(at);
+            seen.push(me);
+            may(&seen, seen.len() - 1, self.now).is_ok()
         }
 
         /// One look of a member.
@@ -390,7 +411,7 @@ mod tests {
                     self.set(at, next);
                 }
                 Doing::Waits => {
-                    if may_copy(&self.members, at, self.now).is_ok() {
+                    if self.asks(at, may_copy) {
                         self.set(at, Doing::Copies);
                         self.members[at].served = self.now;
                         self.ends[at] = self.now + SECOND + self.random(3 * SECOND);
@@ -404,7 +425,7 @@ mod tests {
                     }
                 }
                 Doing::WaitsToFreeze => {
-                    if may_freeze(&self.members, at, self.now).is_ok() {
+                    if self.asks(at, may_freeze) {
                         self.set(at, Doing::Freezes);
                         self.ends[at] = self.now + self.random(SECOND);
                     }
@@ -436,6 +457,7 @@ mod tests {
                 members: Vec::new(),
                 ends: Vec::new(),
                 stopped: Vec::new(),
+                joined: 0,
             };
             let limits = Limits {
                 passes: u32::try_from(1 + world.random(3)).unwrap(),

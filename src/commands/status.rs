@@ -11,9 +11,11 @@ use super::target::looking;
 use super::{secret, several};
 use crate::backup::{Learned, Note};
 use crate::bitmap::track::{self, Tracked};
+use crate::budget::Overview;
 use crate::cli::{RepoTargetArgs, StatusArgs};
 use crate::clock;
 use crate::exit::Kind;
+use crate::hoststate;
 use crate::plan::outlook::OnMiss;
 use crate::plan::{Debt, Limits, Outlook};
 use crate::qmp::{graph, orphans};
@@ -42,7 +44,9 @@ pub(super) fn status(args: &StatusArgs, interrupted: &AtomicBool) -> Result<Outc
         },
     };
     if several::chosen(&args.target.target, &[])?.is_none() {
-        return one(&args.target, &asked);
+        let mut outcome = one(&args.target, &asked)?;
+        tell_host(&mut outcome);
+        return Ok(outcome);
     }
     let mut all = several::each_of(&args.target, &[], interrupted, |target| one(target, &asked))?;
     all.lines = vec![line([
@@ -51,7 +55,17 @@ pub(super) fn status(args: &StatusArgs, interrupted: &AtomicBool) -> Result<Outc
     for target in &all.targets {
         all.lines.push(summary(target));
     }
+    tell_host(&mut all);
     Ok(all)
+}
+
+/// What all runs of this host do together.
+fn tell_host(outcome: &mut Outcome) {
+    let host = Overview::of(&hoststate::root());
+    if let Some(words) = host.line(|bytes| Bytes(bytes).to_string()) {
+        outcome.line(format!("host  {words}"));
+    }
+    outcome.more.insert("host".to_owned(), host.to_json());
 }
 
 /// A line of at most 80 columns, unless a name is long.

@@ -10,6 +10,7 @@
 mod agent;
 mod ahead;
 mod audit;
+mod budget;
 mod changes;
 mod choice;
 mod dropped;
