@@ -96,18 +96,6 @@ impl Runner {
         }
     }
 
-    /// The turn of one of several targets whose backups are due at a time. Returns when nothing is to be done for now, or
-    /// when the turn is over, and says which.
-    pub fn precopy_turn(&mut self, turn: Deadline, due: Deadline) -> Result<bool> {
-        while !turn.passed() {
-            if let Some(nap) = self.step_ahead(turn, due, None)?.1 {
-                self.audit_if_idle(nap, due)?;
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
     /// A pass, if one pays now, that ends at `until`; else the time for which there is nothing to do. With what a freeze would
     /// find.
     fn step_ahead(

@@ -11,11 +11,11 @@ use serde_json::{Value, json};
 
 use super::secret;
 use crate::backup::{Options, Point, Quiesce, Runner};
-use crate::cli::{FreezeArgs, FreezeMethod, PaceArgs, RepoTargetArgs, TargetArgs};
+use crate::cli::{FreezeArgs, FreezeMethod, PaceArgs, RepoTargetArgs};
 use crate::clock;
-use crate::exit::{Kind, classify};
+use crate::exit::Kind;
 use crate::hooks::{Hooks, When};
-use crate::image;
+use crate::image::{self, Repository};
 use crate::load::config::Config;
 use crate::plan::Limits;
 use crate::progress::Progress;
@@ -118,7 +118,20 @@ pub(super) fn begin(
     doing: &str,
     interrupted: Arc<AtomicBool>,
 ) -> Result<Begun> {
-    let mut repo = secret::open(&args.repo)?;
+    let repo = secret::open(&args.repo)?;
+    begin_in(repo, args, pace, freeze, plan, doing, interrupted)
+}
+
+/// As [`begin`], in a repository that is open.
+fn begin_in(
+    mut repo: Repository,
+    args: &RepoTargetArgs,
+    pace: Option<&PaceArgs>,
+    freeze: Option<&FreezeArgs>,
+    plan: Plan,
+    doing: &str,
+    interrupted: Arc<AtomicBool>,
+) -> Result<Begun> {
     if let Some(compression) = pace.and_then(|pace| pace.compression) {
         repo = repo.with_compression(compression);
     }
@@ -248,87 +261,44 @@ pub(super) fn backup(args: &RepoTargetArgs, how: &How) -> Result<Outcome> {
 }
 
 /// Begins a run that ends with a backup.
-pub(super) fn begin_backup(args: &RepoTargetArgs, how: &How, doing: &str) -> Result<Begun> {
+fn begin_backup(args: &RepoTargetArgs, how: &How, doing: &str) -> Result<Begun> {
+    begin_backup_in(secret::open(&args.repo)?, args, how, doing)
+}
+
+/// As [`begin_backup`], in a repository that is open.
+pub(super) fn begin_backup_in(
+    repo: Repository,
+    args: &RepoTargetArgs,
+    how: &How,
+    doing: &str,
+) -> Result<Begun> {
     let interrupted = Arc::clone(how.interrupted);
     let (pace, freeze) = (Some(how.pace), Some(how.freeze));
-    begin(args, pace, freeze, how.plan, doing, interrupted)
-}
-
-/// The time of one of several targets, before the next one gets its turn.
-const TURN: Duration = Duration::from_secs(60);
-/// Between two rounds in which nothing was to be done, or something failed.
-const BETWEEN_ROUNDS: Duration = Duration::from_secs(2);
-
-/// The first half of `run` on several targets: each in turn copies ahead, until the backup is due. What fails now is told by
-/// the backup that follows.
-pub(super) fn copy_ahead_in_turns(
-    args: &RepoTargetArgs,
-    targets: &[TargetArgs],
-    how: &How,
-    at: Due,
-) -> Result<()> {
-    let due = at.deadline();
-    let mut runs: Vec<Option<Begun>> = targets.iter().map(|_| None).collect();
-    while !due.passed() {
-        let mut idle = true;
-        for (target, begun) in targets.iter().zip(&mut runs) {
-            let shown = target.named()?;
-            match take_turn(args, target, begun, how, at) {
-                Err(error) if classify(&error).0 == Kind::Interrupted => return Err(error),
-                Err(error) => {
-                    tracing::warn!("{shown}: {error:#}");
-                    *begun = None;
-                }
-                Ok(nothing) => idle &= nothing,
-            }
-        }
-        if idle {
-            clock::sleep(BETWEEN_ROUNDS.min(due.left()));
-        }
-    }
-    Ok(())
-}
-
-/// One turn; whether there was nothing to do.
-fn take_turn(
-    args: &RepoTargetArgs,
-    target: &TargetArgs,
-    begun: &mut Option<Begun>,
-    how: &How,
-    at: Due,
-) -> Result<bool> {
-    let due = at.deadline();
-    let run = if let Some(run) = begun {
-        run
-    } else {
-        let single = RepoTargetArgs {
-            target: target.clone(),
-            repo: args.repo.clone(),
-        };
-        let run = begin_backup(&single, how, "run")?;
-        run.runner.note_due(at.due);
-        begun.insert(run)
-    };
-    run.runner.precopy_turn(due.at_most(TURN), due)
+    begin_in(repo, args, pace, freeze, how.plan, doing, interrupted)
 }
 
 /// `run`.
 pub(super) fn run(args: &RepoTargetArgs, how: &How, at: Due) -> Result<Outcome> {
     let mut begun = begin_backup(args, how, "run")?;
     let bar = Bar::show(Arc::clone(&begun.progress), how.style);
+    let point = ahead_and_backup(&mut begun, Some(at));
+    drop(bar);
+    Ok(ended(begun, point, at.late.then_some(at.due)))
+}
+
+/// Copies ahead until the backup is due, if it is not due now, and makes it.
+pub(super) fn ahead_and_backup(begun: &mut Begun, at: Option<Due>) -> Result<Point> {
+    let Some(at) = at else {
+        return begun.runner.backup(clock::utc_now());
+    };
     let deadline = at.deadline();
     if !deadline.passed() {
         begun.progress.begin("copy ahead", 0);
         begun.runner.note_due(at.due);
-        let ahead = begun.runner.precopy(false, Some(deadline), None);
-        if let Err(error) = ahead.and_then(|_| begun.runner.wait_until(at.due)) {
-            return Ok(ended(begun, Err(error), None));
-        }
+        begun.runner.precopy(false, Some(deadline), None)?;
+        begun.runner.wait_until(at.due)?;
     }
-    let point = begun.runner.backup(at.due);
-    drop(bar);
-    let late = at.late.then_some(at.due);
-    Ok(ended(begun, point, late))
+    begun.runner.backup(at.due)
 }
 
 /// The end of a backup, and the hook that comes after it.

@@ -165,15 +165,13 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
                 interrupted: &interrupted,
             };
             let targets = several::chosen(&target.target, &more.more)?;
-            if let Some(targets) = &targets {
-                backup::copy_ahead_in_turns(&target, targets, &how, at)?;
+            match targets {
+                Some(targets) if more.together => {
+                    together::backup(&target, Some(targets), &how, Some(at))
+                }
+                Some(targets) => together::run(&target, &targets, &how, at),
+                None => backup::run(&target, &how, at),
             }
-            if more.together && targets.is_some() {
-                return together::backup(&target, targets, &how, Some(at));
-            }
-            several::each_of(&target, &more.more, &interrupted, |target| {
-                backup::run(target, &how, at)
-            })
         }
         Command::Load {
             target,

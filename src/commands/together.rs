@@ -1,17 +1,45 @@
-//! `--together`: the points of several targets at one instant, each target's run in a thread of its own.
+//! Several targets at the same time, each target's run in a thread of its own: `run` on several, which the host's budget
+//! alone puts in order, and `--together`, whose points are of one instant.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
-use jiff::Timestamp;
 use serde_json::json;
 
-use super::backup::{Begun, How, begin_backup, ended};
-use crate::backup;
+use super::backup::{Begun, How, ahead_and_backup, begin_backup_in, ended};
+use super::secret;
+use crate::backup::{self, Seat};
 use crate::cli::{RepoTargetArgs, TargetArgs};
 use crate::clock;
+use crate::image::Repository;
 use crate::report::Outcome;
 use crate::schedule::Due;
 
-/// Backs the targets up together, or the one that was named. `at` is when that was due, if not now.
+/// Between two tries to begin, of a target that cannot be begun with before its backup is due.
+const AGAIN: Duration = Duration::from_secs(10);
+/// Between two looks whether it is time for that, or the end is asked for.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// A target of several.
+struct Part {
+    args: RepoTargetArgs,
+    name: String,
+    seat: Option<Seat>,
+}
+
+/// `run` on several targets.
+pub(super) fn run(
+    args: &RepoTargetArgs,
+    targets: &[TargetArgs],
+    how: &How,
+    at: Due,
+) -> Result<Outcome> {
+    let parts = parts(args, targets)?;
+    in_threads(parts, how, &secret::open(&args.repo)?, "run", Some(at))
+}
+
+/// Backs the targets up together, or the one that was named. `at` is when that is due, if not now.
 pub(super) fn backup(
     args: &RepoTargetArgs,
     targets: Option<Vec<TargetArgs>>,
@@ -19,30 +47,12 @@ pub(super) fn backup(
     at: Option<Due>,
 ) -> Result<Outcome> {
     let targets = targets.unwrap_or_else(|| vec![args.target.clone()]);
-    let due = at.map_or_else(clock::utc_now, |at| at.due);
-    let late = at.filter(|at| at.late).map(|at| at.due);
-    let names: Vec<String> = targets
-        .iter()
-        .map(|target| Ok(target.named()?.to_string()))
-        .collect::<Result<_>>()?;
-    // One after the other, so that a passphrase is asked for in peace. Who cannot begin has no seat.
-    let begun: Vec<Result<Begun>> = targets
-        .iter()
-        .zip(backup::seats(names.clone()))
-        .map(|(target, seat)| {
-            let single = RepoTargetArgs {
-                target: target.clone(),
-                repo: args.repo.clone(),
-            };
-            let mut begun = begin_backup(&single, how, "backup")?;
-            begun.runner.join(seat);
-            Ok(begun)
-        })
-        .collect();
-    let mut all = Outcome::default();
-    for (name, one) in names.iter().zip(run(begun, due, late)) {
-        all.join(name, one);
+    let mut parts = parts(args, &targets)?;
+    let names = parts.iter().map(|part| part.name.clone()).collect();
+    for (part, seat) in parts.iter_mut().zip(backup::seats(names)) {
+        part.seat = Some(seat);
     }
+    let mut all = in_threads(parts, how, &secret::open(&args.repo)?, "backup", at)?;
     let common = |target: &serde_json::Value| {
         let found = target.pointer("/point/together")?;
         (!found.is_null()).then(|| found.clone())
@@ -63,25 +73,87 @@ pub(super) fn backup(
     Ok(all)
 }
 
-/// The runs, each in its thread, and how they ended, in their order.
-fn run(begun: Vec<Result<Begun>>, due: Timestamp, late: Option<Timestamp>) -> Vec<Result<Outcome>> {
-    std::thread::scope(|scope| {
-        let one = |begun: Result<Begun>| {
-            begun.and_then(|mut begun| {
-                let name = format!("backup {}", begun.target);
-                let work = move || {
-                    let point = begun.runner.backup(due);
-                    ended(begun, point, late)
-                };
-                let thread = std::thread::Builder::new().name(name);
-                thread.spawn_scoped(scope, work).context("start a thread")
+fn parts(args: &RepoTargetArgs, targets: &[TargetArgs]) -> Result<Vec<Part>> {
+    let part = |target: &TargetArgs| {
+        Ok(Part {
+            args: RepoTargetArgs {
+                target: target.clone(),
+                repo: args.repo.clone(),
+            },
+            name: target.named()?.to_string(),
+            seat: None,
+        })
+    };
+    targets.iter().map(part).collect()
+}
+
+/// The runs, each in its thread, and how they ended, in the order of the targets. The repository was opened before: a
+/// passphrase is asked for once, and in peace.
+fn in_threads(
+    parts: Vec<Part>,
+    how: &How,
+    repo: &Repository,
+    doing: &str,
+    at: Option<Due>,
+) -> Result<Outcome> {
+    let names: Vec<String> = parts.iter().map(|part| part.name.clone()).collect();
+    let ends = std::thread::scope(|scope| {
+        let one = |part: Part| {
+            let thread = std::thread::Builder::new().name(format!("{doing} {}", part.name));
+            let work = move || {
+                // Who cannot begin has no seat: it goes with the part.
+                let mut begun = begin(part, how, repo, doing, at)?;
+                let point = ahead_and_backup(&mut begun, at);
+                Ok(ended(
+                    begun,
+                    point,
+                    at.filter(|at| at.late).map(|at| at.due),
+                ))
+            };
+            thread.spawn_scoped(scope, work).context("start a thread")
+        };
+        let threads: Vec<_> = parts.into_iter().map(one).collect();
+        let end = |thread: Result<std::thread::ScopedJoinHandle<'_, Result<Outcome>>>| {
+            let ended = thread?.join();
+            ended.unwrap_or_else(|_| {
+                Err(anyhow::anyhow!(
+                    "its run broke off, which is an error of forerun"
+                ))
             })
         };
-        let threads: Vec<_> = begun.into_iter().map(one).collect();
-        let end = |thread: Result<std::thread::ScopedJoinHandle<'_, Outcome>>| {
-            let ended = thread?.join();
-            ended.map_err(|_| anyhow::anyhow!("its run broke off, which is an error of forerun"))
+        threads.into_iter().map(end).collect::<Vec<_>>()
+    });
+    let mut all = Outcome::default();
+    for (name, one) in names.iter().zip(ends) {
+        all.join(name, one);
+    }
+    Ok(all)
+}
+
+/// Begins the run of a target. What keeps it from that now may be over before its backup is due.
+fn begin(part: Part, how: &How, repo: &Repository, doing: &str, at: Option<Due>) -> Result<Begun> {
+    let due = at.map(Due::deadline);
+    loop {
+        let begun = begin_backup_in(repo.clone(), &part.args, how, doing);
+        let error = match begun {
+            Ok(mut begun) => {
+                if let Some(seat) = part.seat {
+                    begun.runner.join(seat);
+                }
+                return Ok(begun);
+            }
+            Err(error) => error,
         };
-        threads.into_iter().map(end).collect()
-    })
+        let Some(due) = due.filter(|due| !due.passed()) else {
+            return Err(error);
+        };
+        tracing::warn!("{}: {error:#}; trying again", part.name);
+        let again = due.at_most(AGAIN);
+        while !again.passed() {
+            if how.interrupted.load(Ordering::Relaxed) {
+                return Err(error);
+            }
+            clock::sleep(LOOK.min(again.left()));
+        }
+    }
 }

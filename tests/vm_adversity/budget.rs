@@ -218,7 +218,6 @@ fn one_that_is_stopped_is_not_waited_for() {
     for (round, (fault, words)) in [
         ("budget:locked:copies#1", "has held its lock"),
         ("budget:rate#1", ""),
-        ("budget:did:copies#1", ""),
     ]
     .into_iter()
     .enumerate()
