@@ -528,7 +528,7 @@ pub struct TargetArgs {
     /// of an image of a VM that is off. disk:DISK=PATH says which of the VM's disks the image is (`disk:vda=/images/web.qcow2`); with the VM's UUID or name as `--as`, backups go on from those
     /// made while it ran. An image is held for at most 10 s at a time (`--deadline`), so that the VM can start.
     pub target: Option<Target>,
-    /// All domains of the host, one after the other.
+    /// All domains of the host: one after the other, by `run` at the same time.
     #[arg(long, conflicts_with = "target")]
     pub all: bool,
     /// The hypervisor of domains; by default as virsh has it (`LIBVIRT_DEFAULT_URI`, then `qemu:///system` for root). It must

@@ -156,18 +156,4 @@ mod tests {
         let took = clock::now() - begin;
         assert!(took >= STOPPED && took < STOPPED * 3, "{took:?}");
     }
-
-    #[test]
-    #[ignore = "a measurement"]
-    fn figures() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut bucket = Bucket::open(&directory.path().join("rate")).unwrap();
-        let begin = clock::now();
-        for _ in 0..100_000 {
-            bucket.take(1, 1 << 40);
-        }
-        let took = clock::now() - begin;
-        tracing::info!(?took, "100,000 requests");
-        assert!(took < Duration::from_secs(60), "{took:?}");
-    }
 }

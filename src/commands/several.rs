@@ -1,5 +1,5 @@
 //! Several targets in one command: those that are named, those that match a pattern, or all domains of the host. One after
-//! the other, if not `--together`; one that fails does not keep the others from their turn, and the worst end counts.
+//! the other, if not `run` or `--together`; one that fails does not keep the others from their turn, and the worst end counts.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
