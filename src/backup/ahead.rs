@@ -131,11 +131,17 @@ impl Runner {
             fit: self.learned.change.fit(),
             copy: self.copy_speed(),
             since: self.rotated[0].map(|rotated| clock::now() - rotated),
+            watched: self.watching_since().filter(|_| self.passes == 0),
             dull: self.dull,
         });
         tracing::debug!(?step, ?debt, ?outlook, left = ?due.left(), "ahead");
-        if let Step::Nap(nap) = step {
-            return Ok((total, Some(nap)));
+        match step {
+            Step::Nap(nap) => return Ok((total, Some(nap))),
+            Step::Watch => {
+                self.rotate_only()?;
+                return Ok((total, Some(Duration::ZERO)));
+            }
+            Step::Pass | Step::LastPass => {}
         }
         self.choose_patience(&debt, &outlook, due, converge);
         self.probe(until)?;
@@ -190,16 +196,23 @@ impl Runner {
         if !self.cooling || until.left() < NO_PROBE {
             return Ok(());
         }
+        if self.rotate_only()? {
+            self.pause(PROBE)?;
+        }
+        Ok(())
+    }
+
+    /// A rotation without a pass, to see what changes between two. Says whether one was made.
+    fn rotate_only(&mut self) -> Result<bool> {
         let mut hold = self.hold()?;
         if !hold.lasting()? || self.vm.offline() {
-            return Ok(());
+            return Ok(false);
         }
         self.rotate(&mut hold, false)?;
-        drop(hold);
         for disk in &mut self.disks {
             disk.open = None;
         }
-        self.pause(PROBE)
+        Ok(true)
     }
 
     /// Looks at what is not copied yet, and learns from it how fast that grows.
@@ -207,9 +220,7 @@ impl Runner {
         let mut hold = self.hold()?;
         self.sample_writes(&mut hold)?;
         let debt = self.debt(&hold);
-        if let Some(rotated) = self.rotated[0]
-            && self.disks.iter().all(|disk| disk.open.is_some())
-        {
+        if let Some(rotated) = self.rotated[0] {
             let seconds = (clock::now() - rotated).as_secs_f64();
             #[allow(clippy::cast_precision_loss, reason = "a measure")]
             self.learned.change.looked(seconds, debt.live as f64);
@@ -275,15 +286,21 @@ impl Runner {
         } else {
             Patience::Until(None)
         };
-        let mut debt = debt;
+        // Who names no limit gets no live pass for what changes all the time: it would only make the window longer.
+        let worth = |this: &Self, debt: &Debt| match limit {
+            Some(_) => debt.total().saturating_sub(debt.postponed),
+            None => debt.useful(this.learned.change.fit()),
+        };
+        let mut left = worth(self, &debt);
         let mut passes = 0;
-        while debt.total().saturating_sub(debt.postponed) > small && passes < PASSES {
+        while left > small && passes < PASSES {
             self.progress.begin("copy ahead", debt.total());
             self.pass(None)?;
             passes += 1;
-            let now = self.look()?;
-            let shrinks = now.total() < debt.total() / 10 * 8;
-            debt = now;
+            let debt = self.look()?;
+            let now = worth(self, &debt);
+            let shrinks = now < left / 10 * 8;
+            left = now;
             if !shrinks {
                 break;
             }

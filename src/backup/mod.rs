@@ -257,8 +257,9 @@ pub struct Runner {
     cooling: bool,
     /// How many passes in a row have brought little.
     dull: u32,
-    /// When the last two rotations were made.
+    /// When the last two rotations were made, and the first one.
     rotated: [Option<Instant>; 2],
+    first_rotated: Option<Instant>,
     /// What was measured of the target.
     learned: Learned,
     /// What was expected of the freeze before it.
@@ -310,6 +311,7 @@ impl Runner {
             cooling: false,
             dull: 0,
             rotated: [None; 2],
+            first_rotated: None,
             learned,
             predicted: None,
             not_quiesced: None,
@@ -410,6 +412,7 @@ impl Runner {
             }
         })?;
         self.rotated = [Some(clock::now()), self.rotated[0]];
+        self.first_rotated = self.first_rotated.or(self.rotated[0]);
         hold.look()?;
         self.take_in_disks(hold)?;
         Ok(rotation)
