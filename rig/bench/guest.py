@@ -329,7 +329,7 @@ class Forerun(Tool):
 
     def base(self):
         self.command("init", f"{self.bench.options.target}/repo")
-        self.of_domain("backup")
+        self.of_domain("backup", "--no-load-control")
 
     def ahead(self, due):
         """Copies ahead and makes the point when it is due, in one run as an operator starts it hours before."""

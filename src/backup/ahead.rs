@@ -23,8 +23,10 @@ const PROBE: Duration = Duration::from_millis(500);
 const NO_PROBE: Duration = Duration::from_millis(2500);
 /// After trouble that passes by itself.
 const AFTER_TROUBLE: Duration = Duration::from_secs(2);
-/// The end of a long sleep is looked for by the wall clock.
+/// The due time is looked for by the wall clock so often.
 const LAST_WAIT: Duration = Duration::from_millis(20);
+/// So long before the due time a freeze is prepared: what it needs in the VM is there, and the guard watches.
+pub(super) const PREPARE: Duration = Duration::from_secs(1);
 /// Idle time is used for an audit when there is so much of it.
 const IDLE: Duration = Duration::from_secs(5);
 const IDLE_BEFORE_DUE: Duration = Duration::from_secs(30);
@@ -60,6 +62,12 @@ impl Runner {
             }
         }
         Ok((before, reached(before)))
+    }
+
+    /// Copies ahead until the backup that is due then is to be prepared.
+    pub fn precopy_before(&mut self, due: Deadline) -> Result<()> {
+        self.precopy_until(due.earlier(PREPARE), None)?;
+        Ok(())
     }
 
     /// Copies ahead for as long as there is time. What passes by itself (somebody else's use of the VM, a restart) is
@@ -237,13 +245,26 @@ impl Runner {
         Outlook::with_passes(debt, fit, speeds, self.options.load.rate, left)
     }
 
-    /// Waits until a time has come by the wall clock, too: nothing is frozen before its time.
-    pub fn wait_until(&self, due: Timestamp) -> Result<()> {
-        while clock::utc_now() < due {
+    /// How long it is until the instant may be.
+    pub(super) fn until_due(&self) -> Duration {
+        let until = self
+            .not_before
+            .map(|due| due.duration_since(clock::utc_now()));
+        until
+            .and_then(|until| Duration::try_from(until).ok())
+            .unwrap_or_default()
+    }
+
+    /// Waits for that, or until so long before it, by the wall clock: nothing is frozen before its time.
+    pub(super) fn wait_until_due(&self, before: Duration) -> Result<()> {
+        loop {
+            let left = self.until_due().saturating_sub(before);
+            if left.is_zero() {
+                return Ok(());
+            }
             self.check_interrupt()?;
-            clock::sleep(LAST_WAIT);
+            clock::sleep(left.min(LAST_WAIT));
         }
-        Ok(())
     }
 
     pub(super) fn pause(&self, pause: Duration) -> Result<()> {
@@ -280,7 +301,14 @@ impl Runner {
             .urgent
             .store(self.options.hard, Ordering::Relaxed);
         let limit = self.options.limits.largest(&self.learned.speeds);
-        let small = limit.map_or(SMALL, |limit| limit.min(SMALL));
+        // What the freeze reads in a moment makes a shorter window than a pass before it.
+        let moment = if debt.whole > 0 {
+            SMALL
+        } else {
+            let spooled = self.learned.speeds.spooled_in(self.options.deadline / 4);
+            spooled.max(SMALL)
+        };
+        let small = limit.map_or(moment, |limit| limit.min(SMALL));
         self.patience = if limit.is_some_and(|limit| limit < debt.postponed) {
             Patience::None
         } else {

@@ -262,6 +262,8 @@ pub struct Runner {
     first_rotated: Option<Instant>,
     /// What was measured of the target.
     learned: Learned,
+    /// The instant is not before this time.
+    not_before: Option<Timestamp>,
     /// What was expected of the freeze before it.
     predicted: Option<Outlook>,
     /// Why the guest is not quiesced.
@@ -313,6 +315,7 @@ impl Runner {
             rotated: [None; 2],
             first_rotated: None,
             learned,
+            not_before: None,
             predicted: None,
             not_quiesced: None,
             post_thaw: None,
