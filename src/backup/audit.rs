@@ -145,7 +145,8 @@ impl Runner {
         let Some(share) = self.options.audit else {
             return Ok(());
         };
-        if self.vm.offline() || self.disks.iter().any(|disk| disk.open.is_none()) {
+        // Before the first rotation nothing is known of the disks.
+        if self.vm.offline() || self.disks.is_empty() {
             return Ok(());
         }
         let mut rounds = self.rounds();
