@@ -1,24 +1,70 @@
 //! Live migration between two daemons of one machine, with shared storage, and back during a pass.
 
 use forerun_rig::guest::Libvirtd;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::domain_common::{Lab, home};
 use crate::life::{ANY, Life, all};
+use crate::vm_common::wait_for;
 
-/// Migrates to the other daemon, which is then the one that the lab talks to.
-fn migrate(lab: &Lab, other: &mut Libvirtd) {
-    let uri = other.uri();
-    lab.operator(&[
+fn words<'a>(name: &'a str, uri: &'a str) -> [&'a str; 8] {
+    let to = ["--migrateuri", "tcp://127.0.0.1"];
+    let [at, address] = to;
+    [
         "migrate",
         "--live",
         "--unsafe",
         "--persistent",
-        lab.domain.name(),
-        &uri,
-        "--migrateuri",
-        "tcp://127.0.0.1",
-    ]);
+        name,
+        uri,
+        at,
+        address,
+    ]
+}
+
+/// Migrates to the other daemon, which is then the one that the lab talks to.
+fn migrate(lab: &Lab, other: &mut Libvirtd) {
+    let uri = other.uri();
+    lab.operator(&words(lab.domain.name(), &uri));
     std::mem::swap(&mut *lab.domain.lock(), other);
+}
+
+/// A migration that begins within a freeze: the guest runs on at one of the ends, the run ends by itself, and the next
+/// point is exact.
+fn within_a_freeze(life: &mut Life, other: &mut Libvirtd, method: &str, step: &str) {
+    let what = format!("migrated during a freeze, {method}");
+    let name = life.name();
+    life.writes();
+    let run = life.lab.start(
+        &["backup", &name, "--freeze", method],
+        &format!("stop@{step}"),
+    );
+    let lab = &life.lab;
+    wait_for("no freeze", || !lab.steps().is_empty());
+    let uri = other.uri();
+    let migrated = lab.domain.virsh(&words(&name, &uri));
+    println!("{what}: {migrated:?}, {}", lab.qemu_log());
+    let pid = Pid::from_child(&run.child);
+    kill_process(pid, Signal::CONT).unwrap();
+    let ended = run.end();
+    println!("{what}: {ended:#?}");
+    if migrated.is_ok() {
+        std::mem::swap(&mut *life.lab.domain.lock(), other);
+    }
+    life.lab.progresses();
+    let made = ended.json["targets"][0]["point"]["id"].is_string();
+    if made {
+        life.is_exact(&format!("{what}, a point"), &ended, &ANY);
+    } else {
+        assert!(matches!(ended.status.code(), Some(1 | 6 | 7)), "{ended:#?}");
+    }
+    println!("left: {:?}", life.virsh(&["domblklist", &name]));
+    let recovered = life.lab.run(&["recover", &name]);
+    println!("{what}: {recovered:#?}");
+    life.exact(&format!("{what}, then"), &[], &ANY);
+    let disks = life.virsh(&["domblklist", &name]);
+    println!("{what}: {disks}");
+    life.lab.is_clean();
 }
 
 #[test]
@@ -36,7 +82,7 @@ fn a_domain_migrates_with_its_bitmaps() {
     life.exact("at the other end", &[], &[]);
 
     // Back, during a pass at the end that it leaves: it is off there, and its images are in use.
-    let run = life.slow_pass();
+    let run = life.pass(&["--rate", "2MiB/s"]);
     migrate(&life.lab, &mut other);
     let ended = run.end();
     println!("migrated during a pass: {ended:#?}");
@@ -45,6 +91,13 @@ fn a_domain_migrates_with_its_bitmaps() {
     life.exact("migrated during a pass", &[], &ANY);
     life.exact("back again", &[], &[]);
     life.lab.is_clean();
+
+    for (method, step) in [
+        ("fleece", "qmp:transaction:answered#1"),
+        ("snapshot", "snapshot:answered#1"),
+    ] {
+        within_a_freeze(&mut life, &mut other, method, step);
+    }
     // What the other end knows of the domain is not this one.
     other.virsh(&["undefine", &name]).unwrap();
     life.lab.run(&["verify"]).code(0);
