@@ -122,8 +122,10 @@ impl PointFile {
 }
 
 impl Runner {
-    /// Makes a recovery point: converges live when much is left, freezes, stores, commits. `due` is when it should have begun.
+    /// Makes a recovery point: converges live when much is left, freezes, stores, commits. `due` is when it should have begun;
+    /// where that is yet to come, all is prepared and waits for it.
     pub fn backup(&mut self, due: Timestamp) -> Result<Point> {
+        self.not_before = Some(due);
         self.converge_in_turn()?;
         self.decide(due)?;
         let mut tries = 0;

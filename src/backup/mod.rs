@@ -257,10 +257,13 @@ pub struct Runner {
     cooling: bool,
     /// How many passes in a row have brought little.
     dull: u32,
-    /// When the last two rotations were made.
+    /// When the last two rotations were made, and the first one.
     rotated: [Option<Instant>; 2],
+    first_rotated: Option<Instant>,
     /// What was measured of the target.
     learned: Learned,
+    /// The instant is not before this time.
+    not_before: Option<Timestamp>,
     /// What was expected of the freeze before it.
     predicted: Option<Outlook>,
     /// Why the guest is not quiesced.
@@ -310,7 +313,9 @@ impl Runner {
             cooling: false,
             dull: 0,
             rotated: [None; 2],
+            first_rotated: None,
             learned,
+            not_before: None,
             predicted: None,
             not_quiesced: None,
             post_thaw: None,
@@ -410,6 +415,7 @@ impl Runner {
             }
         })?;
         self.rotated = [Some(clock::now()), self.rotated[0]];
+        self.first_rotated = self.first_rotated.or(self.rotated[0]);
         hold.look()?;
         self.take_in_disks(hold)?;
         Ok(rotation)

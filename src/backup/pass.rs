@@ -478,10 +478,12 @@ impl Runner {
         disk.idle.clear();
         let newest = tracked.needed.last().map(|named| named.epoch);
         let mut fresh = self.recently_rotated().then(|| BlockSet::new(blocks));
+        let mut looks = 0;
         for (epoch, name) in pending_names(tracked) {
             let before = open.count();
             let mut found = 0;
             let mut heat = disk.heat.as_mut().filter(|heat| epoch > heat.epoch());
+            looks += u32::from(heat.is_some());
             let mut fresh = fresh.as_mut().filter(|_| newest == Some(epoch));
             client.dirty_extents(&name, whole, &mut |extent| {
                 let run = block_size.cover(extent);
@@ -514,7 +516,8 @@ impl Runner {
         disk.order = None;
         if let Some(heat) = &mut disk.heat {
             if let Some(newest) = newest.filter(|newest| *newest > heat.epoch()) {
-                heat.looked(newest, wall_seconds());
+                let watched = self.watching_since().unwrap_or_default();
+                heat.looked(newest, looks, wall_seconds(), watched.as_secs_f64());
             }
             let pending = tracked.needed.len();
             disk.order = Some(Order::of(

@@ -319,8 +319,7 @@ pub(super) fn run(args: &RepoTargetArgs, how: &How, at: Due) -> Result<Outcome> 
     if !deadline.passed() {
         begun.progress.begin("copy ahead", 0);
         begun.runner.note_due(at.due);
-        let ahead = begun.runner.precopy(false, Some(deadline), None);
-        if let Err(error) = ahead.and_then(|_| begun.runner.wait_until(at.due)) {
+        if let Err(error) = begun.runner.precopy_before(deadline) {
             return Ok(ended(begun, Err(error), None));
         }
     }

@@ -14,6 +14,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::ahead::PREPARE;
 use super::configuration::Configuration;
 use super::pass::start_server;
 use super::spool::Spool;
@@ -101,6 +102,7 @@ impl Runner {
     }
 
     fn try_freeze(&mut self) -> Result<Residual> {
+        self.wait_until_due(PREPARE)?;
         let mut hold = self.hold_without_jobs()?;
         hold.may_share_files()?;
         let mut guard = None;
@@ -217,6 +219,7 @@ impl Runner {
         if self.vm.offline() {
             // A VM that is off has no instant to agree on.
             self.seat = None;
+            self.wait_until_due(Duration::ZERO)?;
             return self.read_offline(hold);
         }
         self.refuse_risky(hold)?;
