@@ -116,16 +116,7 @@ fn names(files: &Value) -> Vec<&str> {
 #[test]
 fn a_whole_domain_comes_back_as_another_and_as_the_same() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let image = tempfile::Builder::new()
-        .suffix(".qcow2")
-        .tempfile_in(domain_common::base())
-        .unwrap();
-    let made = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2", "-o", OPTIONS])
-        .arg(image.path())
-        .arg((16 * MIB).to_string())
-        .status();
-    assert!(made.unwrap().success());
+    let image = image_with_options();
     let mut lab = lab("whole", image.path());
     let (name, uuid) = (lab.name(), lab.uuid().to_owned());
     answers(&lab, &name);
@@ -156,22 +147,8 @@ fn a_whole_domain_comes_back_as_another_and_as_the_same() {
     let state = std::fs::read(tpm(&uuid)).unwrap();
     assert!(nvram.len() > 4096 && state.len() > 100);
 
-    // Beside each other, without libvirt.
-    let plain = lab.path("plain");
-    let to = plain.display().to_string();
-    lab.run(&["restore", &point, "--output", &to]).done();
-    assert_eq!(std::fs::read(plain.join("nvram")).unwrap(), nvram);
-    assert_eq!(std::fs::read(plain.join("tpm2-00.permall")).unwrap(), state);
-    let xml = std::fs::read_to_string(plain.join("domain.xml")).unwrap();
-    assert_eq!(xml.trim_end(), show(&lab, &name).trim_end());
-    // A password has nothing to do in a repository that whoever has it can read.
-    assert!(xml.contains("type='vnc'"), "{xml}");
-    is_told_nowhere(&lab, &plain);
+    beside_each_other(&mut lab, &point, (&nvram, &state));
     let kept = kept_in_an_encrypted_repository(&mut lab);
-    std::fs::remove_dir_all(&plain).unwrap();
-    lab.run(&["restore", &point, "--output", &to, "--disk-only"])
-        .done();
-    assert_eq!(std::fs::read_dir(&plain).unwrap().count(), 2);
 
     // Refused before a byte is written.
     let clone = lab.path("clone");
@@ -246,6 +223,43 @@ fn a_whole_domain_comes_back_as_another_and_as_the_same() {
     lab.domain.virsh(&["undefine", &name, "--nvram"]).unwrap();
     not_taken(&mut lab, &point);
     lab.run(&["verify"]).code(0);
+}
+
+/// An image that an operator made in a way of his own.
+fn image_with_options() -> tempfile::NamedTempFile {
+    let image = tempfile::Builder::new()
+        .suffix(".qcow2")
+        .tempfile_in(domain_common::base())
+        .unwrap();
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-o", OPTIONS])
+        .arg(image.path())
+        .arg((16 * MIB).to_string())
+        .status();
+    assert!(made.unwrap().success());
+    image
+}
+
+/// The files of a point without libvirt.
+fn beside_each_other(lab: &mut Lab, point: &str, (nvram, state): (&Vec<u8>, &Vec<u8>)) {
+    let name = lab.name();
+    let plain = lab.path("plain");
+    let to = plain.display().to_string();
+    lab.run(&["restore", point, "--output", &to]).done();
+    assert_eq!(std::fs::read(plain.join("nvram")).unwrap(), *nvram);
+    assert_eq!(
+        std::fs::read(plain.join("tpm2-00.permall")).unwrap(),
+        *state
+    );
+    let xml = std::fs::read_to_string(plain.join("domain.xml")).unwrap();
+    assert_eq!(xml.trim_end(), show(lab, &name).trim_end());
+    // A password has nothing to do in a repository that whoever has it can read.
+    assert!(xml.contains("type='vnc'"), "{xml}");
+    is_told_nowhere(lab, &plain);
+    std::fs::remove_dir_all(&plain).unwrap();
+    lab.run(&["restore", point, "--output", &to, "--disk-only"])
+        .done();
+    assert_eq!(std::fs::read_dir(&plain).unwrap().count(), 2);
 }
 
 /// How an image was made.
@@ -352,8 +366,8 @@ fn with_its_password(lab: &mut Lab, kept: &Kept) {
         "{defined}"
     );
     let beside = to.join("domain.xml");
-    let mode = std::fs::metadata(&beside).unwrap().permissions().mode();
-    assert_eq!(mode & 0o777, 0o600);
+    let meta = std::fs::metadata(&beside).unwrap();
+    assert_eq!(meta.permissions().mode() & 0o777, 0o600);
     assert!(
         std::fs::read_to_string(beside).unwrap().contains(PASSWORD),
         "of the definition beside the disks"
