@@ -1,5 +1,7 @@
 //! Quiesced points of a domain with a distribution's own systemd and guest agent; the guest's hook and the host's hooks; an
 //! agent that hangs in the middle of a freeze, and the program that dies in that moment: the guest never stays frozen.
+//!
+//! `FORERUN_KILL_ALL=1` has the agent hang at an external snapshot, too.
 #![cfg(all(feature = "libvirt", feature = "fault-injection"))]
 #![allow(
     clippy::unwrap_used,
@@ -400,6 +402,10 @@ fn the_agent_hangs(lab: &mut Lab) {
         ("always", "fleece", 1),
         ("auto", "snapshot", 3),
     ] {
+        // Each takes as long as the agent sleeps.
+        if method == "snapshot" && std::env::var_os("FORERUN_KILL_ALL").is_none() {
+            continue;
+        }
         inside(lab, "echo 8 >/run/hang");
         let begin = clock::now();
         let ended = lab

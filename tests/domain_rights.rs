@@ -6,6 +6,7 @@
     clippy::disallowed_methods,
     reason = "a test fails by it, and needs no durable writes"
 )]
+#![expect(clippy::print_stdout, reason = "a line a point for who reads the log")]
 
 mod domain_common;
 mod vm_common;
@@ -277,6 +278,7 @@ fn of_a_user_s_own(lab: &mut Lab) {
     ] {
         let step = session.step_of(&session.point(words));
         assert!(step > last, "{step} after {last}");
+        println!("a user's own domain, {words:?}: write {step}");
         last = step;
     }
     let disks = session.virsh(&["domblklist", "own"]).unwrap();
