@@ -281,37 +281,16 @@ impl Runner {
         ends: Deadline,
         give: &mut dyn FnMut(Piece) -> ControlFlow<()>,
     ) -> Result<()> {
-        let mut left = vec![listening.leftover()];
-        for disk in 0..disks.len() {
-            left.extend(export::leftovers(&self.run, disk));
-        }
-        hold.journal.write(left)?;
-        start_server(listening, hold)?;
+        self.serve(hold, listening, disks.len())?;
         let off = self.vm.offline();
         let machine = hold.machine_seen()?.clone();
         self.watch().begin(&mut hold.monitor, &machine, off);
-        let mut total = 0;
-        let mut clients = Vec::new();
-        for (index, disk) in disks.iter_mut().enumerate() {
-            let tracked = self.tracked(&disk.key)?;
-            let bitmaps = if disk.open.is_some() {
-                Vec::new()
-            } else {
-                pending_names(&tracked)
-            };
-            let mut client = self.connect(hold, listening, index, &disk.key, &bitmaps)?;
-            if disk.open.is_none() {
-                if disk.heat.is_none() {
-                    let blocks = self.repo.block_size().blocks(disk.size);
-                    let heat = self.recall_heat(blocks, &disk.key, tracked.new.as_ref());
-                    disk.heat = Some(heat);
-                }
-                disk.open = Some(self.load(&tracked, disk, &mut client)?);
-            }
-            let open = disk.open.as_ref().map_or(0, BlockSet::count) - disk.postponed();
-            total += open * self.repo.block_size().bytes();
-            clients.push(client);
-        }
+        let mut clients = self.connect_all(hold, listening, disks)?;
+        let open = |disk: &RunDisk| {
+            let open = disk.open.as_ref().map_or(0, BlockSet::count);
+            (open - disk.postponed()) * self.repo.block_size().bytes()
+        };
+        let total: u64 = disks.iter().map(open).sum();
         self.progress.total.store(
             self.progress
                 .done
@@ -374,6 +353,43 @@ impl Runner {
         }
         self.watch().end(&mut hold.monitor);
         Ok(())
+    }
+
+    /// Starts the VM's NBD server, and journals what is going to be put into the VM for an export of every disk.
+    pub(super) fn serve(&self, hold: &mut Hold, listening: &Listening, disks: usize) -> Result<()> {
+        let mut left = vec![listening.leftover()];
+        left.extend((0..disks).flat_map(|disk| export::leftovers(&self.run, disk)));
+        hold.journal.write(left)?;
+        start_server(listening, hold)
+    }
+
+    /// Connects to an export of every disk, and works out what is open where that is not known.
+    pub(super) fn connect_all(
+        &self,
+        hold: &mut Hold,
+        listening: &Listening,
+        disks: &mut [RunDisk],
+    ) -> Result<Vec<Client>> {
+        let mut clients = Vec::new();
+        for (index, disk) in disks.iter_mut().enumerate() {
+            let tracked = self.tracked(&disk.key)?;
+            let bitmaps = if disk.open.is_some() {
+                Vec::new()
+            } else {
+                pending_names(&tracked)
+            };
+            let mut client = self.connect(hold, listening, index, &disk.key, &bitmaps)?;
+            if disk.open.is_none() {
+                if disk.heat.is_none() {
+                    let blocks = self.repo.block_size().blocks(disk.size);
+                    let heat = self.recall_heat(blocks, &disk.key, tracked.new.as_ref());
+                    disk.heat = Some(heat);
+                }
+                disk.open = Some(self.load(&tracked, disk, &mut client)?);
+            }
+            clients.push(client);
+        }
+        Ok(clients)
     }
 
     /// Adds the export of a disk with bitmaps and connects to it.
