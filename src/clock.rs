@@ -62,6 +62,12 @@ impl Deadline {
         self.0.saturating_duration_since(now())
     }
 
+    /// A deadline so much before this one.
+    #[must_use]
+    pub fn earlier(self, by: Duration) -> Self {
+        Self(self.0.checked_sub(by).unwrap_or(self.0))
+    }
+
     /// The earlier of this deadline and one that far from now.
     #[must_use]
     pub fn at_most(self, duration: Duration) -> Self {

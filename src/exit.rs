@@ -177,6 +177,10 @@ fn of_qmp(error: &qmp::Error) -> Option<(Kind, Option<String>)> {
             Kind::Attention,
             "nothing is lost, for libvirt knows of it: start the domain; `forerun recover`, or the next command, commits it then",
         ),
+        qmp::Error::Migrated { .. } => (
+            Kind::Attention,
+            "back it up there. If it is on an overlay `forerun-...` there (`virsh domblklist`), `virsh blockcommit DOMAIN DISK --active --pivot` ends that, or `forerun recover` here when it is back",
+        ),
         qmp::Error::OverlayUnknown { .. } => (
             Kind::Attention,
             "keep it if the disk is still wanted (`qemu-img commit` joins it with its base), then remove it and run `forerun recover`",

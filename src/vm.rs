@@ -25,6 +25,7 @@ use crate::qmp::command::{
 use crate::qmp::graph::{Disk, Graph};
 use crate::qmp::machine::{self, LeftOut, Machine};
 use crate::qmp::names::{PREFIX, RunName};
+use crate::qmp::release::Leftover;
 use crate::qmp::socket::QmpSocket;
 use crate::qmp::{Monitor, Process};
 use crate::settle::{self, TakenBack};
@@ -119,18 +120,36 @@ impl Vm {
     pub fn hold(&self, run: &RunName, doing: &str) -> Result<Hold> {
         let doing = format!("{doing} {}", self.target);
         let lock = self.state.lock_target(&doing, LOCK_WAIT)?;
-        let (mut monitor, off) = self.connect(run)?;
-        self.state.remove_unwritten()?;
         let mut recovered = Vec::new();
         let mut unthawed = Vec::new();
         let mut failed_hooks = Vec::new();
-        let manager = self.domain.as_ref().map(Domain::manager);
-        for mut journal in self.state.journals()? {
-            let (monitor, manager) = (Some(&mut monitor as &mut dyn Monitor), manager.as_deref());
-            let taken = settle::take_back(&mut journal, monitor, manager, THAW_PATIENCE)?;
+        let mut take_back = |journal: &mut Journal, monitor: Option<&mut dyn Monitor>| {
+            let manager = self.domain.as_ref().map(Domain::manager);
+            let taken = settle::take_back(journal, monitor, manager.as_deref(), THAW_PATIENCE)?;
             recovered.extend(taken.removed);
             unthawed.extend(taken.unthawed);
             failed_hooks.extend(taken.failed_hooks);
+            anyhow::Ok(())
+        };
+        if let Some(domain) = &self.domain
+            && !domain.active()?
+        {
+            refuse_migrated(domain)?;
+            // An overlay is the domain's own QEMU's to commit: its images are not opened before that.
+            for mut journal in self.state.journals()? {
+                if journal
+                    .left()
+                    .iter()
+                    .any(|left| matches!(left, Leftover::Managed(_)))
+                {
+                    take_back(&mut journal, None)?;
+                }
+            }
+        }
+        let (mut monitor, off) = self.connect(run)?;
+        self.state.remove_unwritten()?;
+        for mut journal in self.state.journals()? {
+            take_back(&mut journal, Some(&mut monitor))?;
         }
         if !recovered.is_empty() {
             tracing::warn!(?recovered, "took back what a dead run left in the VM");
@@ -202,6 +221,7 @@ impl Vm {
                     Err(error) => Err(anyhow::Error::from(error)),
                 }
             } else {
+                refuse_migrated(domain)?;
                 let (images, left_out) = domain.images()?;
                 open(images, left_out).and_then(|(monitor, mut off)| {
                     // It cannot be started or saved while its images are held.
@@ -246,6 +266,15 @@ impl Vm {
     pub fn offline(&self) -> bool {
         self.off.load(Ordering::Relaxed)
     }
+}
+
+/// Not every shared storage knows that the other host has the images of a domain that went there.
+fn refuse_migrated(domain: &Domain) -> Result<()> {
+    if domain.has_migrated()? {
+        let domain = domain.name().to_owned();
+        return Err(crate::qmp::Error::Migrated { domain }.into());
+    }
+    Ok(())
 }
 
 /// Whether an error may be that of a domain that was just started or ended: its images are locked, or its QEMU is gone.

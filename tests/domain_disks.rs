@@ -149,6 +149,118 @@ fn exact(lab: &mut Lab, what: &str, disks: &[&str], more: &[&str]) {
     lab.is_clean();
 }
 
+/// Disks whose key libvirt has, and the formats of their images.
+const LUKS: [&str; 2] = ["sdi", "sdj"];
+const SECRET: &str = "5ec2e700-0000-4000-8000-000000000001";
+/// Where the repository is encrypted.
+const KEY: &str = "repository-key";
+
+/// Attaches disks that QEMU decrypts with a secret of libvirt's.
+fn attach_encrypted(lab: &Lab) {
+    let file = |name: &str| lab.path(name).display().to_string();
+    let (secret, value) = (file("secret.xml"), file("secret"));
+    let text = format!("<secret private='yes'><uuid>{SECRET}</uuid></secret>");
+    std::fs::write(&secret, text).unwrap();
+    std::fs::write(&value, "of the disks").unwrap();
+    lab.domain.virsh(&["secret-define", &secret]).unwrap();
+    let set = ["secret-set-value", SECRET, "--file", &value, "--plain"];
+    lab.domain.virsh(&set).unwrap();
+    let size = SIZE.to_string();
+    for (disk, format, prefix) in [(LUKS[0], "luks", ""), (LUKS[1], "qcow2", "encrypt.")] {
+        let image = file(&format!("{disk}.image"));
+        let key = format!("secret,id=key,file={value}");
+        let of_qcow2 = if format == "qcow2" {
+            "encrypt.format=luks,"
+        } else {
+            ""
+        };
+        let options = format!("{of_qcow2}{prefix}key-secret=key,{prefix}iter-time=10");
+        run(
+            "qemu-img",
+            &[
+                "create", "-q", "--object", &key, "-f", format, "-o", &options, &image, &size,
+            ],
+        );
+        let format = if format == "luks" { "raw" } else { format };
+        let xml = lab.path(&format!("{disk}.xml"));
+        let text = format!(
+            "<disk type='file'><driver name='qemu' type='{format}'/>\
+             <source file='{image}'><encryption format='luks'><secret type='passphrase' uuid='{SECRET}'/></encryption></source>\
+             <target dev='{disk}' bus='scsi'/><serial>{disk}</serial></disk>"
+        );
+        std::fs::write(&xml, text).unwrap();
+        let xml = xml.display().to_string();
+        let attach = [
+            "attach-device",
+            lab.domain.name(),
+            &xml,
+            "--live",
+            "--config",
+        ];
+        lab.domain.virsh(&attach).unwrap();
+    }
+}
+
+/// A repository that is encrypted holds such disks unasked; gives the point.
+fn encrypted_repository(lab: &mut Lab, written: &[&str]) -> String {
+    let (key, repo) = (lab.path(KEY).display().to_string(), lab.path("encrypted"));
+    lab.run(&["key", "generate", &key]).done();
+    let shown = repo.display().to_string();
+    lab.run(&["init", &shown, "--encrypt", "--key-file", &key])
+        .done();
+    lab.repo = repo;
+    let expected = sums(lab, written);
+    let backup = lab.backup(&["--key-file", &key]).done().point();
+    let output = lab.path("restored");
+    std::fs::remove_dir_all(&output).ok();
+    let shown = output.display().to_string();
+    lab.run(&["restore", &backup, "--output", &shown, "--key-file", &key])
+        .done();
+    for disk in LUKS {
+        let file = output.join(format!("{disk}.raw"));
+        let found = run("sha256sum", &[file.to_str().unwrap()]);
+        assert!(found.starts_with(&expected[disk]), "{disk}");
+    }
+    lab.repo = lab.path("repository");
+    backup
+}
+
+/// The restored domain's disks are plain, and it is said.
+fn restored_without_the_secret(lab: &mut Lab, point: &str) {
+    let (key, to) = (lab.path(KEY).display().to_string(), lab.path("defined"));
+    let shown = to.display().to_string();
+    lab.repo = lab.path("encrypted");
+    let define = ["--define", "--name", "plain", "--output", &shown];
+    let restore = ["restore", point, "--key-file", &key];
+    let made = lab.run(&[&restore[..], &define].concat()).done();
+    lab.repo = lab.path("repository");
+    let warnings = made.json["warnings"].to_string();
+    for disk in LUKS {
+        let told = format!("disk {disk} was encrypted by QEMU; the restored image is not");
+        assert!(warnings.contains(&told), "{warnings}");
+    }
+    let defined = lab.domain.virsh(&["dumpxml", "plain", "--inactive"]);
+    let defined = defined.unwrap();
+    assert!(!defined.contains("encryption"), "{defined}");
+    for (disk, format) in [("sdi", "raw"), ("sdj", "qcow2")] {
+        let image = to.join(format!("{disk}.{format}")).display().to_string();
+        assert!(defined.contains(&image), "{defined}");
+        let plain = to.join("plain.raw").display().to_string();
+        run(
+            "qemu-img",
+            &["convert", "-f", format, "-O", "raw", &image, &plain],
+        );
+        let raw = lab.path(&format!("restored/{disk}.raw"));
+        assert_eq!(
+            std::fs::read(plain).unwrap(),
+            std::fs::read(raw).unwrap(),
+            "{disk}"
+        );
+    }
+    lab.domain.virsh(&["undefine", "plain"]).unwrap();
+    std::fs::remove_dir_all(to).unwrap();
+}
+
 #[test]
 #[allow(clippy::too_many_lines, reason = "one domain, told in order")]
 fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
@@ -332,7 +444,9 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
         println!("{disk}, {what}: {plugged:?}");
         plugged.unwrap();
     }
-    let written = ["sda", "sdc", "sdd", "sde", "sdf", "sdg", "sdh"];
+    let plain = ["sda", "sdc", "sdd", "sde", "sdf", "sdg", "sdh"];
+    let written = [&plain[..], &LUKS].concat();
+    attach_encrypted(&lab);
     // Linux names them as it finds them; they are told by their serial numbers.
     let list = "for d in /sys/block/sd*; do s=$(tr -cd a-z <$d/device/vpd_pg80); ln -sf /dev/${d##*/} /dev/by-$s; echo by-$s; done";
     let begun = std::time::Instant::now();
@@ -349,11 +463,31 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
     }
     // vda is written to all the time: only the others are compared.
     write(&lab, &written, 3);
-    exact(&mut lab, "in full", &written, &[]);
-    for round in 0..2 {
-        write(&lab, &written, 20 + round * 30);
-        exact(&mut lab, "what changed", &written, &[]);
+    // What QEMU decrypts is not stored in plain text unasked.
+    let refused = lab.backup(&[]).code(7).json["errors"].to_string();
+    assert!(
+        refused.contains("`sdi` is encrypted") && refused.contains("--allow-plaintext"),
+        "{refused}"
+    );
+    exact(&mut lab, "in full", &written, &["--allow-plaintext"]);
+    let place = file(&lab, "scratch");
+    std::fs::create_dir(&place).unwrap();
+    run("chmod", &["711", &place]);
+    for freeze in ["fleece", "snapshot"] {
+        let at = if freeze == "fleece" { 20 } else { 50 };
+        write(&lab, &written, at);
+        // Beside a device there is no place for an overlay.
+        let words = ["--allow-plaintext", "--freeze", freeze, "--scratch", &place];
+        exact(
+            &mut lab,
+            &format!("what changed, {freeze}"),
+            &written,
+            &words,
+        );
     }
+    write(&lab, &written, 80);
+    let backup = encrypted_repository(&mut lab, &written);
+    restored_without_the_secret(&mut lab, &backup);
 
     // Off: what cannot be opened is refused, by name and with the reason.
     lab.domain.destroy().unwrap();
@@ -363,7 +497,14 @@ fn every_kind_of_disk_is_exact_or_refused_with_a_reason() {
         said.contains("`sdg`") && said.contains("type `network`"),
         "{said}"
     );
-    let off = lab.backup(&["--exclude", "sdg"]).done();
+    let refused = lab.backup(&["--exclude", "sdg"]).code(7);
+    let said = refused.json["errors"].to_string();
+    assert!(
+        said.contains("`sdi`") && said.contains("only while the domain runs"),
+        "{said}"
+    );
+    let chosen = ["--exclude", "sdg", "--exclude", "sdi", "--exclude", "sdj"];
+    let off = lab.backup(&chosen).done();
     let rescanned: Vec<String> = off.rescanned().into_keys().collect();
     assert_eq!(rescanned, ["sdc"], "{off:#?}");
 }

@@ -79,6 +79,45 @@ fn an_overlay_that_libvirt_knows_of_outlives_everybody() {
     lab.progresses();
     last = lab.goes_on(last, &[], &SNAPSHOT);
 
+    // libvirt commits no overlay by a name that is not in the chain, and "the active one" is never taken in its place.
+    lab.dies("kill-with-guard@snapshot:answered#1");
+    let mut ours = lab.overlays();
+    ours.sort();
+    let ours = lab.path(ours.last().unwrap()).display().to_string();
+    let commit = |lab: &Lab, disk: &str, top: &str| {
+        let name = lab.domain.name();
+        let words = [
+            "blockcommit",
+            name,
+            disk,
+            "--active",
+            "--shallow",
+            "--top",
+            top,
+        ];
+        let refused = lab.domain.virsh(&words).unwrap_err().to_string();
+        println!("{disk} {top}: {refused}");
+        assert!(
+            refused.contains("could not find image") && refused.contains(top),
+            "{refused}"
+        );
+        let jobs = lab.ask("query-jobs");
+        assert!(jobs.is_empty(), "{jobs:?}");
+    };
+    commit(&lab, "vda", "/not/there");
+    // An operator is faster with one disk: its file is what is left.
+    let pivot = ["blockcommit", &name, "vdb", "--active", "--pivot", "--wait"];
+    lab.domain.virsh(&pivot).unwrap();
+    commit(&lab, "vdb", &ours);
+    assert_eq!(lab.overlays().len(), 3);
+    lab.progresses();
+    let recovered = lab.run(&["recover", &name]).code(0);
+    assert!(
+        recovered.json.to_string().contains("overlay of disk"),
+        "{recovered:#?}"
+    );
+    last = lab.goes_on(last, &[], &SNAPSHOT);
+
     // The domain ends on it, and starts again from it: nothing that the guest wrote is lost.
     lab.dies("kill-with-guard@snapshot:answered#1");
     lab.progresses();

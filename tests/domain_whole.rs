@@ -1,5 +1,5 @@
 //! A whole domain: UEFI variables, TPM state, boot files and definition are in the point beside the disks, and a restore with
-//! `--define` gives a domain that boots, as another VM or as the same.
+//! `--define` gives a domain that boots, as another VM or as the same. Passwords of consoles are in encrypted repositories only.
 #![cfg(feature = "libvirt")]
 #![allow(
     clippy::unwrap_used,
@@ -10,6 +10,7 @@
 mod domain_common;
 mod vm_common;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::PoisonError;
@@ -26,12 +27,21 @@ use vm_common::{MIB, WAIT, wait_for};
 const BOOT: Duration = Duration::from_secs(400);
 
 const MAC: &str = "52:54:00:aa:bb:cc";
+/// Of the console.
+const PASSWORD: &str = "s3cr3t-w";
+/// How an operator may have made an image: nothing of it is the default.
+const OPTIONS: &str =
+    "cluster_size=32k,extended_l2=on,lazy_refcounts=on,refcount_bits=32,compression_type=zstd";
 
-fn lab(name: &str) -> Lab {
+fn lab(name: &str, image: &Path) -> Lab {
     Lab::boot_with(name, |builder| {
         let program = Program::Stamp("--span 8 --rate 100 /dev/vda /dev/vdb".to_owned());
+        let console = format!(
+            "<graphics type='vnc' port='-1' listen='127.0.0.1' passwd='{PASSWORD}'/><video><model type='none'/></video>"
+        );
         builder
-            .disk(Disk::qcow2("vda", 16 * MIB).iothread(true))
+            .devices(&console)
+            .disk(Disk::qcow2("vda", 16 * MIB).image(image).iothread(true))
             .disk(Disk::raw("vdb", 16 * MIB))
             .program(program)
             .memory_mib(256)
@@ -106,11 +116,14 @@ fn names(files: &Value) -> Vec<&str> {
 #[test]
 fn a_whole_domain_comes_back_as_another_and_as_the_same() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut lab = lab("whole");
+    let image = image_with_options();
+    let mut lab = lab("whole", image.path());
     let (name, uuid) = (lab.name(), lab.uuid().to_owned());
     answers(&lab, &name);
-    let backup = lab.backup(&[]).done();
+    let backup = lab.backup(&["-vv"]).done();
     lab.is_clean();
+    let warnings = backup.json["warnings"].to_string();
+    assert!(warnings.contains("without its passwords"), "{warnings}");
     let point = backup.point();
     let files = [
         "domain-live.xml",
@@ -134,18 +147,8 @@ fn a_whole_domain_comes_back_as_another_and_as_the_same() {
     let state = std::fs::read(tpm(&uuid)).unwrap();
     assert!(nvram.len() > 4096 && state.len() > 100);
 
-    // Beside each other, without libvirt.
-    let plain = lab.path("plain");
-    let to = plain.display().to_string();
-    lab.run(&["restore", &point, "--output", &to]).done();
-    assert_eq!(std::fs::read(plain.join("nvram")).unwrap(), nvram);
-    assert_eq!(std::fs::read(plain.join("tpm2-00.permall")).unwrap(), state);
-    let xml = std::fs::read_to_string(plain.join("domain.xml")).unwrap();
-    assert_eq!(xml.trim_end(), show(&lab, &name).trim_end());
-    std::fs::remove_dir_all(&plain).unwrap();
-    lab.run(&["restore", &point, "--output", &to, "--disk-only"])
-        .done();
-    assert_eq!(std::fs::read_dir(&plain).unwrap().count(), 2);
+    beside_each_other(&mut lab, &point, (&nvram, &state));
+    let kept = kept_in_an_encrypted_repository(&mut lab);
 
     // Refused before a byte is written.
     let clone = lab.path("clone");
@@ -169,6 +172,14 @@ fn a_whole_domain_comes_back_as_another_and_as_the_same() {
     for file in ["vda.qcow2", "vdb.raw", "nvram", "kernel", "initrd"] {
         assert!(twin.contains(&format!("{to}/{file}")), "{file}: {twin}");
     }
+    assert!(twin.contains("type='vnc'"), "{twin}");
+    let warnings = made.json["warnings"].to_string();
+    assert!(warnings.contains("without its passwords"), "{warnings}");
+    assert_eq!(
+        options(&clone.join("vda.qcow2")),
+        options(image.path()),
+        "of the restored image"
+    );
     assert_eq!(std::fs::read(clone.join("nvram")).unwrap(), nvram);
     assert_eq!(std::fs::read(tpm(other)).unwrap(), state);
     let first = exact(&clone);
@@ -183,6 +194,7 @@ fn a_whole_domain_comes_back_as_another_and_as_the_same() {
     let point = off.point();
     let before = show(&lab, &name);
     lab.domain.virsh(&["undefine", "twin", "--nvram"]).unwrap();
+    with_its_password(&mut lab, &kept);
     lab.domain.virsh(&["undefine", &name, "--nvram"]).unwrap();
     assert!(!tpm(&uuid).exists());
 
@@ -211,6 +223,158 @@ fn a_whole_domain_comes_back_as_another_and_as_the_same() {
     lab.domain.virsh(&["undefine", &name, "--nvram"]).unwrap();
     not_taken(&mut lab, &point);
     lab.run(&["verify"]).code(0);
+}
+
+/// An image that an operator made in a way of his own.
+fn image_with_options() -> tempfile::NamedTempFile {
+    let image = tempfile::Builder::new()
+        .suffix(".qcow2")
+        .tempfile_in(domain_common::base())
+        .unwrap();
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-o", OPTIONS])
+        .arg(image.path())
+        .arg((16 * MIB).to_string())
+        .status();
+    assert!(made.unwrap().success());
+    image
+}
+
+/// The files of a point without libvirt.
+fn beside_each_other(lab: &mut Lab, point: &str, (nvram, state): (&Vec<u8>, &Vec<u8>)) {
+    let name = lab.name();
+    let plain = lab.path("plain");
+    let to = plain.display().to_string();
+    lab.run(&["restore", point, "--output", &to]).done();
+    assert_eq!(std::fs::read(plain.join("nvram")).unwrap(), *nvram);
+    assert_eq!(
+        std::fs::read(plain.join("tpm2-00.permall")).unwrap(),
+        *state
+    );
+    let xml = std::fs::read_to_string(plain.join("domain.xml")).unwrap();
+    assert_eq!(xml.trim_end(), show(lab, &name).trim_end());
+    // A password has nothing to do in a repository that whoever has it can read.
+    assert!(xml.contains("type='vnc'"), "{xml}");
+    is_told_nowhere(lab, &plain);
+    std::fs::remove_dir_all(&plain).unwrap();
+    lab.run(&["restore", point, "--output", &to, "--disk-only"])
+        .done();
+    assert_eq!(std::fs::read_dir(&plain).unwrap().count(), 2);
+}
+
+/// How an image was made.
+fn options(image: &Path) -> Value {
+    let output = Command::new("qemu-img")
+        .args(["info", "-U", "--output=json"])
+        .arg(image)
+        .output()
+        .unwrap();
+    let info: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let mut said = info["format-specific"]["data"].clone();
+    let said = said.as_object_mut().unwrap();
+    said.remove("bitmaps");
+    said.remove("corrupt");
+    assert_eq!(said["extended-l2"], true, "{info}");
+    assert_eq!(said["lazy-refcounts"], true, "{info}");
+    json!([info["cluster-size"], said])
+}
+
+/// All files under a directory.
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(&path));
+        } else {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// The password is in no report, no log, no state and none of these restored files.
+fn is_told_nowhere(lab: &Lab, restored: &Path) {
+    let is_run = |path: &PathBuf| {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        name.starts_with("run-")
+    };
+    let mut all: Vec<PathBuf> = files(&lab.path("")).into_iter().filter(is_run).collect();
+    assert!(all.len() > 4, "{all:?}");
+    all.extend(files(&lab.path("state")));
+    all.extend(files(restored));
+    for file in all {
+        let bytes = std::fs::read(&file).unwrap();
+        let found = bytes
+            .windows(PASSWORD.len())
+            .any(|part| part == PASSWORD.as_bytes());
+        assert!(!found, "the password is in {}", file.display());
+    }
+}
+
+/// A point in another repository, which is encrypted.
+struct Kept {
+    repo: PathBuf,
+    key: String,
+    point: String,
+}
+
+fn kept_in_an_encrypted_repository(lab: &mut Lab) -> Kept {
+    let (repo, key) = (lab.path("encrypted"), lab.path("key").display().to_string());
+    let shown = repo.display().to_string();
+    lab.run(&["key", "generate", &key]).done();
+    lab.run(&["init", &shown, "--encrypt", "--key-file", &key])
+        .done();
+    let first = std::mem::replace(&mut lab.repo, repo.clone());
+    let backup = lab.backup(&["-vv", "--key-file", &key]).done();
+    let warnings = backup.json["warnings"].to_string();
+    assert!(!warnings.contains("password"), "{warnings}");
+    let point = backup.point();
+    lab.run(&["show", &point, "-vv", "--key-file", &key]).done();
+    // Neither the repository nor what is told of it says it.
+    is_told_nowhere(lab, &repo);
+    // In a copy that is not encrypted it is for the owner alone, as all there.
+    let copy = lab.path("copy");
+    let copied = copy.display().to_string();
+    lab.run(&["init", &copied]).done();
+    lab.run(&["copy", &point, "--to", &copied, "--key-file", &key])
+        .code(0);
+    for file in files(&copy) {
+        let mode = std::fs::metadata(&file).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{}", file.display());
+    }
+    let mode = std::fs::metadata(&copy).unwrap().permissions().mode();
+    assert_eq!(mode & 0o077, 0);
+    lab.repo = first;
+    Kept { repo, key, point }
+}
+
+/// The restored domain has its password, which is its owner's alone to read.
+fn with_its_password(lab: &mut Lab, kept: &Kept) {
+    let to = lab.path("kept");
+    let shown = to.display().to_string();
+    let first = std::mem::replace(&mut lab.repo, kept.repo.clone());
+    let restore = ["restore", &kept.point, "--key-file", &kept.key];
+    let define = ["--define", "--name", "kept", "--output", &shown];
+    let made = lab.run(&[&restore[..], &define].concat()).code(0);
+    assert_eq!(made.json["warnings"], json!([]), "{made:#?}");
+    lab.repo = first;
+    let secure = ["dumpxml", "kept", "--inactive", "--security-info"];
+    let defined = lab.domain.virsh(&secure).unwrap();
+    assert!(
+        defined.contains(&format!("passwd='{PASSWORD}'")),
+        "{defined}"
+    );
+    let beside = to.join("domain.xml");
+    let meta = std::fs::metadata(&beside).unwrap();
+    assert_eq!(meta.permissions().mode() & 0o777, 0o600);
+    assert!(
+        std::fs::read_to_string(beside).unwrap().contains(PASSWORD),
+        "of the definition beside the disks"
+    );
+    assert!(options(&to.join("vda.qcow2")).is_array());
+    lab.domain.virsh(&["undefine", "kept", "--nvram"]).unwrap();
+    std::fs::remove_dir_all(to).unwrap();
 }
 
 /// A definition that libvirt does not take: all is there, and the way on is told.

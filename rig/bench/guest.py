@@ -329,18 +329,28 @@ class Forerun(Tool):
 
     def base(self):
         self.command("init", f"{self.bench.options.target}/repo")
-        self.of_domain("backup")
+        self.of_domain("backup", "--no-load-control")
 
     def ahead(self, due):
-        # A moment earlier: what still runs when the backup is due is in the window.
-        until = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(due))
-        while time.time() < due - 1:
-            self.of_domain("precopy", "--until", until)
-            time.sleep(min(1, max(0, due - time.time())))
+        """Copies ahead and makes the point when it is due, in one run as an operator starts it hours before."""
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(due))
+        self.outcome = None
+
+        def run():
+            try:
+                self.outcome = self.of_domain("run", "--at", at)["targets"][0]["point"]
+            except Exception as error:
+                self.outcome = error
+
+        self.running = threading.Thread(target=run, daemon=True)
+        self.running.start()
         super().ahead(due)
 
     def increment(self):
-        point = self.of_domain("backup")["targets"][0]["point"]
+        self.running.join()
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        point = self.outcome
         sizes = {f"{name}_mib": point["bytes"][name] / MIB for name in ("precopied", "superseded", "residual")}
         return {"freeze_ms": point["freeze_ms"], **sizes}
 

@@ -119,6 +119,10 @@ need_packages() {
 			if [ "$(packages_codename)" = bookworm ]; then
 				list+=(libvirt-common libvirt-daemon-common libvirt-daemon-log)
 			fi
+			# Where it is not a package of its own the daemon has it.
+			if grep -q '^ID=debian' /etc/os-release || apt-cache show libvirt-daemon-driver-secret >/dev/null 2>&1; then
+				list+=(libvirt-daemon-driver-secret)
+			fi
 			;;
 		bench) list+=(time jq openssl) ;;
 		peers) list+=(virtnbdbackup python3 python3-pip) ;;

@@ -24,8 +24,10 @@ const PROBE: Duration = Duration::from_millis(500);
 const NO_PROBE: Duration = Duration::from_millis(2500);
 /// After trouble that passes by itself.
 const AFTER_TROUBLE: Duration = Duration::from_secs(2);
-/// The end of a long sleep is looked for by the wall clock.
+/// The due time is looked for by the wall clock so often.
 const LAST_WAIT: Duration = Duration::from_millis(20);
+/// So long before the due time a freeze is prepared: what it needs in the VM is there, and the guard watches.
+pub(super) const PREPARE: Duration = Duration::from_secs(1);
 /// Idle time is used for an audit when there is so much of it.
 const IDLE: Duration = Duration::from_secs(5);
 const IDLE_BEFORE_DUE: Duration = Duration::from_secs(30);
@@ -61,6 +63,12 @@ impl Runner {
             }
         }
         Ok((before, reached(before)))
+    }
+
+    /// Copies ahead until the backup that is due then is to be prepared.
+    pub fn precopy_before(&mut self, due: Deadline) -> Result<()> {
+        self.precopy_until(due.earlier(PREPARE), None)?;
+        Ok(())
     }
 
     /// Copies ahead for as long as there is time. What passes by itself (somebody else's use of the VM, a restart) is
@@ -121,11 +129,17 @@ impl Runner {
             fit: self.learned.change.fit(),
             copy: self.copy_speed(),
             since: self.rotated[0].map(|rotated| clock::now() - rotated),
+            watched: self.watching_since().filter(|_| self.passes == 0),
             dull: self.dull,
         });
         tracing::debug!(?step, ?debt, ?outlook, left = ?due.left(), "ahead");
-        if let Step::Nap(nap) = step {
-            return Ok((total, Some(nap)));
+        match step {
+            Step::Nap(nap) => return Ok((total, Some(nap))),
+            Step::Watch => {
+                self.rotate_only()?;
+                return Ok((total, Some(Duration::ZERO)));
+            }
+            Step::Pass | Step::LastPass => {}
         }
         self.choose_patience(&debt, &outlook, due, converge);
         self.probe(until)?;
@@ -180,16 +194,23 @@ impl Runner {
         if !self.cooling || until.left() < NO_PROBE {
             return Ok(());
         }
+        if self.rotate_only()? {
+            self.pause(PROBE)?;
+        }
+        Ok(())
+    }
+
+    /// A rotation without a pass, to see what changes between two. Says whether one was made.
+    fn rotate_only(&mut self) -> Result<bool> {
         let mut hold = self.hold()?;
         if !hold.lasting()? || self.vm.offline() {
-            return Ok(());
+            return Ok(false);
         }
         self.rotate(&mut hold, false)?;
-        drop(hold);
         for disk in &mut self.disks {
             disk.open = None;
         }
-        self.pause(PROBE)
+        Ok(true)
     }
 
     /// Looks at what is not copied yet, and learns from it how fast that grows.
@@ -197,9 +218,7 @@ impl Runner {
         let mut hold = self.hold()?;
         self.sample_writes(&mut hold)?;
         let debt = self.debt(&hold);
-        if let Some(rotated) = self.rotated[0]
-            && self.disks.iter().all(|disk| disk.open.is_some())
-        {
+        if let Some(rotated) = self.rotated[0] {
             let seconds = (clock::now() - rotated).as_secs_f64();
             #[allow(clippy::cast_precision_loss, reason = "a measure")]
             self.learned.change.looked(seconds, debt.live as f64);
@@ -223,13 +242,26 @@ impl Runner {
         budget::order::is_urgent(outlook.in_time, left, needed.unwrap_or(Duration::MAX))
     }
 
-    /// Waits until a time has come by the wall clock, too: nothing is frozen before its time.
-    pub fn wait_until(&self, due: Timestamp) -> Result<()> {
-        while clock::utc_now() < due {
+    /// How long it is until the instant may be.
+    pub(super) fn until_due(&self) -> Duration {
+        let until = self
+            .not_before
+            .map(|due| due.duration_since(clock::utc_now()));
+        until
+            .and_then(|until| Duration::try_from(until).ok())
+            .unwrap_or_default()
+    }
+
+    /// Waits for that, or until so long before it, by the wall clock: nothing is frozen before its time.
+    pub(super) fn wait_until_due(&self, before: Duration) -> Result<()> {
+        loop {
+            let left = self.until_due().saturating_sub(before);
+            if left.is_zero() {
+                return Ok(());
+            }
             self.check_interrupt()?;
-            clock::sleep(LAST_WAIT);
+            clock::sleep(left.min(LAST_WAIT));
         }
-        Ok(())
     }
 
     pub(super) fn pause(&self, pause: Duration) -> Result<()> {
@@ -267,21 +299,35 @@ impl Runner {
             .store(self.options.hard, Ordering::Relaxed);
         self.note_urgent(true);
         let limit = self.options.limits.largest(&self.learned.speeds);
-        let small = self.small().min(limit.unwrap_or(SMALL));
+        // What the freeze reads in a moment makes a shorter window than a pass before it.
+        let moment = if debt.whole > 0 {
+            SMALL
+        } else {
+            let spooled = self.learned.speeds.spooled_in(self.options.deadline / 4);
+            spooled.max(SMALL)
+        };
+        let small = limit.map_or(moment, |limit| limit.min(SMALL));
+        let small = small.min(self.readable());
         self.patience = if limit.is_some_and(|limit| limit < debt.postponed) {
             Patience::None
         } else {
             Patience::Until(None)
         };
-        let mut debt = debt;
+        // Who names no limit gets no live pass for what changes all the time: it would only make the window longer.
+        let worth = |this: &Self, debt: &Debt| match limit {
+            Some(_) => debt.total().saturating_sub(debt.postponed),
+            None => debt.useful(this.learned.change.fit()),
+        };
+        let mut left = worth(self, &debt);
         let mut passes = 0;
-        while debt.total().saturating_sub(debt.postponed) > small && passes < PASSES {
+        while left > small && passes < PASSES {
             self.progress.begin("copy ahead", debt.total());
             self.pass(None)?;
             passes += 1;
-            let now = self.look()?;
-            let shrinks = now.total() < debt.total() / 10 * 8;
-            debt = now;
+            let debt = self.look()?;
+            let now = worth(self, &debt);
+            let shrinks = now < left / 10 * 8;
+            left = now;
             if !shrinks {
                 break;
             }

@@ -18,16 +18,14 @@ use anyhow::{Context, Result};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::pass::{pending_names, start_server};
 use super::{RunDisk, Runner};
 use crate::bitmap::track::AUDIT_FOUND;
 use crate::clock::{self, Deadline};
 use crate::copy::base_entry;
 use crate::exit::{Failure, Kind};
 use crate::image::{Encoded, Entry, MapReader, PointId};
-use crate::qmp::export::{self, Listening};
+use crate::qmp::export::Listening;
 use crate::units::{BlockRun, Bytes, Extent};
-use crate::vm::Hold;
 
 /// How long the VM is held at a time.
 const BATCH: Duration = Duration::from_secs(3);
@@ -148,7 +146,8 @@ impl Runner {
         let Some(share) = self.options.audit else {
             return Ok(());
         };
-        if self.vm.offline() || self.disks.iter().any(|disk| disk.open.is_none()) {
+        // Before the first rotation nothing is known of the disks.
+        if self.vm.offline() || self.disks.is_empty() {
             return Ok(());
         }
         // Only where nobody waits for a turn: this time is spare.
@@ -282,11 +281,9 @@ impl Runner {
             }
         }
         let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
-        let mut left = vec![listening.leftover()];
-        left.extend((0..self.disks.len()).flat_map(|disk| export::leftovers(&self.run, disk)));
-        hold.journal.write(left)?;
         let mut disks = std::mem::take(&mut self.disks);
-        let acted = self.connect_all(&mut hold, &mut disks, &listening);
+        let acted = self.serve(&mut hold, &listening, disks.len());
+        let acted = acted.and_then(|()| self.connect_all(&mut hold, &listening, &mut disks));
         let acted = acted.and_then(|mut clients| {
             act(self, &disks, &mut clients)?;
             for client in clients {
@@ -305,30 +302,6 @@ impl Runner {
         self.disks = disks;
         hold.release()?;
         acted
-    }
-
-    fn connect_all(
-        &self,
-        hold: &mut Hold,
-        disks: &mut [RunDisk],
-        listening: &Listening,
-    ) -> Result<Vec<crate::nbd::Client>> {
-        start_server(listening, hold)?;
-        let mut clients = Vec::new();
-        for (index, disk) in disks.iter_mut().enumerate() {
-            let tracked = self.tracked(&disk.key)?;
-            let bitmaps = if disk.open.is_some() {
-                Vec::new()
-            } else {
-                pending_names(&tracked)
-            };
-            let mut client = self.connect(hold, listening, index, &disk.key, &bitmaps)?;
-            if disk.open.is_none() {
-                disk.open = Some(self.load(&tracked, disk, &mut client)?);
-            }
-            clients.push(client);
-        }
-        Ok(clients)
     }
 
     /// Reads blocks and compares them with what is stored. Returns the bytes, and the first block that was not reached.

@@ -6,10 +6,10 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::Runner;
-use super::pass::{pending_names, start_server};
+use super::pass::pending_names;
 use crate::bitmap::blocks::BlockSet;
 use crate::bitmap::track::Tracked;
-use crate::qmp::export::{self, Listening};
+use crate::qmp::export::Listening;
 use crate::units::{BlockRun, Extent};
 use crate::vm::Hold;
 
@@ -32,16 +32,13 @@ impl Runner {
         let mut hold = self.hold()?;
         self.rotate(&mut hold, false)?;
         let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
-        let mut left = vec![listening.leftover()];
-        left.extend((0..self.disks.len()).flat_map(|disk| export::leftovers(&self.run, disk)));
-        hold.journal.write(left)?;
         let read = self.read_changed(&mut hold, &listening);
         hold.release()?;
         read
     }
 
     fn read_changed(&self, hold: &mut Hold, listening: &Listening) -> Result<Vec<Changed>> {
-        start_server(listening, hold)?;
+        self.serve(hold, listening, self.disks.len())?;
         let mut all = Vec::new();
         for (index, disk) in self.disks.iter().enumerate() {
             let tracked = self.tracked(&disk.key)?;

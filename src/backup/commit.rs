@@ -131,23 +131,23 @@ impl PointFile {
 }
 
 impl Runner {
-    /// Makes a recovery point: converges live when much is left, freezes, stores, commits. `due` is when it should have begun.
+    /// Makes a recovery point: converges live when much is left, freezes, stores, commits. `due` is when it should have begun;
+    /// where that is yet to come, all is prepared and waits for it.
     pub fn backup(&mut self, due: Timestamp) -> Result<Point> {
         self.tell_due(due);
+        self.not_before = Some(due);
         self.converge_in_turn()?;
         self.decide(due)?;
         let mut tries = 0;
         let mut begun;
-        let mut waited = Duration::ZERO;
         let residual = loop {
             self.check_interrupt()?;
             self.progress.begin("freeze and residual", 0);
             tries += 1;
-            let (place, wait) = self.turn_to_freeze()?;
-            waited += wait;
             begun = clock::now();
+            let waited = self.waited;
             let frozen = self.freeze();
-            drop(place);
+            begun += self.waited - waited;
             match frozen {
                 Ok(residual) => break residual,
                 Err(error) if error.downcast_ref::<GivenUp>().is_some() => {
@@ -179,7 +179,7 @@ impl Runner {
         self.seat = None;
         let waits = Waits {
             window_ms,
-            waited_ms: u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
+            waited_ms: u64::try_from(self.waited.as_millis()).unwrap_or(u64::MAX),
         };
         let point = self.store(residual, waits, together)?;
         self.learned

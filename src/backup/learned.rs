@@ -110,7 +110,14 @@ impl Runner {
         let kept = kept.and_then(|bytes| Heat::decode(&bytes, blocks));
         // Epochs that are yet to come are another history's.
         let ours = |heat: &Heat| newest.is_none_or(|newest| heat.epoch() < newest.epoch);
-        kept.filter(ours).unwrap_or_else(|| Heat::new(blocks))
+        let mut heat = kept.filter(ours).unwrap_or_else(|| Heat::new(blocks));
+        heat.recalled(wall_seconds());
+        heat
+    }
+
+    /// For how long this run has seen what changes.
+    pub(super) fn watching_since(&self) -> Option<Duration> {
+        self.first_rotated.map(|first| clock::now() - first)
     }
 
     /// Keeps what was measured.

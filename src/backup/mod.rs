@@ -60,6 +60,7 @@ use crate::qmp::socket::start_time;
 use crate::session::{Session, base_map};
 use crate::throttle::Throttle;
 use crate::vm::{Hold, Vm};
+use turn::Turned;
 
 /// How long a monitor that somebody else uses is waited for.
 const BUSY_WAIT: Duration = Duration::from_secs(60);
@@ -261,10 +262,13 @@ pub struct Runner {
     cooling: bool,
     /// How many passes in a row have brought little.
     dull: u32,
-    /// When the last two rotations were made.
+    /// When the last two rotations were made, and the first one.
     rotated: [Option<Instant>; 2],
+    first_rotated: Option<Instant>,
     /// What was measured of the target.
     learned: Learned,
+    /// The instant is not before this time.
+    not_before: Option<Timestamp>,
     /// What was expected of the freeze before it.
     predicted: Option<Outlook>,
     /// Why the guest is not quiesced.
@@ -275,6 +279,9 @@ pub struct Runner {
     seat: Option<Seat>,
     /// This run's part in the host's budget.
     share: Option<Arc<Share>>,
+    /// Its place among those that freeze, and how long it waited for such places.
+    place: Option<Turned>,
+    waited: Duration,
     _lock: Lock,
 }
 
@@ -320,12 +327,16 @@ impl Runner {
             cooling: false,
             dull: 0,
             rotated: [None; 2],
+            first_rotated: None,
             learned,
+            not_before: None,
             predicted: None,
             not_quiesced: None,
             post_thaw: None,
             seat: None,
             share,
+            place: None,
+            waited: Duration::ZERO,
             _lock: lock,
         })
     }
@@ -424,6 +435,7 @@ impl Runner {
             }
         })?;
         self.rotated = [Some(clock::now()), self.rotated[0]];
+        self.first_rotated = self.first_rotated.or(self.rotated[0]);
         hold.look()?;
         self.take_in_disks(hold)?;
         Ok(rotation)

@@ -286,37 +286,16 @@ impl Runner {
         ends: Deadline,
         give: &mut dyn FnMut(Piece) -> ControlFlow<()>,
     ) -> Result<()> {
-        let mut left = vec![listening.leftover()];
-        for disk in 0..disks.len() {
-            left.extend(export::leftovers(&self.run, disk));
-        }
-        hold.journal.write(left)?;
-        start_server(listening, hold)?;
+        self.serve(hold, listening, disks.len())?;
         let off = self.vm.offline();
         let machine = hold.machine_seen()?.clone();
         self.watch().begin(&mut hold.monitor, &machine, off);
-        let mut total = 0;
-        let mut clients = Vec::new();
-        for (index, disk) in disks.iter_mut().enumerate() {
-            let tracked = self.tracked(&disk.key)?;
-            let bitmaps = if disk.open.is_some() {
-                Vec::new()
-            } else {
-                pending_names(&tracked)
-            };
-            let mut client = self.connect(hold, listening, index, &disk.key, &bitmaps)?;
-            if disk.open.is_none() {
-                if disk.heat.is_none() {
-                    let blocks = self.repo.block_size().blocks(disk.size);
-                    let heat = self.recall_heat(blocks, &disk.key, tracked.new.as_ref());
-                    disk.heat = Some(heat);
-                }
-                disk.open = Some(self.load(&tracked, disk, &mut client)?);
-            }
-            let open = disk.open.as_ref().map_or(0, BlockSet::count) - disk.postponed();
-            total += open * self.repo.block_size().bytes();
-            clients.push(client);
-        }
+        let mut clients = self.connect_all(hold, listening, disks)?;
+        let open = |disk: &RunDisk| {
+            let open = disk.open.as_ref().map_or(0, BlockSet::count);
+            (open - disk.postponed()) * self.repo.block_size().bytes()
+        };
+        let total: u64 = disks.iter().map(open).sum();
         self.progress.total.store(
             self.progress
                 .done
@@ -380,6 +359,43 @@ impl Runner {
         }
         self.watch().end(&mut hold.monitor);
         Ok(())
+    }
+
+    /// Starts the VM's NBD server, and journals what is going to be put into the VM for an export of every disk.
+    pub(super) fn serve(&self, hold: &mut Hold, listening: &Listening, disks: usize) -> Result<()> {
+        let mut left = vec![listening.leftover()];
+        left.extend((0..disks).flat_map(|disk| export::leftovers(&self.run, disk)));
+        hold.journal.write(left)?;
+        start_server(listening, hold)
+    }
+
+    /// Connects to an export of every disk, and works out what is open where that is not known.
+    pub(super) fn connect_all(
+        &self,
+        hold: &mut Hold,
+        listening: &Listening,
+        disks: &mut [RunDisk],
+    ) -> Result<Vec<Client>> {
+        let mut clients = Vec::new();
+        for (index, disk) in disks.iter_mut().enumerate() {
+            let tracked = self.tracked(&disk.key)?;
+            let bitmaps = if disk.open.is_some() {
+                Vec::new()
+            } else {
+                pending_names(&tracked)
+            };
+            let mut client = self.connect(hold, listening, index, &disk.key, &bitmaps)?;
+            if disk.open.is_none() {
+                if disk.heat.is_none() {
+                    let blocks = self.repo.block_size().blocks(disk.size);
+                    let heat = self.recall_heat(blocks, &disk.key, tracked.new.as_ref());
+                    disk.heat = Some(heat);
+                }
+                disk.open = Some(self.load(&tracked, disk, &mut client)?);
+            }
+            clients.push(client);
+        }
+        Ok(clients)
     }
 
     /// Adds the export of a disk with bitmaps and connects to it.
@@ -468,10 +484,12 @@ impl Runner {
         disk.idle.clear();
         let newest = tracked.needed.last().map(|named| named.epoch);
         let mut fresh = self.recently_rotated().then(|| BlockSet::new(blocks));
+        let mut looks = 0;
         for (epoch, name) in pending_names(tracked) {
             let before = open.count();
             let mut found = 0;
             let mut heat = disk.heat.as_mut().filter(|heat| epoch > heat.epoch());
+            looks += u32::from(heat.is_some());
             let mut fresh = fresh.as_mut().filter(|_| newest == Some(epoch));
             client.dirty_extents(&name, whole, &mut |extent| {
                 let run = block_size.cover(extent);
@@ -504,7 +522,8 @@ impl Runner {
         disk.order = None;
         if let Some(heat) = &mut disk.heat {
             if let Some(newest) = newest.filter(|newest| *newest > heat.epoch()) {
-                heat.looked(newest, wall_seconds());
+                let watched = self.watching_since().unwrap_or_default();
+                heat.looked(newest, looks, wall_seconds(), watched.as_secs_f64());
             }
             let pending = tracked.needed.len();
             disk.order = Some(Order::of(

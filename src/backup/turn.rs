@@ -1,18 +1,19 @@
-//! Turns: what runs on one host, in whichever process, do after each other. While a turn is waited for nothing is held.
+//! Turns: what runs on one host, in whichever process, do after each other. While a turn to copy is waited for
+//! nothing is held; while one to freeze is, all is prepared for it.
 
 use std::time::Duration;
 
 use anyhow::Result;
 use jiff::Timestamp;
 
-use super::{Runner, SMALL};
+use super::Runner;
 use crate::budget::{Place, Turn};
 use crate::clock::{self, Deadline};
 
 /// Between two tries.
 const LOOK: Duration = Duration::from_millis(50);
 /// How long a freeze waits for its turn. A point is worth more than the budget.
-const FREEZE_WAIT: Duration = Duration::from_secs(60);
+pub(super) const FREEZE_WAIT: Duration = Duration::from_secs(60);
 /// A wait as short as that of one batch is not worth telling.
 const WORTH_TELLING: Duration = Duration::from_secs(10);
 
@@ -45,11 +46,11 @@ impl Runner {
         }
     }
 
-    /// So much residual is not worth a live pass before the freeze, which must be able to read it in its time.
-    pub(super) fn small(&self) -> u64 {
+    /// So much can be read in half the time that a freeze has, by the rate of all runs.
+    pub(super) fn readable(&self) -> u64 {
         let half = self.options.deadline.as_secs() / 2;
         let readable = self.rate_of_all().map(|rate| rate.saturating_mul(half));
-        readable.map_or(SMALL, |readable| readable.min(SMALL))
+        readable.unwrap_or(u64::MAX)
     }
 
     /// Whether a batch is to end since another run freezes.
@@ -103,10 +104,11 @@ impl Runner {
         Ok(turn)
     }
 
-    /// Waits for the turn of a freeze, for a limited time; returns its place and how long it waited.
-    pub(super) fn turn_to_freeze(&mut self) -> Result<(Turned, Duration)> {
+    /// Waits for the turn of a freeze, for a limited time. All is prepared then, and the guest feels nothing of it. Where it has
+    /// to wait it says so first.
+    pub(super) fn turn_to_freeze(&mut self, waits: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         let Some(share) = &self.share else {
-            return Ok((Turned(None), Duration::ZERO));
+            return Ok(());
         };
         let begun = clock::now();
         let deadline = Deadline::after(FREEZE_WAIT);
@@ -119,6 +121,9 @@ impl Runner {
                 Turn::Begun(place) => break place,
                 Turn::NotYet(words) if words.is_empty() => {}
                 Turn::NotYet(words) => {
+                    if last.is_empty() {
+                        waits().inspect_err(|_| share.rest())?;
+                    }
                     self.progress.note(&words);
                     last = words;
                 }
@@ -133,6 +138,8 @@ impl Runner {
             clock::sleep(LOOK);
         };
         self.progress.note("");
-        Ok((Turned(Some(place)), clock::now() - begun))
+        self.place = Some(Turned(Some(place)));
+        self.waited += clock::now() - begun;
+        Ok(())
     }
 }

@@ -295,8 +295,7 @@ pub(super) fn ahead_and_backup(begun: &mut Begun, at: Option<Due>) -> Result<Poi
     if !deadline.passed() {
         begun.progress.begin("copy ahead", 0);
         begun.runner.note_due(at.due);
-        begun.runner.precopy(false, Some(deadline), None)?;
-        begun.runner.wait_until(at.due)?;
+        begun.runner.precopy_before(deadline)?;
     }
     begun.runner.backup(at.due)
 }

@@ -71,6 +71,10 @@ impl Domain {
         match *self {}
     }
 
+    pub fn has_migrated(&self) -> Result<bool> {
+        match *self {}
+    }
+
     pub fn monitor(&self) -> Result<Box<dyn Monitor>> {
         match *self {}
     }

@@ -21,6 +21,8 @@ mod xml;
 use std::time::Duration;
 
 use virt::connect::Connect;
+use virt::domain::{DomainShutoffReason, DomainStateReason};
+use virt::enumutil::Enum;
 use virt::error::{ErrorNumber, clear_error_callback};
 
 pub use self::redefine::{identity, redefine};
@@ -133,6 +135,13 @@ impl Domain {
         self.ask("ask for a managed save of the domain", |domain| {
             domain.has_managed_save(0)
         })
+    }
+
+    /// Whether it is off here because it went to another host.
+    pub fn has_migrated(&self) -> Result<bool> {
+        let migrated = DomainStateReason::Shutoff(Enum::Known(DomainShutoffReason::Migrated));
+        let (_, reason) = self.ask("ask for the domain's state", virt::domain::Domain::state)?;
+        Ok(reason == Enum::Known(migrated))
     }
 
     /// Its monitor; [`Error::Closed`] when it is off.

@@ -1,9 +1,10 @@
-//! What comes next while a backup is not due yet: a pass where one pays, else sleep. Shortly before the due time comes a last
-//! pass, so that the residual is what was written since.
+//! What comes next while a backup is not due yet: a pass where one pays, else sleep. First it is watched for a while what the
+//! guest rewrites all the time, since copying that would be in vain. Shortly before the due time comes a last pass, so that the
+//! residual is what was written since.
 //!
 //! ```text
-//! pass pass pass ..... nap ..... pass ........ nap ........ pass .......... nap ......... last pass | due
-//! while much is open   until a useful batch has come, or longer where passes bring little
+//! watch   pass pass pass ..... nap ..... pass ........ nap ........ pass .......... nap ......... last pass | due
+//!         while much is open   until a useful batch has come, or longer where passes bring little
 //! ```
 
 use std::time::Duration;
@@ -22,6 +23,13 @@ const RAREST: Duration = Duration::from_secs(600);
 const LAST: Duration = Duration::from_secs(1);
 /// The last pass is begun this much earlier than it is thought to take.
 const MARGIN: f64 = 1.25;
+/// The guest is watched for this share of the time that is to spare, within these bounds, with so many rotations.
+const WATCHED: f64 = 0.4;
+const SHORTEST_WATCH: f64 = 4.0;
+const LONGEST_WATCH: f64 = 60.0;
+const LOOKS: f64 = 4.0;
+/// Copying may take so many times as long as it is thought to.
+const SPARE: f64 = 2.0;
 
 /// What is known when the next step is asked for.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +44,8 @@ pub struct Situation {
     pub copy: f64,
     /// Since the last rotation; `None` when there was none.
     pub since: Option<Duration>,
+    /// For how long it has been seen what changes, while no pass was made.
+    pub watched: Option<Duration>,
     /// How many passes in a row have brought little.
     pub dull: u32,
 }
@@ -43,6 +53,8 @@ pub struct Situation {
 /// What to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
+    /// A rotation, to see what changes.
+    Watch,
     /// A pass.
     Pass,
     /// The last one.
@@ -60,18 +72,21 @@ pub fn is_dull(copied: u64) -> bool {
 /// The next step.
 #[must_use]
 pub fn next(now: &Situation) -> Step {
-    let Some(since) = now.since else {
-        return Step::Pass;
-    };
-    if now.left <= LAST {
-        return Step::Nap(now.left);
-    }
     let useful = now.debt.useful(now.fit);
     #[allow(clippy::cast_precision_loss, reason = "sizes for predictions")]
     let (copying, missing) = (
         useful as f64 / now.copy.max(1.0),
         WORTH.saturating_sub(useful) as f64,
     );
+    if let Some(step) = watch(now, useful, copying) {
+        return step;
+    }
+    let Some(since) = now.since else {
+        return Step::Pass;
+    };
+    if now.left <= LAST {
+        return Step::Nap(now.left);
+    }
     let tail = Duration::from_secs_f64((LAST_PASS + copying) * MARGIN).min(RAREST);
     if now.left <= tail {
         // What was read a moment ago is not read better now.
@@ -105,6 +120,30 @@ pub fn next(now: &Situation) -> Step {
     Step::Nap(wait.clamp(SHORTEST_NAP, LONGEST_NAP).min(until_tail))
 }
 
+/// What is done before the first pass. Where a disk is to be read in full there is work that nothing makes vain, where little is
+/// to be copied little can be in vain, and where time is short there is none for it.
+fn watch(now: &Situation, useful: u64, copying: f64) -> Option<Step> {
+    let little = now.since.is_none() && useful < WORTH;
+    if little || now.debt.whole > 0 || (now.since.is_some() && now.watched.is_none()) {
+        return None;
+    }
+    let watched = now.watched.unwrap_or_default();
+    let to_spare = (now.left + watched).as_secs_f64() - (LAST_PASS + copying) * SPARE;
+    let time = (to_spare * WATCHED).min(LONGEST_WATCH);
+    if time < SHORTEST_WATCH || watched.as_secs_f64() >= time {
+        return None;
+    }
+    let Some(since) = now.since else {
+        return Some(Step::Watch);
+    };
+    let next = Duration::from_secs_f64(time / LOOKS).saturating_sub(since);
+    Some(if next.is_zero() {
+        Step::Watch
+    } else {
+        Step::Nap(next)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -123,6 +162,9 @@ mod tests {
         looks: u32,
         copied: f64,
         last_pass: Option<f64>,
+        first: Option<f64>,
+        watches: u32,
+        first_pass: Option<f64>,
     }
 
     impl Guest {
@@ -139,11 +181,22 @@ mod tests {
                 looks: 0,
                 copied: 0.0,
                 last_pass: None,
+                first: None,
+                watches: 0,
+                first_pass: None,
             };
             while guest.now < due {
                 guest.looks += 1;
                 let step = next(&guest.situation(due));
                 match step {
+                    Step::Watch => {
+                        // What came since the last one is open now.
+                        let since = guest.rotated.map_or(0.0, |since| guest.now - since);
+                        guest.open += guest.steady * since;
+                        guest.rotated = Some(guest.now);
+                        guest.first = guest.first.or(guest.rotated);
+                        guest.watches += 1;
+                    }
                     Step::Nap(nap) => {
                         assert!(nap.as_secs_f64() <= due - guest.now + 0.001);
                         guest.now += nap.as_secs_f64().max(0.001);
@@ -183,6 +236,10 @@ mod tests {
                 }),
                 copy: 100.0 * 1_048_576.0,
                 since: since.map(Duration::from_secs_f64),
+                watched: self
+                    .first
+                    .filter(|_| self.passes == 0)
+                    .map(|first| Duration::from_secs_f64(self.now - first)),
                 dull: self.dull,
             }
         }
@@ -195,6 +252,7 @@ mod tests {
         fn pass(&mut self, due: f64) {
             let since = self.rotated.map_or(0.0, |rotated| self.now - rotated);
             self.rotated = Some(self.now);
+            self.first_pass = self.first_pass.or(self.rotated);
             let todo = self.open + self.steady * since;
             let takes = 1.0 + todo / (100.0 * 1_048_576.0);
             let done = todo * ((due - self.now) / takes).min(1.0);
@@ -219,6 +277,22 @@ mod tests {
         assert!(guest.looks < 200, "{} looks", guest.looks);
         let last = guest.last_pass.unwrap();
         assert!((3580.0..3600.0).contains(&last), "the last pass at {last}");
+    }
+
+    #[test]
+    fn the_guest_is_watched_before_the_first_pass_where_there_is_time() {
+        let guest = Guest::run(64, 1, 1000, 3600.0);
+        assert_eq!(guest.watches, 4);
+        let first = guest.first_pass.unwrap();
+        assert!((59.0..65.0).contains(&first), "the first pass at {first}");
+        // 10 s of copying in 30 s.
+        let hurried = Guest::run(64, 1, 1000, 30.0);
+        assert_eq!((hurried.watches, hurried.first_pass), (0, Some(0.0)));
+        assert!(hurried.open < 1.0);
+        let short = Guest::run(64, 1, 100, 30.0);
+        assert_eq!(short.watches, 4);
+        assert!((4.0..12.0).contains(&short.first_pass.unwrap()));
+        assert!(short.open < 1.0);
     }
 
     #[test]

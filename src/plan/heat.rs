@@ -1,12 +1,15 @@
 //! How often each block changes, a byte a block, and the order of copying that follows from it.
 //!
-//! A rotation freezes a bitmap of what changed since the one before; every block in it counts once more. With `n` counts in
-//! a time `T` a block changes about `(n - 1) / T` times a second: the first change says nothing of a second one, since most
-//! blocks that change do so once. A copy is worth making when it probably still holds at the due time:
+//! A rotation freezes a bitmap of what changed since the one before; every block in it counts once more. The first count says
+//! nothing of a second change, since most blocks that change do so once. Of `k` looks, `d` seconds apart, that found a block
+//! changed `n - 1` times the chance of a change within `d` is about `(n - 1) / k`, and a copy is worth making when it probably
+//! still holds `h` seconds later, at the due time:
 //!
 //! ```text
-//! P(no change within h) = exp(-h (n - 1) / T)  >=  1/2      <=>      n  <=  1 + ln 2 * T / h
+//! P(no change within h) = (1 - (n - 1) / k) ^ (h / d)  >=  HOLDS      <=>      n - 1  <=  k (1 - HOLDS ^ (d / h))
 //! ```
+//!
+//! What (nearly) every look finds changed may change at any speed above what looks can tell: it is hot whatever `h` is.
 
 use std::time::Duration;
 
@@ -17,18 +20,27 @@ use crate::units::BlockRun;
 const MEMORY: f64 = 86_400.0;
 /// The least time ahead that is asked about.
 const LEAST_AHEAD: f64 = 1.0;
+/// How probable it must be that a copy holds.
+const HOLDS: f64 = 2.0 / 3.0;
+/// A look at so many times the usual time is none.
+const LONG_LOOK: f64 = 4.0;
+/// After so many seconds what was seen says less.
+const LONG_AGO: f64 = 3600.0;
+/// The share of the looks that is nearly all of them.
+const NEARLY_ALL: f64 = 0.9;
 /// So many pending bitmaps of a disk, and nothing is left for later: they can go only when all their blocks are safe.
 const MOST_PENDING: usize = 24;
 
-const MAGIC: &[u8; 8] = b"frheat1\0";
-const HEADER: usize = 8 + 4 * 8;
+const MAGIC: &[u8; 8] = b"frheat2\0";
+const HEADER: usize = 8 + 5 * 8;
 
 /// How often the blocks of a disk were found changed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Heat {
     counts: Vec<u8>,
-    /// Seconds that the counts are of.
+    /// Seconds that the counts are of, and how many looks.
     observed: f64,
+    looks: f64,
     /// When they were last taken, in seconds of the wall clock.
     last: Option<f64>,
     /// Seconds between the last two looks.
@@ -45,6 +57,7 @@ impl Heat {
         Self {
             counts: vec![0; usize::try_from(blocks).unwrap_or(0)],
             observed: 0.0,
+            looks: 0.0,
             last: None,
             interval: 0.0,
             epoch: 0,
@@ -76,20 +89,47 @@ impl Heat {
         }
     }
 
-    /// All bitmaps up to `epoch` are counted, as of `now`.
-    pub fn looked(&mut self, epoch: u64, now: f64) {
+    /// All bitmaps up to `epoch`, `looks` of them, are counted as of `now`; they are of the last `watched` seconds, but for the
+    /// first one, which may be of a longer time.
+    pub fn looked(&mut self, epoch: u64, looks: u32, now: f64, watched: f64) {
         // The wall clock may be set back.
-        let passed = self.last.map_or(0.0, |last| (now - last).max(0.0));
-        self.observed += passed;
-        self.interval = passed;
+        let passed = self.last.map(|last| (now - last).max(0.0));
+        let gap = passed.map_or(f64::INFINITY, |passed| passed - watched);
+        let (within, time) = if gap <= 0.0 {
+            (looks, passed.unwrap_or(0.0))
+        } else {
+            (looks.saturating_sub(1), watched)
+        };
+        self.looks += f64::from(within);
+        self.observed += time;
+        self.interval = time;
+        // A time out of all proportion says only that the block changed at all.
+        let apart = self.observed / self.looks.max(1.0);
+        if gap > 0.0 && gap.is_finite() && (apart <= 0.0 || gap <= apart * LONG_LOOK) {
+            self.looks += 1.0;
+            self.observed += gap;
+            self.interval += gap;
+        }
         self.last = Some(now);
         self.epoch = epoch;
         if self.full || self.observed > MEMORY {
-            self.full = false;
-            self.observed /= 2.0;
-            for count in &mut self.counts {
-                *count /= 2;
-            }
+            self.age();
+        }
+    }
+
+    /// Halves what was counted long before `now`, so that what comes counts more.
+    pub fn recalled(&mut self, now: f64) {
+        if self.last.is_some_and(|last| now - last > LONG_AGO) {
+            self.age();
+        }
+    }
+
+    fn age(&mut self) {
+        self.full = false;
+        self.observed /= 2.0;
+        self.looks /= 2.0;
+        for count in &mut self.counts {
+            *count /= 2;
         }
     }
 
@@ -97,14 +137,16 @@ impl Heat {
     #[must_use]
     pub fn limit(&self, ahead: Option<Duration>) -> u8 {
         let ahead = ahead.map_or(self.interval, |ahead| ahead.as_secs_f64());
-        let holds = 1.0 + std::f64::consts::LN_2 * self.observed / ahead.max(LEAST_AHEAD);
+        let apart = self.observed / self.looks.max(1.0);
+        let holds = self.looks * (1.0 - HOLDS.powf(apart / ahead.max(LEAST_AHEAD)));
+        let nearly_all = ((self.looks - 1.0) * NEARLY_ALL).ceil().max(1.0);
         // At most 255 by then, and not negative.
         #[allow(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
             reason = "clamped"
         )]
-        let limit = (holds.floor() + 1.0).clamp(2.0, 255.0) as u8;
+        let limit = (1.0 + (holds.floor() + 1.0).min(nearly_all)).clamp(2.0, 255.0) as u8;
         limit
     }
 
@@ -141,6 +183,7 @@ impl Heat {
         let mut bytes = MAGIC.to_vec();
         bytes.extend(self.epoch.to_le_bytes());
         bytes.extend(self.observed.to_le_bytes());
+        bytes.extend(self.looks.to_le_bytes());
         bytes.extend(self.interval.to_le_bytes());
         bytes.extend(self.last.unwrap_or(-1.0).to_le_bytes());
         bytes.extend(lz4_flex::block::compress_prepend_size(&self.counts));
@@ -170,8 +213,9 @@ impl Heat {
         Some(Self {
             epoch: word(0)?,
             observed: number(1)?.max(0.0),
-            interval: number(2)?.max(0.0),
-            last: number(3).filter(|last| *last >= 0.0),
+            looks: number(2)?.max(0.0),
+            interval: number(3)?.max(0.0),
+            last: number(4).filter(|last| *last >= 0.0),
             full: false,
             counts,
         })
@@ -270,12 +314,13 @@ mod tests {
     /// A disk of 100 blocks: 10 that change all the time, the rest once, by turns, in looks of 10 s.
     fn busy(looks: u64) -> Heat {
         let mut heat = Heat::new(100);
-        heat.looked(1, 1000.0);
+        heat.looked(1, 0, 1000.0, 0.0);
         for look in 0..looks {
             heat.found(run(0, 10));
             heat.found(run(10 + look % 90, 1));
             #[allow(clippy::cast_precision_loss, reason = "small")]
-            heat.looked(2 + look, 1000.0 + 10.0 * (look + 1) as f64);
+            let seconds = 10.0 * (look + 1) as f64;
+            heat.looked(2 + look, 1, 1000.0 + seconds, seconds);
         }
         heat
     }
@@ -289,9 +334,21 @@ mod tests {
         assert_eq!(order.postponed(&open), 10);
         let [cold, warm, hot] = order.sweeps(&open);
         assert_eq!((cold.count(), warm.count(), hot.count()), (90, 0, 0));
-        // A second before it is due, most of what changes every ten seconds holds.
+        // However near it is: what every look finds changed may change at any speed.
         let near = Patience::Until(Some(Duration::from_secs(1)));
-        let order = Order::of(&open, &heat, None, near, 1);
+        assert_eq!(Order::of(&open, &heat, None, near, 1).postponed(&open), 10);
+        // What half of them do holds for a second, mostly.
+        let mut half = busy(6);
+        for look in 7..13 {
+            half.looked(
+                1 + look,
+                1,
+                1000.0 + 10.0 * f64::from(u32::try_from(look).unwrap()),
+                120.0,
+            );
+        }
+        assert_eq!(Order::of(&open, &half, None, far, 1).postponed(&open), 10);
+        let order = Order::of(&open, &half, None, near, 1);
         assert_eq!(order.postponed(&open), 0);
         let [_, warm, _] = order.sweeps(&open);
         assert_eq!(warm.count(), 10);
@@ -306,17 +363,12 @@ mod tests {
     #[test]
     fn what_changed_once_is_never_left_for_later() {
         let mut heat = Heat::new(100);
-        heat.looked(1, 0.0);
+        heat.looked(1, 0, 0.0, 0.0);
         heat.found(run(0, 100));
-        heat.looked(2, 10.0);
+        heat.looked(2, 1, 10.0, 10.0);
         let open = BlockSet::full(100);
-        let order = Order::of(
-            &open,
-            &heat,
-            None,
-            Patience::Until(Some(Duration::from_secs(36_000))),
-            1,
-        );
+        let long = Patience::Until(Some(Duration::from_secs(36_000)));
+        let order = Order::of(&open, &heat, None, long, 1);
         assert_eq!(order.postponed(&open), 0);
         // But what changed within the last seconds cools first.
         let mut fresh = BlockSet::new(100);
@@ -332,6 +384,37 @@ mod tests {
             MOST_PENDING,
         );
         assert_eq!(many.postponed(&open), 0);
+    }
+
+    #[test]
+    fn a_day_between_two_runs_hides_nothing_of_what_a_minute_shows() {
+        let mut heat = Heat::new(100);
+        heat.looked(1, 0, 0.0, 0.0);
+        // All changed in the day; ten blocks in each of four looks since.
+        heat.recalled(86_400.0);
+        heat.found(run(0, 100));
+        for _ in 0..4 {
+            heat.found(run(0, 10));
+        }
+        heat.looked(6, 5, 86_412.0, 12.0);
+        let open = BlockSet::full(100);
+        for ahead in [1, 10, 1000] {
+            let ahead = Patience::Until(Some(Duration::from_secs(ahead)));
+            assert_eq!(Order::of(&open, &heat, None, ahead, 1).postponed(&open), 10);
+        }
+        // Where runs always come a day apart, the days are the looks.
+        let mut days = Heat::new(100);
+        for day in 0..6 {
+            days.found(run(0, 10));
+            days.looked(
+                1 + day,
+                1,
+                100_000.0 * f64::from(u32::try_from(day).unwrap()),
+                0.5,
+            );
+        }
+        let order = Order::of(&open, &days, None, Patience::Until(None), 1);
+        assert_eq!(order.postponed(&open), 10);
     }
 
     #[test]

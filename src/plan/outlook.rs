@@ -74,6 +74,12 @@ impl Speeds {
         self.spool.unwrap_or(SPOOL).max(1.0)
     }
 
+    /// What a freeze reads in such a time.
+    #[must_use]
+    pub fn spooled_in(&self, time: Duration) -> u64 {
+        whole(time.as_secs_f64() * self.spool())
+    }
+
     /// How long a freeze of this residual keeps the guest waiting for its end, in milliseconds.
     #[must_use]
     pub fn window_ms(&self, residual: u64) -> u64 {
@@ -84,8 +90,8 @@ impl Speeds {
     /// The largest residual that such a window has room for.
     #[must_use]
     pub fn residual_within(&self, window: Duration) -> u64 {
-        let left = window.as_secs_f64() - self.overhead.unwrap_or(OVERHEAD);
-        whole(left * self.spool())
+        let overhead = Duration::from_secs_f64(self.overhead.unwrap_or(OVERHEAD));
+        self.spooled_in(window.saturating_sub(overhead))
     }
 }
 

@@ -132,18 +132,17 @@ impl Freeze {
         self.manager.is_some()
     }
 
+    fn file_name(&self, disk: &FreezeDisk, ending: &str) -> String {
+        let prefix = super::names::PREFIX;
+        format!("{prefix}{}-{}.{ending}", self.run.run, disk.index)
+    }
+
     /// The overlay of a disk, beside its image unless a directory was named: libvirt lets QEMU open it there, and it must
     /// outlive the domain's own directory.
     fn managed_overlay(&self, disk: &FreezeDisk) -> Managed {
-        let name = format!(
-            "{}{}-{}.overlay",
-            super::names::PREFIX,
-            self.run.run,
-            disk.index
-        );
         Managed {
             disk: disk.key.clone(),
-            file: disk.overlay_directory.join(name),
+            file: disk.overlay_directory.join(self.file_name(disk, "overlay")),
             deadline_ms: u64::try_from(self.commit_deadline.as_millis()).unwrap_or(u64::MAX),
         }
     }
@@ -189,18 +188,12 @@ impl Freeze {
 
     fn overlay(&self, disk: &FreezeDisk) -> Overlay {
         let name = |part| self.run.part(part, disk.index);
-        let file = format!(
-            "{}{}-{}.overlay",
-            super::names::PREFIX,
-            self.run.run,
-            disk.index
-        );
         Overlay {
             disk: disk.key.clone(),
             base: disk.node.clone(),
             node: name(Part::Scratch),
             job: name(Part::Job),
-            file: self.directory.join(file),
+            file: self.directory.join(self.file_name(disk, "overlay")),
             base_file: disk.image.0.clone(),
             base_version: None,
             committing: false,
@@ -290,13 +283,7 @@ impl Freeze {
     }
 
     fn scratch_path(&self, disk: &FreezeDisk) -> PathBuf {
-        let name = format!(
-            "{}{}-{}.scratch",
-            super::names::PREFIX,
-            self.run.run,
-            disk.index
-        );
-        self.directory.join(name)
+        self.directory.join(self.file_name(disk, "scratch"))
     }
 
     /// The commit of an overlay makes QEMU open the base's file for writing once more, by its name. Where that fails (a

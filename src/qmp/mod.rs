@@ -136,6 +136,12 @@ pub enum Error {
         /// Bytes that were not committed then.
         left: u64,
     },
+    /// A domain is off here and may run elsewhere.
+    #[error("domain `{domain}` has migrated to another host, where its images are in use")]
+    Migrated {
+        /// Its name.
+        domain: String,
+    },
     /// A VM that is off goes on in its overlay when it is started.
     #[error("disk `{disk}` is on the overlay {} of a backup that was cut off, and the domain is off", file.display())]
     OverlayOff {

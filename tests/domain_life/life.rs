@@ -1,5 +1,6 @@
 //! A domain whose life is told row by row.
 
+use std::fs;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ pub(crate) const ALL: [&str; 3] = ["sda", "vda", "vdb"];
 /// What was followed and what was not depends on when a look fell.
 pub(crate) const ANY: [&str; 1] = ["*"];
 /// A pass of a few batches.
-pub(crate) const SLOW: [&str; 2] = ["--rate", "3MiB/s"];
+pub(crate) const SLOW: [&str; 2] = ["--rate", "8MiB/s"];
 
 /// Whether all rows are asked for.
 pub(crate) fn all() -> bool {
@@ -119,14 +120,21 @@ impl Life {
         self.exact(what, &[], rescanned)
     }
 
-    /// Begins a pass of several batches, and comes back in the middle of its first one.
+    /// Begins a pass of several batches over all that the guest writes, and comes back in the middle of its first one.
     pub(crate) fn slow_pass(&mut self) -> Started {
+        self.pass(&SLOW)
+    }
+
+    /// As [`slow_pass`](Self::slow_pass), with other words for its pace.
+    pub(crate) fn pass(&mut self, pace: &[&str]) -> Started {
+        // What is known to be hot is left for the freeze, and of a pass nothing would be left.
+        fs::remove_dir_all(self.lab.path("state/learned")).ok();
         // The guest touches all of what it stamps.
         clock::sleep(Duration::from_secs(2));
         let name = self.name();
         let run = self
             .lab
-            .start(&[&["precopy", &name, "--once"], &SLOW[..]].concat(), "");
+            .start(&[&["precopy", &name, "--once"], pace].concat(), "");
         let lab = &self.lab;
         wait_for("no batch began", || {
             // Each look is a process on a machine that has other things to do.

@@ -90,3 +90,26 @@ fn an_audit_finds_what_a_bitmap_missed_and_the_next_point_is_exact() {
     lab.same(&last, &[("vda", &disk.0)]);
     vm.is_clean();
 }
+
+#[test]
+fn a_run_that_has_time_audits_and_its_point_is_exact_although_a_bitmap_lied() {
+    let lab = Lab::new();
+    let (image, content) = random_image(lab.path(), "a.qcow2", "qcow2", 8 * MIB);
+    let mut disk = Model(content);
+    let mut vm = Still::start(lab.path(), &[drive("vda", &image, "qcow2")]);
+    let target = vm.target();
+    lab.forerun(&["backup", &target, "--as", "vm"]).ended(0);
+    disk.write(&mut vm, "vda", 5 * MIB, 128 * KIB, 0x55);
+    for (name, recording) in bitmaps(&mut vm.monitor, "vda-node") {
+        if recording {
+            vm.bitmap("clear", "vda-node", &name);
+        }
+    }
+    let due = (jiff::Timestamp::now() + std::time::Duration::from_secs(45)).to_string();
+    let ran = lab.forerun(&[
+        "run", &target, "--as", "vm", "--at", &due, "--audit", "100%",
+    ]);
+    let ran = ran.ended(3).warned("its bitmap cannot be believed");
+    lab.same(&ran.point(), &[("vda", &disk.0)]);
+    vm.is_clean();
+}

@@ -122,10 +122,11 @@ impl Builder {
 {disks}
 <controller type='scsi' index='0' model='virtio-scsi'><driver iothread='2'/></controller>
 <serial type='file'><source path='{dir}/serial.log'/></serial>
-{agent}{tpm}{interface}<memballoon model='none'/></devices>{words}</domain>
+{agent}{tpm}{interface}{more}<memballoon model='none'/></devices>{words}</domain>
 ",
             uuid = uuid.unwrap_or_default(),
             interface = interface.unwrap_or_default(),
+            more = self.devices,
             memory = self.memory_mib,
             vcpus = self.vcpus,
             binary = emulator(&self.binary),

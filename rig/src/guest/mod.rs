@@ -75,6 +75,7 @@ pub struct Builder {
     binary: PathBuf,
     uefi: bool,
     tpm: bool,
+    devices: String,
     mac: Option<String>,
     tree: Option<PathBuf>,
 }
@@ -99,6 +100,13 @@ impl Builder {
     #[must_use]
     pub fn tpm(mut self) -> Self {
         self.tpm = true;
+        self
+    }
+
+    /// Of a domain: with these elements of libvirt's `<devices>`, too.
+    #[must_use]
+    pub fn devices(mut self, xml: &str) -> Self {
+        self.devices.push_str(xml);
         self
     }
 
@@ -309,6 +317,7 @@ impl Guest {
             binary: "qemu-system-x86_64".into(),
             uefi: false,
             tpm: false,
+            devices: String::new(),
             mac: None,
             tree: None,
         }

@@ -14,6 +14,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::ahead::PREPARE;
 use super::configuration::Configuration;
 use super::pass::start_server;
 use super::spool::Spool;
@@ -101,6 +102,7 @@ impl Runner {
     }
 
     fn try_freeze(&mut self) -> Result<Residual> {
+        self.wait_until_due(PREPARE)?;
         let mut hold = self.hold_without_jobs()?;
         hold.may_share_files()?;
         let mut guard = None;
@@ -108,6 +110,7 @@ impl Runner {
         if let Err(error) = &result {
             // The other targets of a common instant go on at once.
             self.seat = None;
+            self.place = None;
             let nodes = |hold: &Hold| -> Vec<(String, String)> {
                 let disks = hold.disks().iter();
                 disks
@@ -217,7 +220,11 @@ impl Runner {
         if self.vm.offline() {
             // A VM that is off has no instant to agree on.
             self.seat = None;
-            return self.read_offline(hold);
+            self.wait_until_due(Duration::ZERO)?;
+            self.turn_to_freeze(&mut || Ok(()))?;
+            let read = self.read_offline(hold);
+            self.place = None;
+            return read;
         }
         self.refuse_risky(hold)?;
         let directory = self.scratch_directory();
@@ -292,6 +299,7 @@ impl Runner {
             Method::Snapshot => clock::now(),
         };
         instant.released_ms = instant.freeze_ms + millis(freed - begin);
+        self.place = None;
         self.warnings.append(&mut released.slow);
         self.note_resumed(released.resumed);
         self.dismiss(guard.take());

@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::{Cut, GUARD_GRACE, NotQuiesced, millis};
+use super::{Cut, GUARD_GRACE, GivenUp, NotQuiesced, millis};
+use crate::backup::ahead::PREPARE;
 use crate::backup::together::Stage;
+use crate::backup::turn::FREEZE_WAIT;
 use crate::backup::{Quiesce, Runner};
 use crate::clock::{self, Deadline};
 use crate::exit::{Failure, Kind};
@@ -97,7 +99,7 @@ impl Runner {
 
     /// How long the guard lets pass until the file systems are about to be frozen.
     pub(super) fn until_the_cut(&self) -> Duration {
-        let mut time = GUARD_GRACE;
+        let mut time = GUARD_GRACE + self.until_due();
         if self.options.hooks.around_freeze() {
             time += self.options.hooks.timeout;
         }
@@ -180,6 +182,12 @@ impl Runner {
         agent: Option<Answering>,
         guard: &mut Option<Guard>,
     ) -> Result<(Cut, Instant)> {
+        if self.until_due() > PREPARE {
+            return Err(GivenUp("the host's clock was set back".to_owned()).into());
+        }
+        self.wait_until_due(Duration::ZERO)?;
+        let time = FREEZE_WAIT + self.until_the_cut();
+        self.turn_to_freeze(&mut || guard.as_mut().map_or(Ok(()), |guard| guard.allow(time)))?;
         self.meet(Stage::Prepared)?;
         self.pre_freeze()?;
         self.meet(Stage::Ready)?;
