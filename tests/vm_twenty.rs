@@ -11,7 +11,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use forerun::budget::{Doing, Overview};
+use forerun::budget::{Doing, Limits, Overview, Share};
 use forerun::clock;
 use forerun_rig::block::RawFile;
 use forerun_rig::guest::{Disk, Guest, Program};
@@ -373,4 +373,29 @@ fn figures(ended: &Ended) {
         of("waited_ms"),
         of("released_ms")
     );
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn figures() {
+    let root = tempfile::tempdir().unwrap();
+    let limits = Limits {
+        rate: Some(1 << 50),
+        ..Limits::default()
+    };
+    let names: Vec<String> = (0..GUESTS).map(|number| format!("vm-{number}")).collect();
+    let join = |name: &String| Share::join(root.path(), name, name, "r", limits);
+    let members: Vec<_> = names.iter().map(join).collect();
+    let rounds = 10_000;
+    let begin = clock::now();
+    for _ in 0..rounds {
+        members[0].tell(|_| {});
+    }
+    let look = (clock::now() - begin) / rounds;
+    let begin = clock::now();
+    for _ in 0..rounds {
+        assert!(members[0].wait(1, &|| true));
+    }
+    let request = (clock::now() - begin) / rounds;
+    println!("a look at {GUESTS} members takes {look:?}, a request of the rate {request:?}");
 }

@@ -621,32 +621,4 @@ mod tests {
         b.yields();
         assert_eq!(b.rate(), None);
     }
-
-    #[test]
-    #[ignore = "a measurement"]
-    #[expect(clippy::print_stdout, reason = "numbers for who reads them")]
-    fn figures() {
-        let root = tempfile::tempdir().unwrap();
-        let limits = Limits {
-            rate: Some(1 << 50),
-            ..Limits::default()
-        };
-        let names: Vec<String> = (0..20).map(|number| format!("vm-{number}")).collect();
-        let members: Vec<_> = names
-            .iter()
-            .map(|name| join(root.path(), name, limits))
-            .collect();
-        let rounds = 10_000;
-        let begin = clock::now();
-        for _ in 0..rounds {
-            members[0].tell(|_| {});
-        }
-        let look = (clock::now() - begin) / rounds;
-        let begin = clock::now();
-        for _ in 0..rounds {
-            assert!(members[0].wait(1, &|| true));
-        }
-        let request = (clock::now() - begin) / rounds;
-        println!("a look at 20 members takes {look:?}, a request of the rate {request:?}");
-    }
 }
