@@ -147,7 +147,7 @@ impl Runner {
             begun = clock::now();
             let waited = self.waited;
             let frozen = self.freeze();
-            begun += self.waited - waited;
+            begun += self.waited.saturating_sub(waited);
             match frozen {
                 Ok(residual) => break residual,
                 Err(error) if error.downcast_ref::<GivenUp>().is_some() => {

@@ -64,9 +64,6 @@ struct Held {
     measured: (u64, u64),
 }
 
-/// Whether one of the members may begin at a time, or for whom it waits.
-type May = fn(&[Member], usize, u64) -> Result<(), Vec<usize>>;
-
 /// What a turn came to.
 #[derive(Debug)]
 pub enum Turn {
@@ -183,7 +180,7 @@ impl Share {
         Place(Arc::clone(self))
     }
 
-    fn turn(self: &Arc<Self>, waits: Doing, begins: Doing, may: May) -> Turn {
+    fn turn(self: &Arc<Self>, waits: Doing, begins: Doing, may: order::May) -> Turn {
         let due = self.next.load(Ordering::Relaxed);
         let waiting = self.held().me.doing == waits;
         if waiting && now() < due {

@@ -164,6 +164,9 @@ pub fn freezing(members: &[Member], now: u64) -> Vec<usize> {
     })
 }
 
+/// A rule: whether one of the members may begin at a time, or for whom it waits.
+pub type May = fn(&[Member], usize, u64) -> Result<(), Vec<usize>>;
+
 /// Whether a member that waits may begin a batch; else for whom it waits.
 pub fn may_copy(members: &[Member], me: usize, now: u64) -> Result<(), Vec<usize>> {
     let freezing = freezing(members, now);
@@ -387,11 +390,7 @@ mod tests {
         }
 
         /// Asks as a member does: it sees itself last.
-        fn asks(
-            &self,
-            at: usize,
-            may: fn(&[Member], usize, u64) -> Result<(), Vec<usize>>,
-        ) -> bool {
+        fn asks(&self, at: usize, may: May) -> bool {
             let mut seen = self.members.clone();
             let me = seen.remove(at);
             seen.push(me);

@@ -36,7 +36,8 @@ pub(super) fn run(
     at: Due,
 ) -> Result<Outcome> {
     let parts = parts(args, targets)?;
-    in_threads(parts, how, &secret::open(&args.repo)?, "run", Some(at))
+    let repo = secret::open(&args.repo)?;
+    Ok(in_threads(parts, how, &repo, "run", Some(at)))
 }
 
 /// Backs the targets up together, or the one that was named. `at` is when that is due, if not now.
@@ -52,7 +53,7 @@ pub(super) fn backup(
     for (part, seat) in parts.iter_mut().zip(backup::seats(names)) {
         part.seat = Some(seat);
     }
-    let mut all = in_threads(parts, how, &secret::open(&args.repo)?, "backup", at)?;
+    let mut all = in_threads(parts, how, &secret::open(&args.repo)?, "backup", at);
     let common = |target: &serde_json::Value| {
         let found = target.pointer("/point/together")?;
         (!found.is_null()).then(|| found.clone())
@@ -95,7 +96,7 @@ fn in_threads(
     repo: &Repository,
     doing: &str,
     at: Option<Due>,
-) -> Result<Outcome> {
+) -> Outcome {
     let names: Vec<String> = parts.iter().map(|part| part.name.clone()).collect();
     let ends = std::thread::scope(|scope| {
         let one = |part: Part| {
@@ -127,7 +128,7 @@ fn in_threads(
     for (name, one) in names.iter().zip(ends) {
         all.join(name, one);
     }
-    Ok(all)
+    all
 }
 
 /// Begins the run of a target. What keeps it from that now may be over before its backup is due.
