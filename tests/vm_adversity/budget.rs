@@ -119,6 +119,52 @@ fn all_together_are_no_faster_than_the_rate_of_the_host() {
     assert!(speed <= 1.0 + 0.1 / took, "{speed}");
 }
 
+#[test]
+fn a_run_on_several_makes_its_points_at_the_due_time_and_one_that_fails_fails_alone() {
+    let lab = Lab::new();
+    let mut vms: Vec<(Still, Vec<u8>)> = (0..3)
+        .map(|number| {
+            let directory = lab.path().join(number.to_string());
+            std::fs::create_dir(&directory).unwrap();
+            let (image, bytes) = random_image(&directory, "a.qcow2", "qcow2", 4 * MIB);
+            let uuid = format!("0f0e0d0c-0b0a-4908-8706-05040302010{number}");
+            let words = [drive("vda", &image, "qcow2"), vec!["-uuid".into(), uuid]];
+            (Still::start(&directory, &words), bytes)
+        })
+        .collect();
+    let targets: Vec<String> = vms.iter().map(|(still, _)| still.target()).collect();
+    let nowhere = format!("qmp:{}", lab.path().join("nowhere").display());
+    let due = jiff::Timestamp::now() + Duration::from_secs(8);
+    let ran = lab.forerun(&[
+        "run",
+        &targets[0],
+        &nowhere,
+        &targets[1],
+        &targets[2],
+        "--at",
+        &due.to_string(),
+    ]);
+    let errors = ran.json["errors"].as_array().unwrap();
+    assert_eq!(errors.len(), 1, "{}", ran.json);
+    assert!(errors[0].to_string().contains("nowhere"), "{}", ran.json);
+    let made = ran.json["targets"].as_array().unwrap();
+    assert_eq!(made.len(), 3, "{}", ran.json);
+    for ((target, made), (still, bytes)) in targets.iter().zip(made).zip(&mut vms) {
+        assert_eq!(made["target"], **target);
+        let point = &made["point"];
+        let instant: jiff::Timestamp = point["instant"].as_str().unwrap().parse().unwrap();
+        let window = point["window_ms"].as_u64().unwrap();
+        eprintln!("{target}: at {instant}, due {due}, window {window} ms");
+        assert!(instant >= due, "{point}");
+        assert!(
+            point["bytes"]["precopied"].as_u64().unwrap() >= 4 * MIB,
+            "{point}"
+        );
+        lab.same(point["id"].as_str().unwrap(), &[("vda", bytes)]);
+        still.is_clean();
+    }
+}
+
 /// Changes something on each disk.
 fn change(vms: &mut [Vm], byte: u8) {
     for vm in vms {
