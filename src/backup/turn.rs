@@ -28,7 +28,7 @@ impl Runner {
         host.into_iter().chain(self.options.load.rate).min()
     }
 
-    fn rate_of_all(&self) -> Option<u64> {
+    pub(super) fn rate_of_all(&self) -> Option<u64> {
         self.share.as_ref().and_then(|share| share.rate())
     }
 

@@ -1,7 +1,7 @@
 //! The residual on its way into the spool, and whether what was read was the snapshot.
 
 use std::ops::ControlFlow;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -48,6 +48,9 @@ impl Runner {
             }
         }
         let failure = std::cell::RefCell::new(None);
+        // A point is worth more than the rate of the host: by it the residual may take half of its time.
+        let patience = Deadline::after(deadline.left() / 2);
+        let hurried = AtomicBool::new(false);
         if result.is_ok() {
             let interrupted = &self.interrupted;
             let reading = Reading {
@@ -59,7 +62,10 @@ impl Runner {
                             && freeze.filling().is_none()
                             && !interrupted.load(Ordering::Relaxed)
                     };
-                    if self.wait_for_rate(bytes, &keep_on) {
+                    if !self.wait_for_rate(bytes, &|| keep_on() && !patience.passed()) {
+                        hurried.fetch_or(patience.passed(), Ordering::Relaxed);
+                    }
+                    if keep_on() {
                         ControlFlow::Continue(())
                     } else {
                         ControlFlow::Break(())
@@ -101,6 +107,12 @@ impl Runner {
             }
         }
         self.disks = disks;
+        if hurried.into_inner() && self.rate_of_all().is_some() {
+            self.warnings.push(
+                "the residual was too much for `--host-rate` within `--deadline`: its last part was read faster"
+                    .to_owned(),
+            );
+        }
         if let Some(error) = failure.into_inner() {
             return Err(error);
         }
@@ -242,7 +254,7 @@ impl Runner {
     }
 }
 
-/// The residual is read as fast as the host's rate allows, whatever the pace of passes; but a request of a scratch holds up the guest's
+/// The residual is read as fast as the host's rate allows, if that is fast enough, whatever the pace of passes; but a request of a scratch holds up the guest's
 /// writes to its range, so they stay small.
 fn residual_options(block_size: BlockSize) -> ReadOptions {
     let request_bytes = (256 << 10).max(u32::from(block_size));
