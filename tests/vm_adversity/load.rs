@@ -102,6 +102,18 @@ fn a_guest_that_reads_is_given_way_to() {
             ],
         );
         let took = begun.elapsed();
+        // Told that the time goes before the guest's ease, it no longer gives way: so much would not be copied otherwise.
+        let due = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(8);
+        let words = [
+            "run",
+            &*target,
+            "--as",
+            "vm",
+            "--hard",
+            "--at",
+            &due.to_string(),
+        ];
+        let hard = watching(&lab, &words);
         ended.store(true, Ordering::Relaxed);
         reader.join().unwrap();
         let ran = ran.done();
@@ -133,6 +145,16 @@ fn a_guest_that_reads_is_given_way_to() {
         assert!(
             took < Duration::from_secs(30),
             "a pause ends with the time: {took:?}"
+        );
+
+        let point = hard.at("/targets/0/point");
+        let copied = |pointer: &str| point.pointer(pointer).unwrap().as_u64().unwrap();
+        let before = ran.at("/targets/0/bytes/precopied").as_u64().unwrap();
+        let ahead = copied("/bytes/precopied") - before;
+        assert!(
+            ahead > 64 * MIB && ahead > 2 * before,
+            "{before}: {}",
+            hard.json
         );
     });
 }
