@@ -53,10 +53,24 @@ const MANY_PENDING: usize = 16;
 #[error("the VM changed within a batch: {0}")]
 struct Astray(String);
 
+/// QEMU answers reads with errors once its images are given away: that says nothing of a disk.
+#[derive(Debug, thiserror::Error)]
+#[error("the VM is ending, or going elsewhere")]
+struct Going;
+
 /// A disk whose blocks could not be read.
 #[derive(Debug, thiserror::Error)]
 #[error("read disk `{0}`")]
 pub(super) struct Unread(pub(super) String);
+
+/// What failed while the VM could not be looked at any more.
+pub(super) fn while_going(error: anyhow::Error) -> anyhow::Error {
+    if error.is::<Unread>() {
+        error.context(Going)
+    } else {
+        error
+    }
+}
 
 /// Why a pass ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -207,7 +221,7 @@ impl Runner {
                 // to an overlay that somebody puts on. And what failed may have failed for a disk that has gone.
                 let looked = hold.look().map(drop);
                 let same = match looked {
-                    Err(error) => read.and(Err(error)),
+                    Err(error) => read.map_err(while_going).and(Err(error)),
                     Ok(()) => match this.astray(&hold, disks.len()) {
                         Some(why) => Err(Astray(why).into()),
                         None => read,
@@ -238,6 +252,7 @@ impl Runner {
         };
         if let Some(Unread(disk)) = error.downcast_ref()
             && error.chain().any(failed)
+            && !error.is::<Going>()
             && !self.session.state.unreadable.contains(disk)
         {
             let record = Record::Unreadable { disk: disk.clone() };

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::ahead::PREPARE;
 use super::configuration::Configuration;
-use super::pass::start_server;
+use super::pass::{start_server, while_going};
 use super::spool::Spool;
 use super::{Quiesce, Runner, is_cut_off, is_lost};
 use crate::bitmap::track::Rotation;
@@ -131,8 +131,12 @@ impl Runner {
                 disk.unsound = None;
             }
             // What failed may have failed for a disk that has gone.
-            if !error.is::<GivenUp>() && hold.look().is_ok() && nodes(&hold) != before {
-                result = Err(GivenUp(format!("a disk came or went: {error:#}")).into());
+            if !error.is::<GivenUp>() {
+                if hold.look().is_err() {
+                    result = result.map_err(while_going);
+                } else if nodes(&hold) != before {
+                    result = Err(GivenUp(format!("a disk came or went: {error:#}")).into());
+                }
             }
         }
         self.note_unreadable(result)
