@@ -166,6 +166,7 @@ fn a_run_on_several_makes_its_points_at_the_due_time_and_one_that_fails_fails_al
 }
 
 /// Changes something on each disk.
+#[cfg(feature = "fault-injection")]
 fn change(vms: &mut [Vm], byte: u8) {
     for vm in vms {
         vm.still.io("vda", &format!("write -P {byte} 0 1M"));
@@ -174,6 +175,7 @@ fn change(vms: &mut [Vm], byte: u8) {
 }
 
 /// What has live passes even of so little, and time to meet others in each state.
+#[cfg(feature = "fault-injection")]
 const SLOW: [&str; 8] = [
     "--host-passes",
     "1",
@@ -186,6 +188,7 @@ const SLOW: [&str; 8] = [
 ];
 
 /// They made their points, late perhaps.
+#[cfg(feature = "fault-injection")]
 fn made_points(lab: &Lab, what: &str, ended: Vec<Ran>, vms: &[Vm]) {
     for (ran, vm) in ended.into_iter().zip(vms) {
         assert!(
