@@ -386,6 +386,21 @@ impl Freeze {
         }
     }
 
+    /// A disk that has another size than its overlay: on it the guest's writes to what came on top would fail, and what was cut off
+    /// would come back with the commit. A scratch keeps its disk's size as it is.
+    pub fn resized(&self, monitor: &mut dyn Monitor) -> Result<Option<&FreezeDisk>> {
+        if self.method == Method::Fleece {
+            return Ok(None);
+        }
+        let graph = Graph::read(monitor)?;
+        let same = |disk: &&FreezeDisk| {
+            let node = graph.node(&disk.node);
+            let size = node.and_then(|node| node.pointer("/image/virtual-size")?.as_u64());
+            size.is_none_or(|size| size == disk.size)
+        };
+        Ok(self.disks.iter().find(|disk| !same(disk)))
+    }
+
     /// The instant: all disks at once, or nothing. Returns how long the transaction took.
     pub fn transact(&self, monitor: &mut dyn Monitor) -> Result<Duration> {
         let mut actions = Vec::new();
