@@ -266,8 +266,8 @@ impl Runner {
 
 /// The transaction; returns how long it took.
 fn transact(hold: &mut Hold, freeze: &Freeze) -> Result<Duration> {
-    if let Some(disk) = freeze.resized(&mut hold.monitor)? {
-        return Err(GivenUp(format!("disk `{}` was resized", disk.key)).into());
+    if let Some(why) = freeze.unfit(&mut hold.monitor)? {
+        return Err(GivenUp(why).into());
     }
     match freeze.transact(&mut hold.monitor) {
         Err(crate::qmp::Error::Command { description, .. })
