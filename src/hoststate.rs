@@ -249,8 +249,13 @@ impl TargetState {
         let entries = std::fs::read_dir(&self.directory).map_err(io("list", &self.directory))?;
         for entry in entries {
             let path = entry.map_err(io("list", &self.directory))?.path();
-            if path.extension().is_some_and(|ending| ending == "journal") {
-                found.push(Journal::load(path)?);
+            if path.extension().is_none_or(|ending| ending != "journal") {
+                continue;
+            }
+            match Journal::load(path) {
+                // Its run has just closed it.
+                Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
+                loaded => found.push(loaded?),
             }
         }
         Ok(found)

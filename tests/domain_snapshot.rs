@@ -11,8 +11,10 @@ mod domain_common;
 mod vm_common;
 
 use std::os::unix::process::ExitStatusExt;
+use std::time::Duration;
 
 use domain_common::Lab;
+use forerun_rig::guest::{Disk, Program};
 use vm_common::{MIB, wait_for};
 
 const SNAPSHOT: [&str; 2] = ["--freeze", "snapshot"];
@@ -142,4 +144,33 @@ fn an_overlay_that_libvirt_knows_of_outlives_everybody() {
     assert!(step > resumed, "{step} after {resumed}");
     assert_eq!(lab.overlays(), Vec::<String>::new());
     lab.run(&["verify"]).code(0);
+}
+
+#[test]
+fn an_operators_snapshot_while_ours_waits_for_its_time_is_what_ours_is_over() {
+    let mut lab = Lab::boot_with("between", |builder| {
+        let program = Program::Stamp("--span 4 --rate 200 /dev/vda".to_owned());
+        builder.disk(Disk::raw("vda", 16 * MIB)).program(program)
+    });
+    let name = lab.name();
+    lab.backup(&[]).done();
+    let due = jiff::Timestamp::now() + Duration::from_secs(4);
+    let due = due.to_string();
+    let words = ["run", &name, "--at", &due, SNAPSHOT[0], SNAPSHOT[1]];
+    let run = lab.start(&words, "");
+    wait_for("nothing is prepared", || !lab.overlays().is_empty());
+    let snapshot = ["snapshot-create-as", &name, "operators", "--disk-only"];
+    lab.domain
+        .virsh(&[&snapshot[..], &["--no-metadata", "--atomic"]].concat())
+        .unwrap();
+    // One whose header names the image under the operator's would lead past what the guest writes now.
+    let made = run.end().done();
+    let warnings = made.json["warnings"].to_string();
+    assert!(warnings.contains("`vda` got an overlay"), "{made:#?}");
+    assert!(lab.step_on(&made.point(), &["vda"]) > 0);
+    let listed = lab.domain.virsh(&["domblklist", &name]).unwrap();
+    assert!(listed.contains("vda.operators"), "{listed}");
+    lab.progresses();
+    lab.is_clean();
+    assert_eq!(lab.overlays(), Vec::<String>::new());
 }

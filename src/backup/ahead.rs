@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use jiff::Timestamp;
 
+use super::freeze::GivenUp;
 use super::{Bytes as Copied, Runner, SMALL};
 use crate::budget;
 use crate::clock::{self, Deadline};
@@ -258,6 +259,21 @@ impl Runner {
             let left = self.until_due().saturating_sub(before);
             if left.is_zero() {
                 return Ok(());
+            }
+            self.check_interrupt()?;
+            clock::sleep(left.min(LAST_WAIT));
+        }
+    }
+
+    /// Waits for that with the VM in our hands, which is never for long.
+    pub(super) fn wait_prepared(&self) -> Result<()> {
+        loop {
+            let left = self.until_due();
+            if left.is_zero() {
+                return Ok(());
+            }
+            if left > PREPARE {
+                return Err(GivenUp("the host's clock was set back".to_owned()).into());
             }
             self.check_interrupt()?;
             clock::sleep(left.min(LAST_WAIT));

@@ -63,6 +63,7 @@ pub(super) fn plan(
     let (old_name, old_uuid) = libvirt::identity(&text)?;
     let uri = libvirt::uri(args.connect.as_deref())?;
     let name = args.name.clone().unwrap_or(old_name);
+    refuse_unfit(&name)?;
     refuse_taken(
         args,
         &uri,
@@ -146,6 +147,18 @@ pub(super) fn plan(
         autostart: known["autostart"] == true,
         notes,
     })
+}
+
+/// What libvirt would refuse only when all is restored.
+fn refuse_unfit(name: &str) -> Result<()> {
+    if name.trim().is_empty() || name.contains('/') || name.contains(char::is_control) {
+        return Err(Failure::hinted(
+            Kind::Usage,
+            format!("libvirt takes no domain of the name {name:?}"),
+            "give another one with `--name NAME`",
+        ));
+    }
+    Ok(())
 }
 
 fn refuse_taken(args: &RestoreArgs, uri: &str, name: &str, hint: &str) -> Result<()> {
@@ -320,6 +333,16 @@ mod tests {
         assert_eq!(one.len(), 36);
         assert_eq!(&one[14..15], "4");
         assert!("89ab".contains(&one[19..20]), "{one}");
+    }
+
+    #[test]
+    fn a_name_that_libvirt_would_refuse_is_refused_before() {
+        for bad in ["", " ", "a/b", "../a", "a\nb", "a\u{1b}[31m"] {
+            assert!(refuse_unfit(bad).is_err(), "{bad:?}");
+        }
+        for good in ["web-1", "a b&<\"'>", "-x", "ünï"] {
+            assert!(refuse_unfit(good).is_ok(), "{good:?}");
+        }
     }
 
     #[test]

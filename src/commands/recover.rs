@@ -30,17 +30,25 @@ pub(super) fn run(
     interrupted: &AtomicBool,
 ) -> Result<Outcome> {
     if args.target.is_none() && !args.all {
-        return everywhere(args, repo);
+        return Ok(everywhere(args, repo));
     }
     several::each(args, &[], interrupted, |args| recover(args, repo))
 }
 
 /// All targets that have a journal on this host.
-fn everywhere(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome> {
+fn everywhere(args: &TargetArgs, repo: Option<&Path>) -> Outcome {
     let mut outcome = Outcome::default();
     for key in hoststate::keys() {
-        let state = TargetState::open(&key)?;
-        let Some(journal) = state.journals()?.into_iter().next() else {
+        let opened = TargetState::open(&key).and_then(|state| Ok((state.journals()?, state)));
+        let (journals, state) = match opened {
+            Ok(opened) => opened,
+            // The others are taken back all the same.
+            Err(error) => {
+                outcome.join(&key, Err(error.into()));
+                continue;
+            }
+        };
+        let Some(journal) = journals.into_iter().next() else {
             continue;
         };
         if let Err(error) = state.lock_target("forerun recover", Duration::ZERO) {
@@ -73,7 +81,7 @@ fn everywhere(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome> {
             hoststate::root().display()
         ));
     }
-    Ok(outcome)
+    outcome
 }
 
 /// As what the VM of a journal is found again: a domain by its UUID, which is the key, whatever it is called by now.
@@ -107,11 +115,12 @@ fn recover(args: &TargetArgs, repo: Option<&Path>) -> Result<Outcome> {
             removed.append(&mut hold.recovered);
             unthawed.append(&mut hold.unthawed);
             outcome.warnings.append(&mut hold.failed_hooks);
+            let directory = vm.state.directory();
             if let Some(repository) = &repository {
-                let left = orphans::of(&mut hold.monitor, Some(repository))?;
+                let left = orphans::of(&mut hold.monitor, directory, Some(repository))?;
                 removed.extend(release::release(&mut hold.monitor, &left, THAW_FOR)?.removed);
             }
-            let foreign = orphans::of(&mut hold.monitor, None)?;
+            let foreign = orphans::of(&mut hold.monitor, directory, None)?;
             if !foreign.is_empty() {
                 outcome.warnings.push(format!(
                     "{} things whose names begin with `{PREFIX}` stay in the VM: no journal of this host lists them; name their repository with `--repo`",
@@ -180,7 +189,14 @@ fn kind_of(error: &anyhow::Error) -> Option<Gone> {
 fn keys_of(name: &str) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for key in hoststate::keys() {
-        let journals = TargetState::open(&key)?.journals()?;
+        let journals = match TargetState::open(&key)?.journals() {
+            // Perhaps another VM's.
+            Err(error) if key != name => {
+                tracing::warn!("{error:#}");
+                continue;
+            }
+            journals => journals?,
+        };
         let called = |journal: &Journal| {
             journal.found().is_some_and(|found| {
                 found.connect.is_some() && (found.target == name || key == name)
@@ -199,14 +215,17 @@ fn recover_off(
     warnings: &mut Vec<String>,
 ) -> Result<Vec<String>> {
     let mut removed = Vec::new();
+    let (mut unread, mut found) = (None, false);
     for key in hoststate::keys() {
         let state = TargetState::open(&key)?;
-        if !state
-            .journals()?
-            .iter()
-            .any(|journal| chosen(&key, journal))
-        {
-            continue;
+        match state.journals() {
+            Ok(journals) if journals.iter().any(|journal| chosen(&key, journal)) => found = true,
+            Ok(_) => continue,
+            // Perhaps another VM's.
+            Err(error) => {
+                unread.get_or_insert(error);
+                continue;
+            }
         }
         let _lock = state.lock_target("forerun recover", LOCK_WAIT)?;
         state.remove_unwritten()?;
@@ -230,6 +249,9 @@ fn recover_off(
             removed.extend(taken.removed);
             warnings.extend(taken.failed_hooks);
         }
+    }
+    if let (Some(error), false) = (unread, found) {
+        return Err(error.into());
     }
     Ok(removed)
 }

@@ -151,7 +151,7 @@ fn one(args: &RepoTargetArgs, asked: &Asked) -> Result<Outcome> {
         words(&session_id),
         words(&parent)
     ));
-    let found = orphans::of(&mut hold.monitor, None)?;
+    let found = orphans::of(&mut hold.monitor, vm.state.directory(), None)?;
     if !found.is_empty() {
         outcome.warnings.push(format!(
             "{} things that no journal lists are in the VM; `forerun recover` takes them back",

@@ -386,6 +386,28 @@ impl Freeze {
         }
     }
 
+    /// What an operator has done since the overlays were made, so that they do not fit any more. On one of the old size the guest's
+    /// writes to what came on top would fail, and what was cut off would come back with the commit; and one names in its header what
+    /// is under it. A scratch is above its disk, and QEMU refuses all this.
+    pub fn unfit(&self, monitor: &mut dyn Monitor) -> Result<Option<String>> {
+        if self.method == Method::Fleece {
+            return Ok(None);
+        }
+        let graph = Graph::read(monitor)?;
+        for disk in &self.disks {
+            let node = graph.node(&disk.node);
+            let size = node.and_then(|node| node.pointer("/image/virtual-size")?.as_u64());
+            if size.is_some_and(|size| size != disk.size) {
+                return Ok(Some(format!("disk `{}` was resized", disk.key)));
+            }
+            let mut names = graph.names();
+            if names.any(|above| graph.backing(above) == Some(disk.node.as_str())) {
+                return Ok(Some(format!("disk `{}` got an overlay", disk.key)));
+            }
+        }
+        Ok(None)
+    }
+
     /// The instant: all disks at once, or nothing. Returns how long the transaction took.
     pub fn transact(&self, monitor: &mut dyn Monitor) -> Result<Duration> {
         let mut actions = Vec::new();

@@ -13,8 +13,13 @@ use super::names::PREFIX;
 use super::release::Leftover;
 use super::{Monitor, Result};
 
-/// Everything under our names, of one repository or of all.
-pub fn of(monitor: &mut dyn Monitor, repository: Option<&str>) -> Result<Vec<Leftover>> {
+/// Everything under our names, of one repository or of all. `directory` is where the sockets of our servers are when QEMU has no
+/// directory of its own.
+pub fn of(
+    monitor: &mut dyn Monitor,
+    directory: &Path,
+    repository: Option<&str>,
+) -> Result<Vec<Leftover>> {
     let prefix = repository.map_or(PREFIX.to_owned(), |short| format!("{PREFIX}{short}-"));
     let ours = |name: &str| name.starts_with(&prefix) && part(name).is_some();
     let mut left = Vec::new();
@@ -56,14 +61,12 @@ pub fn of(monitor: &mut dyn Monitor, repository: Option<&str>) -> Result<Vec<Lef
             left.push(Leftover::FdSet { id });
         }
     }
-    if let Some(place) = monitor.place() {
-        left.extend(files(place, repository));
-    }
+    left.extend(sockets(monitor.place().unwrap_or(directory), repository));
     Ok(left)
 }
 
-/// The sockets of our servers in a domain's own directory.
-fn files(place: &Path, repository: Option<&str>) -> Vec<Leftover> {
+/// The sockets of our servers.
+fn sockets(place: &Path, repository: Option<&str>) -> Vec<Leftover> {
     let entries = std::fs::read_dir(place).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
     let ours = names.filter(|name| {

@@ -365,3 +365,42 @@ fn bitmaps_of_others_are_kept_and_never_trusted() {
     left.sort_unstable_by_key(|name| name.starts_with("forerun"));
     assert_eq!(left, &foreign[..2], "untrack takes this repository's only");
 }
+
+/// The size of the disk `vdb`, as its device sees it.
+fn size(vm: &mut Still) -> u64 {
+    let disks = vm.monitor.execute("query-block", json!({})).unwrap();
+    let mut disks = disks.as_array().unwrap().iter();
+    let vdb = disks.find(|disk| disk["qdev"].as_str().unwrap().contains("vdb"));
+    let size = &vdb.unwrap()["inserted"]["image"]["virtual-size"];
+    size.as_u64().unwrap()
+}
+
+#[test]
+fn a_disk_that_is_resized_while_a_snapshot_is_prepared_keeps_its_new_size() {
+    let mut pair = Pair::new();
+    for now in [24 * MIB, 8 * MIB] {
+        let target = pair.vm().target();
+        let due = jiff::Timestamp::now() + std::time::Duration::from_secs(5);
+        let due = due.to_string();
+        let words = ["run", &target, "--as", "vm", "--at", &due];
+        let mut run = pair
+            .lab
+            .begin(&[&words[..], &["--freeze", "snapshot"]].concat());
+        let vm = pair.vm();
+        until("the freeze is prepared", || {
+            let nodes = vm.monitor.execute("query-named-block-nodes", json!({}));
+            nodes.unwrap().to_string().contains("-s1\"")
+        });
+        let resize = json!({ "node-name": "vdb-node", "size": now });
+        vm.monitor.execute("block_resize", resize).unwrap();
+        while run.is_running() {
+            assert_eq!(size(vm), now, "on an overlay of another size");
+        }
+        let ran = run.end().ended(3).warned("`vdb` was resized");
+        pair.vdb.0.resize(usize::try_from(now).unwrap(), 0);
+        let [vda, vdb] = [&pair.vda, &pair.vdb].map(|model| &*model.0);
+        pair.lab.same(&ran.point(), &[("vda", vda), ("vdb", vdb)]);
+        assert_eq!(size(pair.vm()), now);
+        pair.vm().is_clean();
+    }
+}

@@ -16,6 +16,7 @@ mod choice;
 mod dropped;
 mod foreign;
 mod heal;
+mod journal;
 mod lab;
 mod load;
 mod offline;

@@ -111,10 +111,10 @@ impl Runner {
             // The other targets of a common instant go on at once.
             self.seat = None;
             self.place = None;
-            let nodes = |hold: &Hold| -> Vec<(String, String)> {
+            let nodes = |hold: &Hold| -> Vec<(String, String, u64)> {
                 let disks = hold.disks().iter();
                 disks
-                    .map(|disk| (disk.key.clone(), disk.node.clone()))
+                    .map(|disk| (disk.key.clone(), disk.node.clone(), disk.size))
                     .collect()
             };
             let before = nodes(&hold);
@@ -130,12 +130,13 @@ impl Runner {
                 disk.open = None;
                 disk.unsound = None;
             }
-            // What failed may have failed for a disk that has gone.
+            // What failed may have failed for a disk that has gone, or has another size now.
             if !error.is::<GivenUp>() {
                 if hold.look().is_err() {
                     result = result.map_err(while_going);
                 } else if nodes(&hold) != before {
-                    result = Err(GivenUp(format!("a disk came or went: {error:#}")).into());
+                    let why = format!("a disk came, went or was resized: {error:#}");
+                    result = Err(GivenUp(why).into());
                 }
             }
         }
@@ -224,7 +225,7 @@ impl Runner {
         if self.vm.offline() {
             // A VM that is off has no instant to agree on.
             self.seat = None;
-            self.wait_until_due(Duration::ZERO)?;
+            self.wait_prepared()?;
             self.turn_to_freeze(&mut || Ok(()))?;
             let read = self.read_offline(hold);
             self.place = None;

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::{Cut, GUARD_GRACE, GivenUp, NotQuiesced, millis};
-use crate::backup::ahead::PREPARE;
 use crate::backup::together::Stage;
 use crate::backup::turn::FREEZE_WAIT;
 use crate::backup::{Quiesce, Runner};
@@ -182,10 +181,7 @@ impl Runner {
         agent: Option<Answering>,
         guard: &mut Option<Guard>,
     ) -> Result<(Cut, Instant)> {
-        if self.until_due() > PREPARE {
-            return Err(GivenUp("the host's clock was set back".to_owned()).into());
-        }
-        self.wait_until_due(Duration::ZERO)?;
+        self.wait_prepared()?;
         let time = FREEZE_WAIT + self.until_the_cut();
         self.turn_to_freeze(&mut || guard.as_mut().map_or(Ok(()), |guard| guard.allow(time)))?;
         self.meet(Stage::Prepared)?;
@@ -270,6 +266,9 @@ impl Runner {
 
 /// The transaction; returns how long it took.
 fn transact(hold: &mut Hold, freeze: &Freeze) -> Result<Duration> {
+    if let Some(why) = freeze.unfit(&mut hold.monitor)? {
+        return Err(GivenUp(why).into());
+    }
     match freeze.transact(&mut hold.monitor) {
         Err(crate::qmp::Error::Command { description, .. })
             if description.contains("in use by block job") =>
