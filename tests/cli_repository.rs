@@ -336,3 +336,83 @@ fn nothing_is_left_of_a_restore_whose_server_cannot_be_started() {
         assert!(left.next().is_none(), "{directory}: {words}");
     }
 }
+
+/// The format and the cluster size of an image, as QEMU tells them from its header.
+fn image_info(path: &Path) -> (String, u64) {
+    let mut command = Command::new("qemu-img");
+    let output = command.args(["info", "--output=json"]).arg(path).output();
+    let info: Value = serde_json::from_slice(&output.unwrap().stdout).unwrap();
+    let format = info["format"].as_str().unwrap().to_owned();
+    (format, info["cluster-size"].as_u64().unwrap_or(0))
+}
+
+#[test]
+fn a_disk_is_put_back_in_the_format_that_is_expected_there() {
+    let mut bench = Bench::new(4 * BLOCK);
+    bench.write(0, &disk(4));
+    let repo = bench.path();
+    let mut point = bench.backup();
+    point.id = "00112233aabbccdd".parse().unwrap();
+    point.disks[0].format = "qcow2".to_owned();
+    let header = json!({ "compat": "1.1", "cluster-size": 131_072 });
+    point.machine = json!({ "disks": [{ "key": "vda", "chain": [{ "header": header }] }] });
+    bench.repo.publish(&point).unwrap();
+    let path = |name: &str| repo.with_file_name(name);
+    let restore = |name: &str, more: &[&str]| {
+        let to = format!("vda={}", path(name).display());
+        run(
+            &repo,
+            &[&["restore", "0011", "--disk", &to][..], more].concat(),
+        )
+    };
+    let is_qcow2 = |name: &str| {
+        assert_eq!(image_info(&path(name)), ("qcow2".to_owned(), 131_072));
+        let raw = path("converted");
+        let mut convert = Command::new("qemu-img");
+        convert.args(["convert", "-f", "qcow2", "-O", "raw"]);
+        let status = convert.arg(path(name)).arg(&raw).status();
+        assert!(status.unwrap().success());
+        assert!(std::fs::read(&raw).unwrap() == bench.disk, "{name}");
+    };
+    let is_raw = |name: &str| assert!(std::fs::read(path(name)).unwrap() == bench.disk, "{name}");
+
+    // By the name, and by what is there.
+    assert_eq!(restore("new.qcow2", &[]).0, 0);
+    is_qcow2("new.qcow2");
+    assert_eq!(restore("new.img", &[]).0, 0);
+    is_raw("new.img");
+    let (code, words) = restore("new.qcow2", &["--force"]);
+    assert_eq!(code, 0, "{words}");
+    is_qcow2("new.qcow2");
+    std::fs::rename(path("new.qcow2"), path("web")).unwrap();
+    assert_eq!(restore("web", &["--force"]).0, 0);
+    is_qcow2("web");
+    assert_eq!(restore("new.img", &["--force"]).0, 0);
+    is_raw("new.img");
+    std::fs::write(path("empty.img"), []).unwrap();
+    let (code, words) = restore("empty.img", &["--force", "--format", "qcow2"]);
+    assert_eq!(code, 0, "{words}");
+
+    // Another format than the image had is said, and taken.
+    let (code, words) = restore("web", &["--force", "--format", "raw"]);
+    assert_eq!(code, 3, "{words}");
+    assert!(
+        words.contains("was a qcow2 image and is raw now"),
+        "{words}"
+    );
+    is_raw("web");
+    let (code, words) = restore("web", &["--force", "--format", "qcow2"]);
+    assert_eq!(code, 3, "{words}");
+    assert!(
+        words.contains("was a raw image and is qcow2 now"),
+        "{words}"
+    );
+    is_qcow2("web");
+    let (code, words) = restore("web", &["--format", "raw"]);
+    assert_eq!(code, 1, "{words}");
+    is_qcow2("web");
+
+    let (_, report) = run_json(&repo, &["restore", "0011", "--output", "out"]);
+    assert_eq!(report["restored"][0]["format"], "raw");
+    is_raw("out/vda.raw");
+}
