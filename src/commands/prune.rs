@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::secret;
+use super::{counted, secret};
 use crate::cli::PruneArgs;
 use crate::exit::Kind;
 use crate::image::{Packs, PruneOptions, PruneReport};
@@ -37,8 +37,8 @@ fn outcome(report: &PruneReport, dry_run: bool) -> Outcome {
     let mut line = |packs: Packs, what: &str| {
         if packs.packs > 0 {
             outcome.line(format!(
-                "{} packs, {}: {what}",
-                packs.packs,
+                "{}, {}: {what}",
+                counted(packs.packs, "pack"),
                 Bytes(packs.bytes)
             ));
         }
@@ -47,8 +47,13 @@ fn outcome(report: &PruneReport, dry_run: bool) -> Outcome {
     line(
         report.repacked,
         &format!(
-            "of these, with live blocks that {would}copied: {}",
-            Bytes(report.rewritten_bytes)
+            "among these, mostly dead; their live blocks, {}, {} new packs",
+            Bytes(report.rewritten_bytes),
+            if dry_run {
+                "would be copied to"
+            } else {
+                "are in"
+            }
         ),
     );
     line(
@@ -76,14 +81,14 @@ fn outcome(report: &PruneReport, dry_run: bool) -> Outcome {
     }
     let freed = report.freed_bytes();
     outcome.line(format!(
-        "{} {} of {} packs",
+        "{} {} of {}",
         Bytes(freed.unsigned_abs()),
         match (freed < 0, dry_run) {
             (true, _) => "more are taken",
             (false, true) => "would be free",
             (false, false) => "are free now",
         },
-        report.packs
+        counted(report.packs, "pack")
     ));
     if report.no_room {
         outcome.warnings.push(
