@@ -40,7 +40,7 @@ pub struct Cli {
     #[arg(long, global = true)]
     pub json: bool,
 
-    /// Only errors.
+    /// Only warnings and errors.
     #[arg(short, long, global = true)]
     pub quiet: bool,
 

@@ -98,7 +98,8 @@ pub fn finish(command: &str, style: Style, result: Result<Outcome, anyhow::Error
             out(line);
         }
     }
-    if !style.quiet {
+    // Cron mails what is printed, not how it ended; of a document that is asked for quietly they are a part.
+    if !(style.quiet && style.json) {
         for warning in &outcome.warnings {
             words(&format!("warning: {warning}"));
         }
@@ -131,6 +132,13 @@ fn print_json(command: &str, outcome: &Outcome, failed: &[Failed]) {
 pub fn at_once(style: Style, line: &str) {
     if !style.json && !style.quiet {
         out(line);
+    }
+}
+
+/// A line about a run that goes on, for who started it by hand.
+pub fn meanwhile(style: Style, line: &str) {
+    if !style.json && !style.quiet {
+        words(line);
     }
 }
 

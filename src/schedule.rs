@@ -2,6 +2,7 @@
 
 use jiff::civil::{DateTime, Time};
 use jiff::{Timestamp, ToSpan, ZonedDateTime};
+use std::fmt;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -27,6 +28,22 @@ impl Due {
     pub fn deadline(self) -> Deadline {
         let left = self.due.duration_since(clock::utc_now());
         Deadline::after(Duration::try_from(left).unwrap_or(Duration::ZERO))
+    }
+}
+
+impl fmt::Display for Due {
+    /// In the host's zone, and how long that is from now.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let zone = clock::local_now().time_zone().clone();
+        let local = zone.to_datetime(self.due).strftime("%Y-%m-%d %H:%M:%S");
+        if self.late {
+            return write!(f, "was due at {local}: begins now, late");
+        }
+        let minutes = self.deadline().left().as_secs().div_ceil(60);
+        match (minutes / 60, minutes % 60) {
+            (0, minutes) => write!(f, "due at {local}, in {minutes} min"),
+            (hours, minutes) => write!(f, "due at {local}, in {hours} h {minutes} min"),
+        }
     }
 }
 

@@ -201,9 +201,16 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         .ok_or_else(bad)
 }
 
-/// Reads a rate as people write it: a size, with or without `/s`.
+/// Reads a rate as people write it: a size with a unit, with or without `/s`.
 pub fn parse_rate(text: &str) -> Result<u64, String> {
-    match parse_size(text.trim().strip_suffix("/s").unwrap_or(text))? {
+    let size = text.trim().trim_end_matches("/s");
+    // Mebibytes to one who writes 100.
+    if size != "0" && size.ends_with(|last: char| last.is_ascii_digit()) {
+        return Err(format!(
+            "`{text}` of what? say {size}MiB/s, {size}KiB/s or {size}B/s"
+        ));
+    }
+    match parse_size(size)? {
         0 => Err("with a rate of 0 nothing would ever be read".to_owned()),
         rate => Ok(rate),
     }
@@ -272,6 +279,10 @@ mod tests {
         assert_eq!(Bytes(3 << 29).to_string(), "1.5 GiB");
         assert_eq!(parse_rate("100MiB/s"), Ok(100 << 20));
         assert!(parse_rate("0").is_err() && parse_rate("0.0MiB/s").is_err());
+        assert_eq!(parse_rate("8388608B/s"), Ok(8 << 20));
+        for text in ["100", "100/s", "1.5"] {
+            assert!(parse_rate(text).unwrap_err().contains("MiB/s"), "{text}");
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::load::config::Config;
 use crate::plan::Limits;
 use crate::progress::Progress;
 use crate::qmp::freeze::Method;
-use crate::report::{Bar, Outcome, Style};
+use crate::report::{self, Bar, Outcome, Style};
 use crate::schedule::{self, Due};
 use crate::units::Bytes;
 use crate::vm::Vm;
@@ -280,6 +280,7 @@ pub(super) fn begin_backup_in(
 /// `run`.
 pub(super) fn run(args: &RepoTargetArgs, how: &How, at: Due) -> Result<Outcome> {
     let mut begun = begin_backup(args, how, "run")?;
+    report::meanwhile(how.style, &at.to_string());
     let bar = Bar::show(Arc::clone(&begun.progress), how.style);
     let point = ahead_and_backup(&mut begun, Some(at));
     drop(bar);

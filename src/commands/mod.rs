@@ -44,8 +44,8 @@ pub fn main() -> ExitCode {
         quiet: cli.quiet,
     };
     let level = match (cli.quiet, cli.verbose) {
-        (true, _) => "error",
-        (_, 0) => "warn",
+        (true, _) if cli.json => "error",
+        (true, _) | (_, 0) => "warn",
         (_, 1) => "info",
         _ => "debug",
     };

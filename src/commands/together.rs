@@ -12,8 +12,9 @@ use super::secret;
 use crate::backup::{self, Seat};
 use crate::cli::{RepoTargetArgs, TargetArgs};
 use crate::clock;
+use crate::exit::{Kind, classify};
 use crate::image::Repository;
-use crate::report::Outcome;
+use crate::report::{self, Outcome};
 use crate::schedule::Due;
 
 /// Between two tries to begin, of a target that cannot be begun with before its backup is due.
@@ -37,6 +38,7 @@ pub(super) fn run(
 ) -> Result<Outcome> {
     let parts = parts(args, targets)?;
     let repo = secret::open(&args.repo)?;
+    report::meanwhile(how.style, &at.to_string());
     Ok(in_threads(parts, how, &repo, "run", Some(at)))
 }
 
@@ -134,6 +136,7 @@ fn in_threads(
 /// Begins the run of a target. What keeps it from that now may be over before its backup is due.
 fn begin(part: Part, how: &How, repo: &Repository, doing: &str, at: Option<Due>) -> Result<Begun> {
     let due = at.map(Due::deadline);
+    let mut trouble = String::new();
     loop {
         let begun = begin_backup_in(repo.clone(), &part.args, how, doing);
         let error = match begun {
@@ -145,10 +148,16 @@ fn begin(part: Part, how: &How, repo: &Repository, doing: &str, at: Option<Due>)
             }
             Err(error) => error,
         };
-        let Some(due) = due.filter(|due| !due.passed()) else {
+        // What was asked for wrongly does not come right by itself.
+        let wrong = classify(&error).0 == Kind::Usage;
+        let Some(due) = due.filter(|due| !wrong && !due.passed()) else {
             return Err(error);
         };
-        tracing::warn!("{}: {error:#}; trying again", part.name);
+        let words = format!("{error:#}");
+        if words != trouble {
+            tracing::warn!("{}: {words}; trying again", part.name);
+            trouble = words;
+        }
         let again = due.at_most(AGAIN);
         while !again.passed() {
             if how.interrupted.load(Ordering::Relaxed) {

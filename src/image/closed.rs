@@ -24,10 +24,12 @@ pub struct Closed {
 impl Closed {
     /// Finds the repository in a directory.
     pub fn at(path: &Path) -> Result<Self> {
-        if !path.join(CONFIG).exists() {
-            return Err(Error::NoRepository {
-                path: path.display().to_string(),
-            });
+        let shown = || path.display().to_string();
+        match path.join(CONFIG).try_exists() {
+            Ok(true) => {}
+            Ok(false) => return Err(Error::NoRepository { path: shown() }),
+            // Nobody knows whether it is there.
+            Err(error) => return Err(Error::io("look into", shown(), error)),
         }
         Self::in_store(Arc::new(DirStore::open(path)?))
     }

@@ -95,7 +95,7 @@ fn all_together_are_no_faster_than_the_rate_of_the_host() {
     let lab = Lab::new();
     let mut vms = vms(&lab, 4, SIZE);
     let begun = Instant::now();
-    let rate = RATE.to_string();
+    let rate = format!("{RATE}B/s");
     let host = ["--host-rate", &*rate, "--host-passes", "4"];
     let runs = vms.iter().map(|vm| begin(&lab, vm, "", &host)).collect();
     // What QEMU has read by the measure of its own requests.

@@ -74,6 +74,11 @@ impl DirStore {
         let made = match DirBuilder::new().mode(0o700).create(root) {
             Ok(()) => true,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(Error::NotFound {
+                    object: format!("the directory that {shown} is to be made in"),
+                });
+            }
             Err(error) => return Err(Error::io("make", shown, error)),
         };
         if made {
