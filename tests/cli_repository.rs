@@ -307,7 +307,7 @@ fn times_are_shown_as_they_are_read() {
 
     bench.write(0, &disk(2));
     let mut point = bench.backup();
-    bench.write(BLOCK, &[7; BLOCK]);
+    bench.write(BLOCK, &disk(1));
     let mut other = bench.backup();
     let selection = Selection::Points {
         points: [point.id, other.id].into(),

@@ -109,7 +109,7 @@ impl Repository {
         match text.rsplit_once('@') {
             None => self.resolve_prefix(text),
             Some((target, "latest")) => self.resolve_time(target, None, text),
-            Some((target, time)) => self.resolve_time(target, Some(parse_time(time)?), text),
+            Some((target, time)) => self.resolve_time(target, Some(&parse_time(time)?), text),
         }
     }
 
@@ -145,7 +145,7 @@ impl Repository {
         }
     }
 
-    fn resolve_time(&self, target: &str, time: Option<Asked>, text: &str) -> Result<Manifest> {
+    fn resolve_time(&self, target: &str, time: Option<&Asked>, text: &str) -> Result<Manifest> {
         let Points { points, damaged } = self.points()?;
         // It could be the one that is asked for; an older one in its place would be a wrong answer.
         if let Some(error) = damaged.into_iter().next() {
@@ -172,7 +172,7 @@ impl Repository {
                 first.target.key, other.target.key
             )));
         }
-        let more = match (&time, matching.first()) {
+        let more = match (time, matching.first()) {
             (_, None) => format!(": `{target}` has no point"),
             (Some(time), Some(first)) => format!(
                 ": `{target}` has none until {}, the first is of {}",
@@ -181,7 +181,7 @@ impl Repository {
             ),
             (None, Some(_)) => String::new(),
         };
-        matching.retain(|point| time.as_ref().is_none_or(|time| point.instant <= time.last));
+        matching.retain(|point| time.is_none_or(|time| point.instant <= time.last));
         matching.pop().ok_or_else(|| Error::NoPoint {
             name: text.to_owned(),
             more,
