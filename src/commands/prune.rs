@@ -106,3 +106,30 @@ fn outcome(report: &PruneReport, dry_run: bool) -> Outcome {
     outcome.more.insert("prune".to_owned(), document);
     outcome
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_copied_out_of_packs_is_told_in_words() {
+        let packs = |packs, bytes| Packs { packs, bytes };
+        let report = PruneReport {
+            packs: 40,
+            deleted: packs(38, 9 << 20),
+            repacked: packs(1, 4 << 20),
+            rewritten_bytes: 1 << 20,
+            ..PruneReport::default()
+        };
+        assert_eq!(
+            outcome(&report, true).lines,
+            [
+                "38 packs, 9 MiB: would be deleted",
+                "1 pack, 4 MiB: among these, mostly dead; their live blocks, 1 MiB, would be copied to new packs",
+                "8 MiB would be free of 40 packs",
+            ]
+        );
+        let done = outcome(&report, false).lines;
+        assert!(done[1].ends_with("1 MiB, are in new packs"), "{}", done[1]);
+    }
+}
