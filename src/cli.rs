@@ -638,7 +638,7 @@ fn explained(mut error: clap::Error) -> clap::Error {
 impl TargetArgs {
     /// The one target that was named.
     pub fn named(&self) -> anyhow::Result<&Target> {
-        let hint = "name a domain, qmp:SOCKET or disk:PATH; `--all` is for precopy, backup, run, status and inspect";
+        let hint = "name a domain, qmp:SOCKET or disk:PATH; `--all` is for precopy, backup, run, status, inspect, load and audit";
         let nothing = || Failure::hinted(Kind::Usage, "no target is named", hint);
         self.target.as_ref().ok_or_else(nothing)
     }

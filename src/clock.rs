@@ -34,6 +34,26 @@ pub fn local_now() -> ZonedDateTime {
     ZonedDateTime::now()
 }
 
+/// A time as people read it: in the host's zone, to the second, with the offset. A point can be named by it.
+#[must_use]
+pub fn local(time: Timestamp) -> String {
+    let zone = local_now().time_zone().clone();
+    time.to_zoned_datetime(zone)
+        .strftime("%Y-%m-%d %H:%M:%S%:z")
+        .to_string()
+}
+
+/// The host's zone in words.
+#[must_use]
+pub fn local_zone() -> String {
+    let now = local_now();
+    let name = now
+        .time_zone()
+        .iana_name()
+        .filter(|name| *name != "Etc/Unknown");
+    name.map_or_else(|| now.strftime("UTC%:z").to_string(), str::to_owned)
+}
+
 /// Sleeps; callers that must stay interruptible wait on a channel or descriptor with a timeout instead.
 pub fn sleep(duration: Duration) {
     std::thread::sleep(duration);

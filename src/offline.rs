@@ -208,7 +208,7 @@ fn refused(images: &[Image], child: &mut Child) -> anyhow::Error {
 }
 
 /// The format of an image: `qcow2` by its magic (QEMU docs/interop/qcow2, "Header"), else `raw`.
-fn image_format(path: &Path) -> Result<&'static str> {
+pub(crate) fn image_format(path: &Path) -> Result<&'static str> {
     use std::io::Read;
     let mut magic = [0; 4];
     let mut file =

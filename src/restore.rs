@@ -135,9 +135,10 @@ fn check_device(task: &Task) -> Result<()> {
     use std::io::{Seek, SeekFrom};
     let shown = task.path.display();
     if task.qcow2 {
-        return Err(Failure::plain(
+        return Err(Failure::hinted(
             Kind::Usage,
             format!("{shown} is a device: restore it as raw"),
+            "add `--format raw`; a VM that has the device as qcow2 must then be told so",
         ));
     }
     let mut device = open_device(&task.path)?;

@@ -167,6 +167,20 @@ impl Choice {
             if !known {
                 let keys: Vec<&str> = machine.disks.iter().map(|disk| disk.key.as_str()).collect();
                 let message = format!("the VM has no disk `{name}`");
+                let is_disk = |name: &str| machine.disks.iter().any(|disk| disk.key == name);
+                if name.contains(',') && name.split(',').any(|part| is_disk(part.trim())) {
+                    let option = if self.include.contains(name) {
+                        "--include"
+                    } else {
+                        "--exclude"
+                    };
+                    let each = name
+                        .split(',')
+                        .map(|part| format!("{option} {}", part.trim()));
+                    let each: Vec<String> = each.collect();
+                    let hint = format!("repeat the option: `{}`", each.join(" "));
+                    return Err(Failure::hinted(Kind::Usage, message, hint));
+                }
                 return Err(Failure::hinted(
                     Kind::Usage,
                     message,

@@ -12,7 +12,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use forerun::image::Session;
+use forerun::image::{Selection, Session};
 use image_common::{BLOCK, Bench, backup_of, id_of, key_file};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -249,6 +249,7 @@ fn errors_name_what_is_missing_and_the_way_out() {
         (&["restore"][..], "the beginning of a point's id"),
         (&["restore", &point], "or `--disk DISK=PATH` for one"),
         (&["copy", "--to", "x"], "or `--all`"),
+        (&["changed"], "run, status, inspect, load and audit"),
         (&["copy", "--all"], "the second repository, to copy to"),
     ] {
         let (code, words) = run(&repo, arguments);
@@ -293,6 +294,77 @@ fn a_point_is_shown_in_words() {
 }
 
 #[test]
+fn times_are_shown_as_they_are_read() {
+    let mut bench = Bench::new(2 * BLOCK);
+    let repo = bench.path();
+    let berlin = |arguments: &[&str]| {
+        let mut command = command(&repo, arguments);
+        told(&command.env("TZ", "Europe/Berlin").output().unwrap())
+    };
+    let (code, words) = berlin(&["list"]);
+    assert_eq!(code, 0, "{words}");
+    assert!(words.contains("holds no points"), "{words}");
+
+    bench.write(0, &disk(2));
+    let mut point = bench.backup();
+    bench.write(BLOCK, &disk(1));
+    let mut other = bench.backup();
+    let selection = Selection::Points {
+        points: [point.id, other.id].into(),
+        allow_last: true,
+    };
+    bench.repo.forget(&selection).unwrap();
+    point.instant = "2026-11-26T20:57:11.586605269Z".parse().unwrap();
+    point.id = "00112233aabbccdd".parse().unwrap();
+    bench.repo.publish(&point).unwrap();
+    other.instant = "2026-11-26T21:57:11Z".parse().unwrap();
+    other.id = "1122334455667788".parse().unwrap();
+    other.target.key = "other".to_owned();
+    other.target.spellings = vec!["other-one".to_owned()];
+    bench.repo.publish(&other).unwrap();
+    let (_, words) = berlin(&["list"]);
+    let expected = [
+        "00112233aabbccdd  2026-11-26 21:57:11+01:00  web        128 KiB on vda  crash-consistent",
+        "1122334455667788  2026-11-26 22:57:11+01:00  other-one  128 KiB on vda  crash-consistent",
+    ];
+    assert_eq!(words.lines().collect::<Vec<_>>(), expected);
+    let (_, report) = run_json(&repo, &["list"]);
+    assert_eq!(
+        report["points"][0]["instant"],
+        "2026-11-26T20:57:11.586605269Z"
+    );
+    let (_, words) = berlin(&["show", "0011"]);
+    let instant = "instant 2026-11-26 21:57:11+01:00 (2026-11-26T20:57:11.586605269Z)";
+    assert!(words.contains(instant), "{words}");
+
+    // What was shown names the point, and so does the local time without the offset.
+    for time in [
+        "2026-11-26 21:57:11+01:00",
+        "2026-11-26T21:57:11",
+        "2026-11-26T21:58",
+    ] {
+        let (code, words) = berlin(&["show", &format!("web@{time}")]);
+        assert_eq!(code, 0, "{words}");
+        assert!(words.contains("point 00112233aabbccdd"), "{words}");
+    }
+    let (code, words) = berlin(&["show", "web@2026-11-26T20:58"]);
+    assert_eq!(code, 1, "{words}");
+    let read = "none until 2026-11-26 20:58:00+01:00, read as local time (Europe/Berlin)";
+    assert!(words.contains(read), "{words}");
+    let (code, words) = berlin(&["show", "web@2026-11-26T20:57:10Z"]);
+    assert_eq!(code, 1, "{words}");
+    let read = "none until 2026-11-26 21:57:10+01:00, as its offset says, the first is of 2026-11-26 21:57:11";
+    assert!(words.contains(read), "{words}");
+
+    let (code, words) = berlin(&["restore", "web", "--output", "out"]);
+    assert_eq!(code, 1, "{words}");
+    assert!(words.contains("newest point is `web@latest`"), "{words}");
+    let (code, words) = berlin(&["diff", "0011", "1122"]);
+    assert_eq!(code, 0, "{words}");
+    assert!(words.contains("vda: 64 KiB in 1 extent\n"), "{words}");
+}
+
+#[test]
 fn an_encrypted_repository_refuses_a_new_id_before_its_sessions_go() {
     let bench = Bench::encrypted(0);
     let repo = bench.path();
@@ -334,5 +406,99 @@ fn nothing_is_left_of_a_restore_whose_server_cannot_be_started() {
     for directory in ["tmp", "out"] {
         let mut left = std::fs::read_dir(beside(directory)).unwrap();
         assert!(left.next().is_none(), "{directory}: {words}");
+    }
+}
+
+/// The format and the cluster size of an image, as QEMU tells them from its header.
+fn image_info(path: &Path) -> (String, u64) {
+    let mut command = Command::new("qemu-img");
+    let output = command.args(["info", "--output=json"]).arg(path).output();
+    let info: Value = serde_json::from_slice(&output.unwrap().stdout).unwrap();
+    let format = info["format"].as_str().unwrap().to_owned();
+    (format, info["cluster-size"].as_u64().unwrap_or(0))
+}
+
+#[test]
+fn a_disk_is_put_back_in_the_format_that_is_expected_there() {
+    let mut bench = Bench::new(4 * BLOCK);
+    bench.write(0, &disk(4));
+    let repo = bench.path();
+    let mut point = bench.backup();
+    point.id = "00112233aabbccdd".parse().unwrap();
+    point.disks[0].format = "qcow2".to_owned();
+    let header = json!({ "compat": "1.1", "cluster-size": 131_072 });
+    point.machine = json!({ "disks": [{ "key": "vda", "chain": [{ "header": header }] }] });
+    bench.repo.publish(&point).unwrap();
+    let path = |name: &str| repo.with_file_name(name);
+    let restore = |name: &str, more: &[&str]| {
+        let to = format!("vda={}", path(name).display());
+        run(
+            &repo,
+            &[&["restore", "0011", "--disk", &to][..], more].concat(),
+        )
+    };
+    let is_qcow2 = |name: &str| {
+        assert_eq!(image_info(&path(name)), ("qcow2".to_owned(), 131_072));
+        let raw = path("converted");
+        let mut convert = Command::new("qemu-img");
+        convert.args(["convert", "-f", "qcow2", "-O", "raw"]);
+        let status = convert.arg(path(name)).arg(&raw).status();
+        assert!(status.unwrap().success());
+        assert!(std::fs::read(&raw).unwrap() == bench.disk, "{name}");
+    };
+    let is_raw = |name: &str| assert!(std::fs::read(path(name)).unwrap() == bench.disk, "{name}");
+
+    // By the name, and by what is there.
+    assert_eq!(restore("new.qcow2", &[]).0, 0);
+    is_qcow2("new.qcow2");
+    assert_eq!(restore("new.img", &[]).0, 0);
+    is_raw("new.img");
+    let (code, words) = restore("new.qcow2", &["--force"]);
+    assert_eq!(code, 0, "{words}");
+    is_qcow2("new.qcow2");
+    std::fs::rename(path("new.qcow2"), path("web")).unwrap();
+    assert_eq!(restore("web", &["--force"]).0, 0);
+    is_qcow2("web");
+    assert_eq!(restore("new.img", &["--force"]).0, 0);
+    is_raw("new.img");
+    std::fs::write(path("empty.img"), []).unwrap();
+    let (code, words) = restore("empty.img", &["--force", "--format", "qcow2"]);
+    assert_eq!(code, 0, "{words}");
+
+    // Another format than the image had is said, and taken.
+    let (code, words) = restore("web", &["--force", "--format", "raw"]);
+    assert_eq!(code, 3, "{words}");
+    assert!(
+        words.contains("was a qcow2 image and is raw now"),
+        "{words}"
+    );
+    is_raw("web");
+    let (code, words) = restore("web", &["--force", "--format", "qcow2"]);
+    assert_eq!(code, 3, "{words}");
+    assert!(
+        words.contains("was a raw image and is qcow2 now"),
+        "{words}"
+    );
+    is_qcow2("web");
+    let (code, words) = restore("web", &["--format", "raw"]);
+    assert_eq!(code, 1, "{words}");
+    is_qcow2("web");
+
+    let (_, report) = run_json(&repo, &["restore", "0011", "--output", "out"]);
+    assert_eq!(report["restored"][0]["format"], "raw");
+    is_raw("out/vda.raw");
+}
+
+#[test]
+fn disks_with_commas_between_are_told_apart() {
+    let bench = Bench::new(BLOCK);
+    let repo = bench.path();
+    std::fs::write(repo.with_file_name("vda.raw"), disk(1)).unwrap();
+    let backup = |option: &str| run(&repo, &["backup", "disk:vda.raw", option, "vda,vdb"]);
+    for option in ["--include", "--exclude"] {
+        let (code, words) = backup(option);
+        assert_eq!(code, 2, "{words}");
+        let way_out = format!("repeat the option: `{option} vda {option} vdb`");
+        assert!(words.contains(&way_out), "{words}");
     }
 }

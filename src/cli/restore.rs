@@ -23,7 +23,8 @@ pub struct RestoreArgs {
     /// One disk to this file or device: `vda=/path`. May be repeated.
     #[arg(long)]
     pub disk: Vec<String>,
-    /// The image format; by default raw, with `--define` the one that the disk had.
+    /// The image format. By default, qcow2 for a `--disk` whose file is a qcow2 image or is called `.qcow2`, else raw; with
+    /// `--define` the one that the disk had.
     #[arg(long, value_enum)]
     pub format: Option<Format>,
     /// Overwrite what is there.

@@ -10,6 +10,7 @@ use super::forget::keys;
 use super::repository::name_of;
 use super::secret;
 use crate::cli::{RepoArgs, ToArgs};
+use crate::clock;
 use crate::exit::{Kind, classify};
 use crate::image::{Error, Manifest, Repository};
 use crate::progress::Progress;
@@ -53,7 +54,12 @@ pub(super) fn copy(
     let (mut copied, mut skipped) = (Vec::new(), Vec::new());
     let bar = Bar::show(Arc::clone(&progress), style);
     for point in &chosen {
-        let name = format!("{}  {}  {}", point.id, point.instant, name_of(point));
+        let name = format!(
+            "{}  {}  {}",
+            point.id,
+            clock::local(point.instant),
+            name_of(point)
+        );
         match replication.copy(point.id) {
             Ok(Copied::Skipped) => {
                 skipped.push(point.id);

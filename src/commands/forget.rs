@@ -7,7 +7,7 @@ use jiff::tz::TimeZone;
 use serde_json::{Value, json};
 
 use super::repository::name_of;
-use super::secret;
+use super::{counted, secret};
 use crate::cli::{ForgetArgs, KeepArgs, RepoArgs};
 use crate::clock;
 use crate::exit::{Failure, Kind};
@@ -152,7 +152,7 @@ fn report(plan: ForgetPlan, dry_run: bool) -> Outcome {
         }
         lines.sort_by_key(|(point, _)| (point.instant, point.id));
         for (point, what) in lines {
-            let line = format!("  {}  {}  {what}", point.id, point.instant);
+            let line = format!("  {}  {}  {what}", point.id, clock::local(point.instant));
             outcome.line(line.trim_end());
         }
         count += target.forgotten.len();
@@ -172,9 +172,9 @@ fn report(plan: ForgetPlan, dry_run: bool) -> Outcome {
     for point in &plan.damaged {
         outcome.line(format!("{point}  damaged  forget"));
     }
-    let points = if count == 1 { "point" } else { "points" };
+    let points = counted(count as u64, "point");
     outcome.line(format!(
-        "{gone} {count} {points}; their space comes back with `forerun prune`"
+        "{gone} {points}; their space comes back with `forerun prune`"
     ));
     outcome.warnings = plan.warnings;
     outcome.more.insert(
@@ -204,7 +204,7 @@ pub(super) fn pin(repo: &RepoArgs, point: &str, reason: Option<String>) -> Resul
     outcome.line(format!(
         "pinned {} of {} of {}",
         point.id,
-        point.instant,
+        clock::local(point.instant),
         name_of(&point)
     ));
     outcome.more.insert("point".to_owned(), json!(point.id));

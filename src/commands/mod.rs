@@ -239,6 +239,12 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
     }
 }
 
+/// So many of something, in words.
+fn counted(count: u64, one: &str) -> String {
+    let ending = if count == 1 { "" } else { "s" };
+    format!("{count} {one}{ending}")
+}
+
 /// Finds a VM. What goes to an encrypted repository is never stored as plain text.
 fn find(args: &TargetArgs, encrypted: bool) -> Result<Vm> {
     let choice = Choice {

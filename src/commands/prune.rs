@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::secret;
+use super::{counted, secret};
 use crate::cli::PruneArgs;
 use crate::exit::Kind;
 use crate::image::{Packs, PruneOptions, PruneReport};
@@ -37,8 +37,8 @@ fn outcome(report: &PruneReport, dry_run: bool) -> Outcome {
     let mut line = |packs: Packs, what: &str| {
         if packs.packs > 0 {
             outcome.line(format!(
-                "{} packs, {}: {what}",
-                packs.packs,
+                "{}, {}: {what}",
+                counted(packs.packs, "pack"),
                 Bytes(packs.bytes)
             ));
         }
@@ -47,8 +47,13 @@ fn outcome(report: &PruneReport, dry_run: bool) -> Outcome {
     line(
         report.repacked,
         &format!(
-            "of these, with live blocks that {would}copied: {}",
-            Bytes(report.rewritten_bytes)
+            "among these, mostly dead; their live blocks, {}, {} new packs",
+            Bytes(report.rewritten_bytes),
+            if dry_run {
+                "would be copied to"
+            } else {
+                "are in"
+            }
         ),
     );
     line(
@@ -76,14 +81,14 @@ fn outcome(report: &PruneReport, dry_run: bool) -> Outcome {
     }
     let freed = report.freed_bytes();
     outcome.line(format!(
-        "{} {} of {} packs",
+        "{} {} of {}",
         Bytes(freed.unsigned_abs()),
         match (freed < 0, dry_run) {
             (true, _) => "more are taken",
             (false, true) => "would be free",
             (false, false) => "are free now",
         },
-        report.packs
+        counted(report.packs, "pack")
     ));
     if report.no_room {
         outcome.warnings.push(
@@ -100,4 +105,31 @@ fn outcome(report: &PruneReport, dry_run: bool) -> Outcome {
     document["freed_bytes"] = json!(freed);
     outcome.more.insert("prune".to_owned(), document);
     outcome
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_copied_out_of_packs_is_told_in_words() {
+        let packs = |packs, bytes| Packs { packs, bytes };
+        let report = PruneReport {
+            packs: 40,
+            deleted: packs(38, 9 << 20),
+            repacked: packs(1, 4 << 20),
+            rewritten_bytes: 1 << 20,
+            ..PruneReport::default()
+        };
+        assert_eq!(
+            outcome(&report, true).lines,
+            [
+                "38 packs, 9 MiB: would be deleted",
+                "1 pack, 4 MiB: among these, mostly dead; their live blocks, 1 MiB, would be copied to new packs",
+                "8 MiB would be free of 40 packs",
+            ]
+        );
+        let done = outcome(&report, false).lines;
+        assert!(done[1].ends_with("1 MiB, are in new packs"), "{}", done[1]);
+    }
 }

@@ -3,8 +3,9 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::secret;
+use super::{counted, secret};
 use crate::cli::{InitArgs, RepoArgs};
+use crate::clock;
 use crate::exit::{Failure, Kind};
 use crate::image::{self, InitOptions, Manifest, Pins, PointId, Repository};
 use crate::report::Outcome;
@@ -53,27 +54,31 @@ pub(super) fn list(args: &RepoArgs, target: Option<&str>) -> Result<Outcome> {
     let points = repo.points()?;
     let pins = repo.pins()?;
     let mut outcome = Outcome::default();
-    let mut listed = Vec::new();
+    let (mut listed, mut rows) = (Vec::new(), Vec::new());
     for point in &points.points {
         if target.is_some_and(|target| !point.target.is_called(target)) {
             continue;
         }
         let size: u64 = point.guest_disks().map(|disk| disk.size).sum();
-        outcome.line(format!(
-            "{}  {}  {}  {} on {}  {}{}",
-            point.id,
-            point.instant,
-            name_of(point),
-            Bytes(size),
-            point
-                .guest_disks()
-                .map(|disk| disk.key.as_str())
-                .collect::<Vec<_>>()
-                .join(", "),
+        let disks: Vec<&str> = point.guest_disks().map(|disk| disk.key.as_str()).collect();
+        rows.push([
+            point.id.to_string(),
+            clock::local(point.instant),
+            name_of(point).to_owned(),
+            format!("{} on {}", Bytes(size), disks.join(", ")),
             quiesce(point),
-            pinned_words(&pins, point.id)
-        ));
+            pinned_words(&pins, point.id).trim_start().to_owned(),
+        ]);
         listed.push(summary(point, &pins));
+    }
+    for line in aligned(&rows) {
+        outcome.line(line);
+    }
+    if points.points.is_empty() && points.damaged.is_empty() && target.is_none() {
+        outcome.line(format!(
+            "the repository {} holds no points",
+            args.repo.display()
+        ));
     }
     let unread = pins
         .damaged
@@ -96,6 +101,23 @@ pub(super) fn list(args: &RepoArgs, target: Option<&str>) -> Result<Outcome> {
         .more
         .insert("points".to_owned(), Value::from(listed));
     Ok(outcome)
+}
+
+/// The rows as lines, each column as wide as its longest cell.
+fn aligned<const N: usize>(rows: &[[String; N]]) -> Vec<String> {
+    let wide = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: [usize; N] = std::array::from_fn(wide);
+    let line = |row: &[String; N]| {
+        let cells = row.iter().zip(widths);
+        let cells: Vec<String> = cells
+            .map(|(cell, width)| format!("{cell:width$}"))
+            .collect();
+        cells.join("  ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect()
 }
 
 fn pinned_words(pins: &Pins, point: PointId) -> String {
@@ -151,7 +173,11 @@ pub(super) fn show(args: &RepoArgs, point: &str) -> Result<Outcome> {
         point.target.key,
         point.target.spellings.join(", ")
     ));
-    outcome.line(format!("  instant {}", point.instant));
+    outcome.line(format!(
+        "  instant {} ({})",
+        clock::local(point.instant),
+        point.instant
+    ));
     outcome.line(format!("  {} by {}", quiesce(&point), point.freeze));
     for disk in point.guest_disks() {
         outcome.line(format!(
@@ -261,10 +287,10 @@ pub(super) fn diff(args: &RepoArgs, a: &str, b: &str) -> Result<Outcome> {
             extents.push(extent);
         }
         outcome.line(format!(
-            "{}: {} in {} extents",
+            "{}: {} in {}",
             disk.key,
             Bytes(bytes),
-            extents.len()
+            counted(extents.len() as u64, "extent")
         ));
         disks.push(json!({ "disk": disk.key, "bytes": bytes, "extents": extents }));
     }

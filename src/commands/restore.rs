@@ -1,6 +1,7 @@
 //! `restore`.
 
-use std::path::{Component, Path};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,6 +12,7 @@ use super::{define, secret};
 use crate::cli::{Format, RestoreArgs};
 use crate::exit::{Failure, Kind};
 use crate::image::{DiskPoint, Manifest};
+use crate::offline::image_format;
 use crate::progress::Progress;
 use crate::report::{Bar, Outcome, Style};
 use crate::restore::{self, Task, Watch};
@@ -63,6 +65,7 @@ pub(super) fn restore(
         let shown = file.map_or(&task.disk.key, |file| &file.name);
         progress.begin(&format!("restore {shown}"), task.disk.size);
         let existed = task.path.exists();
+        let other = other_format(args, task)?;
         let watch = Watch {
             progress: &progress,
             interrupted,
@@ -76,14 +79,17 @@ pub(super) fn restore(
             }
             done => done?,
         }
+        outcome.warnings.extend(other);
         outcome.line(format!(
             "{shown}  {}  {}",
             Bytes(task.disk.size),
             task.path.display()
         ));
         match file {
-            None => restored
-                .push(json!({ "disk": task.disk.key, "size": task.disk.size, "path": task.path })),
+            None => restored.push(json!({
+                "disk": task.disk.key, "size": task.disk.size, "path": task.path,
+                "format": ending(task.qcow2),
+            })),
             Some(file) => files.push(json!({
                 "name": file.name, "role": file.role, "size": task.disk.size, "path": task.path,
             })),
@@ -101,17 +107,15 @@ pub(super) fn restore(
 
 fn disks(args: &RestoreArgs, point: &Manifest) -> Result<Vec<Task>> {
     let mut tasks = Vec::new();
-    let task = |disk: &DiskPoint, place: &dyn Fn(&str) -> Result<std::path::PathBuf>| {
-        let qcow2 = match args.format {
-            Some(format) => format == Format::Qcow2,
-            None => args.define && disk.format == "qcow2",
-        };
-        Ok::<_, anyhow::Error>(Task {
-            path: place(if qcow2 { "qcow2" } else { "raw" })?,
-            create: create_options(point, disk),
-            disk: disk.clone(),
-            qcow2,
-        })
+    let said = |disk: &DiskPoint| match args.format {
+        Some(format) => Some(format == Format::Qcow2),
+        None => args.define.then(|| disk.format == "qcow2"),
+    };
+    let task = |disk: &DiskPoint, path: PathBuf, qcow2: bool| Task {
+        path,
+        create: create_options(point, disk),
+        disk: disk.clone(),
+        qcow2,
     };
     let mut named = Vec::new();
     for words in &args.disk {
@@ -128,17 +132,56 @@ fn disks(args: &RestoreArgs, point: &Manifest) -> Result<Vec<Task>> {
             ));
         };
         named.push(key);
-        tasks.push(task(disk, &|_| Ok(path.into()))?);
+        let qcow2 = said(disk).map_or_else(|| expects_qcow2(Path::new(path)), Ok)?;
+        tasks.push(task(disk, path.into(), qcow2));
     }
     if let Some(directory) = &args.output {
         for disk in point.guest_disks() {
             if !named.contains(&disk.key.as_str()) {
-                let place = |ending: &str| Ok(directory.join(format!("{}.{ending}", disk.key)));
-                tasks.push(task(disk, &place)?);
+                let qcow2 = said(disk).unwrap_or(false);
+                let name = format!("{}.{}", disk.key, ending(qcow2));
+                tasks.push(task(disk, directory.join(name), qcow2));
             }
         }
     }
     Ok(tasks)
+}
+
+fn ending(qcow2: bool) -> &'static str {
+    if qcow2 { "qcow2" } else { "raw" }
+}
+
+/// The format of the image that is there already; an empty file has none, nor has what is no file or device.
+fn format_there(path: &Path) -> Result<Option<&'static str>> {
+    let there = std::fs::metadata(path)
+        .ok()
+        .filter(|meta| meta.file_type().is_block_device() || meta.is_file() && meta.len() > 0);
+    there.map(|_| image_format(path)).transpose()
+}
+
+/// Whether whoever uses the image at this path takes it for qcow2: a raw one in its place would not start. A device's name
+/// says nothing.
+fn expects_qcow2(path: &Path) -> Result<bool> {
+    let is_device = std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device());
+    let ends = path
+        .extension()
+        .is_some_and(|end| end.eq_ignore_ascii_case("qcow2"));
+    Ok(ends && !is_device || format_there(path)? == Some("qcow2"))
+}
+
+/// What to say when an image is overwritten by one of the other format. A domain that is defined with it knows.
+fn other_format(args: &RestoreArgs, task: &Task) -> Result<Option<String>> {
+    if args.define || task.disk.file.is_some() {
+        return Ok(None);
+    }
+    let now = ending(task.qcow2);
+    let was = format_there(&task.path)?.filter(|was| *was != now);
+    Ok(was.map(|was| {
+        format!(
+            "{} was a {was} image and is {now} now: tell the VM that uses it (`<driver type='{now}'/>`), or restore it once more with `--force --format {was}`",
+            task.path.display()
+        )
+    }))
 }
 
 /// A file's name that leads nowhere else.

@@ -6,8 +6,9 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::repository::name_of;
-use super::secret;
+use super::{counted, secret};
 use crate::cli::RepoArgs;
+use crate::clock;
 use crate::exit::Kind;
 use crate::image::{Amount, Manifest, PointId, PointStats, Repository, Sizes, Stats};
 use crate::report::Outcome;
@@ -51,13 +52,16 @@ pub(super) fn stats(args: &RepoArgs, of: Option<&str>) -> Result<Outcome> {
     for (key, amount) in stats.targets.iter().filter(|(key, _)| of_target(key)) {
         let name = names.get(key.as_str()).copied().unwrap_or(key);
         let points = stats.points.iter().filter(|point| point.target == *key);
-        outcome.line(format!("{name} ({key}), {} points", points.clone().count()));
+        outcome.line(format!(
+            "{name} ({key}), {}",
+            counted(points.clone().count() as u64, "point")
+        ));
         lines("  ", amount, &mut outcome);
         for point in points.clone() {
             outcome.line(format!(
                 "  {}  {}  data {}, only here {}",
                 point.id,
-                point.instant,
+                clock::local(point.instant),
                 Bytes(point.amount.data),
                 Bytes(point.amount.only.stored)
             ));
@@ -68,7 +72,7 @@ pub(super) fn stats(args: &RepoArgs, of: Option<&str>) -> Result<Outcome> {
         }));
     }
     if let Shown::Point(point) = &shown {
-        outcome.line(format!("{}  {}", point.id, point.instant));
+        outcome.line(format!("{}  {}", point.id, clock::local(point.instant)));
         lines("  ", &point.amount, &mut outcome);
         outcome.more.insert("point".to_owned(), of_point(point));
     }
@@ -111,9 +115,9 @@ fn whole(stats: &Stats, outcome: &mut Outcome) {
     let (logical, data) = (sum(|amount| amount.logical), sum(|amount| amount.data));
     let Sizes { plain, stored, .. } = stats.referred;
     outcome.line(format!(
-        "{} points of {} targets: {} on disks, {} without zeros",
-        stats.points.len(),
-        stats.targets.len(),
+        "{} of {}: {} on disks, {} without zeros",
+        counted(stats.points.len() as u64, "point"),
+        counted(stats.targets.len() as u64, "target"),
         Bytes(logical),
         Bytes(data)
     ));

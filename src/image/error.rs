@@ -21,10 +21,12 @@ pub enum Error {
         path: String,
     },
     /// No point is called so.
-    #[error("a point {name} does not exist")]
+    #[error("a point {name} does not exist{more}")]
     NoPoint {
         /// What was asked for.
         name: String,
+        /// How it was understood, and what it may be instead; empty, or begun with a colon.
+        more: String,
     },
     /// Something is there already and nothing is ever replaced.
     #[error("{object} exists already")]

@@ -189,6 +189,7 @@ impl Repository {
                 if !self.has_point(*id)? {
                     return Err(Error::NoPoint {
                         name: id.to_string(),
+                        more: String::new(),
                     });
                 }
                 plan.damaged.push(*id);

@@ -1,7 +1,7 @@
 //! Recovery points: publishing one is the only commit, and naming one.
 
-use jiff::Timestamp;
 use jiff::civil::DateTime;
+use jiff::{Timestamp, ToSpan};
 
 use super::envelope;
 use super::error::{Error, Result};
@@ -104,12 +104,12 @@ impl Repository {
     }
 
     /// The point that a person names: the beginning of an id, `TARGET@latest`, or `TARGET@TIME` for the newest one that is not
-    /// later; a time without an offset is local.
+    /// later; a time without an offset is local, and one to the second is all of that second.
     pub fn resolve(&self, text: &str) -> Result<Manifest> {
         match text.rsplit_once('@') {
             None => self.resolve_prefix(text),
-            Some((target, "latest")) => self.resolve_time(target, Timestamp::MAX, text),
-            Some((target, time)) => self.resolve_time(target, parse_time(time)?, text),
+            Some((target, "latest")) => self.resolve_time(target, None, text),
+            Some((target, time)) => self.resolve_time(target, Some(&parse_time(time)?), text),
         }
     }
 
@@ -124,6 +124,7 @@ impl Repository {
         match matching[..] {
             [] => Err(Error::NoPoint {
                 name: prefix.to_owned(),
+                more: self.latest_of(prefix),
             }),
             [id] => self.point(id),
             _ => {
@@ -134,7 +135,17 @@ impl Repository {
         }
     }
 
-    fn resolve_time(&self, target: &str, not_after: Timestamp, text: &str) -> Result<Manifest> {
+    /// The way out for who names a target where a point is asked for.
+    fn latest_of(&self, name: &str) -> String {
+        let points = self.points().unwrap_or_default().points;
+        if points.iter().any(|point| point.target.is_called(name)) {
+            format!(": it is a target, whose newest point is `{name}@latest`")
+        } else {
+            String::new()
+        }
+    }
+
+    fn resolve_time(&self, target: &str, time: Option<&Asked>, text: &str) -> Result<Manifest> {
         let Points { points, damaged } = self.points()?;
         // It could be the one that is asked for; an older one in its place would be a wrong answer.
         if let Some(error) = damaged.into_iter().next() {
@@ -161,25 +172,58 @@ impl Repository {
                 first.target.key, other.target.key
             )));
         }
-        matching.retain(|point| point.instant <= not_after);
+        let more = match (time, matching.first()) {
+            (_, None) => format!(": `{target}` has no point"),
+            (Some(time), Some(first)) => format!(
+                ": `{target}` has none until {}, the first is of {}",
+                time.words,
+                clock::local(first.instant)
+            ),
+            (None, Some(_)) => String::new(),
+        };
+        matching.retain(|point| time.is_none_or(|time| point.instant <= time.last));
         matching.pop().ok_or_else(|| Error::NoPoint {
             name: text.to_owned(),
+            more,
         })
     }
 }
 
-fn parse_time(text: &str) -> Result<Timestamp> {
-    if let Ok(instant) = text.parse::<Timestamp>() {
-        return Ok(instant);
-    }
+/// A time that a point is asked for by.
+struct Asked {
+    /// The last instant that is not later. A time to the second, as lists show it, is all of that second.
+    last: Timestamp,
+    /// How it was read.
+    words: String,
+}
+
+fn parse_time(text: &str) -> Result<Asked> {
+    let whole_second = |instant: Timestamp| match instant.subsec_nanosecond() {
+        0 => instant.checked_add(999.milliseconds().microseconds(999).nanoseconds(999)),
+        _ => Ok(instant),
+    };
     let bad = || {
         Error::Invalid(format!(
             "`{text}` is neither latest nor a time such as 2026-11-22T02:00"
         ))
     };
+    if let Ok(instant) = text.parse() {
+        return Ok(Asked {
+            last: whole_second(instant).map_err(|_| bad())?,
+            words: format!("{}, as its offset says", clock::local(instant)),
+        });
+    }
     let local: DateTime = text.parse().map_err(|_| bad())?;
     let zone = clock::local_now().time_zone().clone();
-    zone.to_timestamp(local).map_err(|_| bad())
+    let instant = zone.to_timestamp(local).map_err(|_| bad())?;
+    Ok(Asked {
+        last: whole_second(instant).map_err(|_| bad())?,
+        words: format!(
+            "{}, read as local time ({})",
+            clock::local(instant),
+            clock::local_zone()
+        ),
+    })
 }
 
 #[cfg(test)]
@@ -188,8 +232,15 @@ mod tests {
 
     #[test]
     fn a_time_has_an_offset_or_is_local() {
-        let utc = parse_time("2026-11-22T02:00Z").unwrap();
-        assert_eq!(utc, parse_time("2026-11-22T04:00+02:00").unwrap());
+        let last = |text: &str| parse_time(text).unwrap().last;
+        let utc = last("2026-11-22T02:00Z");
+        assert_eq!(utc, last("2026-11-22T04:00+02:00"));
+        assert_eq!(utc.to_string(), "2026-11-22T02:00:00.999999999Z");
+        let exact = "2026-11-22T02:00:00.25Z";
+        assert_eq!(last(exact).to_string(), exact);
+        // As it is shown.
+        let shown = clock::local(utc);
+        assert_eq!(last(&shown), utc, "{shown}");
         assert!(parse_time("2026-11-22T02:00").is_ok());
         assert!(parse_time("2026-11-22").is_ok());
         assert!(parse_time("yesterday").is_err());
