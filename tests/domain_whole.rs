@@ -381,10 +381,16 @@ fn with_its_password(lab: &mut Lab, kept: &Kept) {
 fn not_taken(lab: &mut Lab, point: &str) {
     let bad = lab.path("bad");
     let to = bad.display().to_string();
-    let define = [
-        "restore", point, "--define", "--output", &to, "--name", "a/b",
-    ];
-    let refused = lab.run(&define).code(1);
+    let define = |lab: &mut Lab, name: &str| {
+        lab.run(&[
+            "restore", point, "--define", "--output", &to, "--name", name,
+        ])
+    };
+    // What can be known beforehand is told before a byte is written.
+    define(lab, "a/b").code(2);
+    assert!(!bad.exists());
+    // No file of the definition can be called so.
+    let refused = define(lab, &"n".repeat(252)).code(1);
     assert!(refused.json.to_string().contains("virsh"), "{refused:#?}");
     assert!(bad.join("domain.xml").exists() && bad.join("vdb.raw").exists());
     assert_eq!(refused.json["domain"]["defined"], json!(false));
