@@ -244,7 +244,7 @@ fn the_program_shows_all_or_a_part() {
     assert_eq!(part["point"], all["targets"][0]["points"][0]);
     let (code, text) = run(&[]);
     assert!(
-        code == 0 && text.contains("1 points of 1 targets: 128 KiB on disks, 64 KiB"),
+        code == 0 && text.contains("1 point of 1 target: 128 KiB on disks, 64 KiB"),
         "{text}"
     );
     assert_eq!(run(&["nobody"]).0, 1);
