@@ -124,9 +124,13 @@ fn read(directory: &Path, own: Option<&Own>) -> io::Result<Vec<Member>> {
         {
             continue;
         }
-        let Ok(mut file) = File::open(&path) else {
+        // A pipe of that name, which none of ours is, must not hold anybody up.
+        let wait = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
+        let opened = OpenOptions::new().read(true).custom_flags(wait).open(&path);
+        let Ok(mut file) = opened else { continue };
+        if !file.metadata()?.is_file() {
             continue;
-        };
+        }
         if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
             std::fs::remove_file(&path).ok();
             continue;

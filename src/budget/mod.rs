@@ -534,6 +534,8 @@ mod tests {
         let limits = Limits::default();
         let names = ["web-1", "db-2", "c", "d"];
         let [a, b, c, d] = names.map(|name| join(root.path(), name, limits));
+        let pipe = root.path().join(BUDGET).join("0-0.member");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, 0o600.into()).unwrap();
         let first = begun(a.copy());
         let second = begun(b.copy());
         let asked = c.copy();
@@ -561,7 +563,7 @@ mod tests {
         drop((second, a, b, c));
         assert_eq!(Overview::of(root.path()).members().len(), 1);
         let left = std::fs::read_dir(root.path().join(BUDGET)).unwrap().count();
-        assert_eq!(left, 3, "a member, the lock and the rate");
+        assert_eq!(left, 4, "a member, the lock, the rate, and the pipe");
     }
 
     fn begun_in(time: Duration, ask: impl Fn() -> Turn) -> Place {
