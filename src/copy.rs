@@ -13,6 +13,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, Sender, bounded};
+use thread_priority::{
+    NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy,
+    set_thread_priority_and_policy, thread_native_id,
+};
 
 use crate::image::{Content, Encoded, Entry, MapReader, PackWriter, Repository, SessionId};
 use crate::units::{BlockRun, BlockSize, Extent};
@@ -60,20 +64,28 @@ pub struct Copied {
     pub generation: u64,
 }
 
+/// How a copy is made.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Manner {
+    /// So long the repository may take nothing before `source` is told to stop: whoever waits holds a VM.
+    pub patience: Option<Duration>,
+    /// There is time: only what processors nobody else wants is used.
+    pub quiet: bool,
+}
+
 enum Done {
     Block(usize, u64, Encoded),
     Run(usize, BlockRun, Content),
 }
 
 /// Copies what `source` hands out and makes it durable, in packs of this session. `source` runs on this thread; it gets a function that takes a
-/// piece, and must stop when that says so. With `patience` it says so, too, when the repository has taken nothing for that
-/// long: whoever waits holds a VM.
+/// piece, and must stop when that says so.
 pub fn copy<T>(
     repo: &Repository,
     disks: &[CopyDisk],
     (session, pass): (SessionId, &str),
     progress: &AtomicU64,
-    patience: Option<Duration>,
+    manner: Manner,
     source: impl FnOnce(&mut dyn FnMut(Piece) -> ControlFlow<()>) -> Result<T>,
 ) -> Result<(T, Copied)> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
@@ -85,7 +97,7 @@ pub fn copy<T>(
         for _ in 0..workers {
             let (pieces, out) = (pieces.clone(), out.clone());
             scope.spawn(move || {
-                give_way();
+                give_way(manner.quiet);
                 work_on(repo, disks, &pieces, &out);
             });
         }
@@ -93,12 +105,12 @@ pub fn copy<T>(
         drop(out);
         let label = |disk: &str| format!("{session} {disk} {pass}");
         let writer = scope.spawn(move || {
-            give_way();
+            give_way(manner.quiet);
             write(repo, disks, &label, results)
         });
         let mut give = |piece: Piece| {
             let bytes = piece.extent.length;
-            let taken = match patience {
+            let taken = match manner.patience {
                 Some(patience) => work.send_timeout(piece, patience).is_ok(),
                 None => work.send(piece).is_ok(),
             };
@@ -124,10 +136,16 @@ pub fn copy<T>(
     })
 }
 
-/// This thread works only when nobody else wants the processor or the disk: on Linux a nice value is a thread's own, and its I/O
-/// priority follows from it (`ioprio_set(2)`, best-effort 6). Who talks to a VM that is held is not such a thread.
-fn give_way() {
-    rustix::process::nice(NICE).ok();
+/// Others who want the processor or the disk come first: on Linux a nice value is a thread's own, and its I/O priority follows
+/// from it. A quiet one gets what nobody else wants: whoever wakes up takes its processor at once (`sched(7)`, `SCHED_IDLE`), and
+/// its I/O is of the idle class (`ioprio_set(2)`). Who talks to a VM is never such a thread.
+fn give_way(quiet: bool) {
+    let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
+    let is_idle =
+        || set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, idle).is_ok();
+    if !(quiet && is_idle()) {
+        rustix::process::nice(NICE).ok();
+    }
 }
 
 fn work_on(
@@ -280,4 +298,26 @@ fn push(proofs: &mut Vec<Proof>, run: BlockRun, content: Content) {
         return;
     }
     proofs.push((run, content));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quiet_thread_is_idle_and_others_are_nice() {
+        let seen = |quiet| {
+            let thread = std::thread::spawn(move || {
+                give_way(quiet);
+                let nice = rustix::process::getpriority_process(None).unwrap();
+                (thread_priority::thread_schedule_policy().unwrap(), nice)
+            });
+            thread.join().unwrap()
+        };
+        let normal = |policy| ThreadSchedulePolicy::Normal(policy);
+        assert_eq!(seen(true).0, normal(NormalThreadSchedulePolicy::Idle));
+        let (policy, nice) = seen(false);
+        assert_eq!(policy, normal(NormalThreadSchedulePolicy::Other));
+        assert!(nice >= NICE, "{nice}");
+    }
 }

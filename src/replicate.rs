@@ -23,7 +23,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::copy::{self, CopyDisk, Piece, Proof};
+use crate::copy::{self, CopyDisk, Manner, Piece, Proof};
 use crate::exit::{Failure, Kind};
 use crate::image::store::StoreLock;
 use crate::image::{
@@ -559,7 +559,7 @@ impl PointCopy<'_> {
                 &disks,
                 (self.session.id(), "copy"),
                 &counted,
-                None,
+                Manner::default(),
                 |give| self.read(jobs, disk, give),
             )?;
             self.read += copied.bytes;

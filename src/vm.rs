@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use qapi::qmp;
@@ -23,7 +23,7 @@ use crate::qmp::command::{
     action_add_bitmap, action_disable_bitmap, action_remove_bitmap, call, transaction,
 };
 use crate::qmp::graph::{Disk, Graph};
-use crate::qmp::machine::{self, LeftOut, Machine};
+use crate::qmp::machine::{self, Known, LeftOut, Machine};
 use crate::qmp::names::{PREFIX, RunName};
 use crate::qmp::release::Leftover;
 use crate::qmp::socket::QmpSocket;
@@ -37,6 +37,8 @@ const THAW_PATIENCE: Duration = Duration::from_secs(4);
 const CHAIN_WAIT: Duration = Duration::from_secs(3);
 /// How long we wait for another run's batch on the same target.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
+/// What was seen so shortly ago is not looked at again.
+const JUST_NOW: Duration = Duration::from_millis(100);
 /// Run states in which the disks are not this QEMU's to read.
 const NOT_ITS_OWN: [&str; 3] = ["postmigrate", "inmigrate", "finish-migrate"];
 
@@ -58,6 +60,8 @@ pub struct Vm {
     pub domain: Option<Domain>,
     /// Of images that hold no bitmaps.
     memory: Arc<Mutex<Memory>>,
+    /// What is not asked for at each look.
+    known: Arc<Mutex<Known>>,
     /// Whether it was off when it was last held.
     off: Arc<AtomicBool>,
 }
@@ -112,6 +116,7 @@ impl Vm {
             choice,
             domain,
             memory: Arc::default(),
+            known: Arc::default(),
             off: Arc::new(AtomicBool::new(matches!(target, Target::Disk(_)))),
         })
     }
@@ -172,6 +177,11 @@ impl Vm {
             }
         }
         self.off.store(off.is_some(), Ordering::Relaxed);
+        let known = Arc::clone(&self.known);
+        known
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .forget_devices();
         Ok(Hold {
             monitor,
             journal,
@@ -180,6 +190,8 @@ impl Vm {
             unthawed,
             failed_hooks,
             seen: None,
+            looked: None,
+            known,
             used: Vec::new(),
             choice: self.choice.clone(),
             granularity: 0,
@@ -313,6 +325,9 @@ pub struct Hold {
     /// Hooks of dead runs that had to be run and failed.
     pub failed_hooks: Vec<String>,
     seen: Option<(Machine, Chosen)>,
+    /// When that was, while nothing has been done to the bitmaps since.
+    looked: Option<Instant>,
+    known: Arc<Mutex<Known>>,
     /// The nodes of disks that were chosen at any look.
     used: Vec<String>,
     choice: Choice,
@@ -328,8 +343,9 @@ pub struct Hold {
 impl Hold {
     /// What the VM is and has, just now.
     pub fn machine(&mut self) -> Result<Machine> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let mut machine = match &self.off {
-            None => machine::identify(&mut self.monitor)?,
+            None => machine::identify(&mut self.monitor, &mut known)?,
             Some(off) => {
                 let mut machine = off.daemon.machine(&mut self.monitor)?;
                 machine.left_out.clone_from(&off.left_out);
@@ -345,7 +361,7 @@ impl Hold {
                 let deadline = Deadline::after(CHAIN_WAIT);
                 while !domain.describe(&mut machine)? && !deadline.passed() {
                     clock::sleep(Duration::from_millis(200));
-                    machine = machine::identify(&mut self.monitor)?;
+                    machine = machine::identify(&mut self.monitor, &mut known)?;
                 }
             }
             machine.name = Some(domain.name().to_owned());
@@ -392,6 +408,7 @@ impl Hold {
                 self.used.push(disk.node.clone());
             }
         }
+        self.looked = Some(clock::now());
         let kept = self.seen.insert((machine, chosen));
         Ok((&kept.0, &kept.1))
     }
@@ -478,6 +495,7 @@ impl Hold {
             .iter()
             .map(|(key, name)| Ok(action(self.disk(key)?, name)))
             .collect::<Result<Vec<_>>>()?;
+        self.looked = None;
         transaction(&mut self.monitor, &actions)?;
         if let Some(memory) = self.memory.clone() {
             self.look()?;
@@ -527,7 +545,10 @@ pub fn seen(disk: &Disk) -> Seen {
 
 impl Port for Hold {
     fn seen(&mut self) -> Result<Vec<Seen>> {
-        self.look()?;
+        // What was seen a moment ago may change as well in the moment until it is acted on.
+        if self.looked.is_none_or(|at| clock::now() - at > JUST_NOW) {
+            self.look()?;
+        }
         Ok(self.disks().iter().map(seen).collect())
     }
 

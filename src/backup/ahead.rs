@@ -146,7 +146,10 @@ impl Runner {
         self.probe(until)?;
         let useful = |bytes: Copied| bytes.precopied - bytes.superseded;
         let before = useful(self.bytes);
-        self.pass(Some(until))?;
+        self.schedule = Some((due, debt.useful(self.learned.change.fit())));
+        let done = self.pass(Some(until));
+        self.schedule = None;
+        done?;
         let copied = useful(self.bytes) - before;
         self.dull = if ahead::is_dull(copied) {
             self.dull + 1

@@ -18,7 +18,7 @@ use super::together::{Common, Seat, Stage};
 use super::{Bytes, CONDEMNED_TRIES, Rescan, Runner, is_condemned};
 use crate::bitmap::rotate;
 use crate::clock;
-use crate::copy::{self, Copied};
+use crate::copy::{self, Copied, Manner};
 use crate::exit::{Failure, Kind};
 use crate::image::{self, DiskPoint, Manifest, PointId, RetiredBitmap, Tracking};
 use crate::plan::Patience;
@@ -308,7 +308,7 @@ impl Runner {
             &self.copy_disks,
             (session, "residual"),
             &self.progress.done,
-            None,
+            Manner::default(),
             |give| {
                 let ended = spool.hand_on(give)?;
                 anyhow::ensure!(

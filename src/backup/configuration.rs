@@ -22,7 +22,7 @@ use sha2::{Digest, Sha256};
 use super::{CONDEMNED_TRIES, Runner, is_condemned};
 use crate::bitmap::track::Tracked;
 use crate::clock;
-use crate::copy::{self, CopyDisk, Piece};
+use crate::copy::{self, CopyDisk, Manner, Piece};
 use crate::image::{self, DiskPoint, HostFile, MapReader};
 use crate::libvirt::Domain;
 use crate::libvirt::definition::Definition;
@@ -379,7 +379,7 @@ impl Runner {
             &disks,
             (session, "configuration"),
             done,
-            None,
+            Manner::default(),
             |give| hand_on(files, give),
         )?;
         self.bytes.stored += copied.stored;

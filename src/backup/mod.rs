@@ -262,6 +262,8 @@ pub struct Runner {
     cooling: bool,
     /// How many passes in a row have brought little.
     dull: u32,
+    /// When what passes copy has to be there, and what that was when the pass was begun.
+    schedule: Option<(Deadline, u64)>,
     /// When the last two rotations were made, and the first one.
     rotated: [Option<Instant>; 2],
     first_rotated: Option<Instant>,
@@ -326,6 +328,7 @@ impl Runner {
             patience: Patience::None,
             cooling: false,
             dull: 0,
+            schedule: None,
             rotated: [None; 2],
             first_rotated: None,
             learned,

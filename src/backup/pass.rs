@@ -16,11 +16,11 @@ use crate::bitmap::dirty::idle;
 use crate::bitmap::rotate::{self, Journal as _};
 use crate::bitmap::track::{self, Record, Tracked};
 use crate::clock::{self, Deadline};
-use crate::copy::{self, Copied, CopyDisk, Piece, Proof};
+use crate::copy::{self, Copied, CopyDisk, Manner, Piece, Proof};
 use crate::exit::{Failure, Kind};
 use crate::image::Content;
 use crate::nbd::{Client, Endpoint, ReadOptions};
-use crate::plan::Order;
+use crate::plan::{Order, ahead};
 use crate::qmp::export::{self, Export, Listening};
 use crate::session::Read;
 use crate::units::{BlockRun, BlockSize, Extent};
@@ -202,12 +202,16 @@ impl Runner {
         let session = self.session.id().context("a pass without a session")?;
         let begun = clock::now();
         let this = &*self;
+        let manner = Manner {
+            patience: Some(STALLED),
+            quiet: self.schedule.is_some() && self.options.load.control && !self.options.hard,
+        };
         let done = copy::copy(
             &this.repo,
             &copy_disks,
             (session, &label),
             &this.progress.done,
-            Some(STALLED),
+            manner,
             |give| {
                 let read = this.export_and_read(
                     &mut hold,
@@ -236,7 +240,10 @@ impl Runner {
         let before = self.bytes.precopied;
         let kept = done.and_then(|((), copied)| self.keep(&mut disks, copied, epoch));
         let read = self.bytes.precopied - before;
-        self.learned.speeds.copied(read, clock::now() - begun);
+        // What went as slowly as it could tells nothing.
+        if self.schedule.is_none() || !self.watch().has_time() {
+            self.learned.speeds.copied(read, clock::now() - begun);
+        }
         self.disks = disks;
         self.copy_disks = copy_disks;
         kept
@@ -304,13 +311,10 @@ impl Runner {
         self.serve(hold, listening, disks.len())?;
         let off = self.vm.offline();
         let machine = hold.machine_seen()?.clone();
+        self.watch().need(self.needed_pace(disks));
         self.watch().begin(&mut hold.monitor, &machine, off);
         let mut clients = self.connect_all(hold, listening, disks)?;
-        let open = |disk: &RunDisk| {
-            let open = disk.open.as_ref().map_or(0, BlockSet::count);
-            (open - disk.postponed()) * self.repo.block_size().bytes()
-        };
-        let total: u64 = disks.iter().map(open).sum();
+        let total: u64 = disks.iter().filter_map(|disk| self.open_bytes(disk)).sum();
         self.progress.total.store(
             self.progress
                 .done
@@ -374,6 +378,21 @@ impl Runner {
         }
         self.watch().end(&mut hold.monitor);
         Ok(())
+    }
+
+    /// How fast the schedule needs it, while there is one.
+    fn needed_pace(&self, disks: &[RunDisk]) -> Option<u64> {
+        let (due, at_first) = self.schedule?;
+        let known: Option<Vec<u64>> = disks.iter().map(|disk| self.open_bytes(disk)).collect();
+        let useful = known.map_or(at_first, |open| open.iter().sum());
+        let fit = self.learned.change.fit();
+        Some(ahead::pace(due.left(), useful, fit, self.turns()))
+    }
+
+    /// What a pass is to read of a disk, where that is known.
+    fn open_bytes(&self, disk: &RunDisk) -> Option<u64> {
+        let open = disk.open.as_ref()?.count();
+        Some((open - disk.postponed()) * self.repo.block_size().bytes())
     }
 
     /// Starts the VM's NBD server, and journals what is going to be put into the VM for an export of every disk.

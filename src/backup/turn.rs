@@ -32,6 +32,11 @@ impl Runner {
         self.share.as_ref().and_then(|share| share.rate())
     }
 
+    /// How many turns go round until this run has one again.
+    pub(super) fn turns(&self) -> u32 {
+        self.share.as_ref().map_or(1, |share| share.turns())
+    }
+
     /// Tells the other runs whether this one would be too late.
     pub(super) fn note_urgent(&self, urgent: bool) {
         if let Some(share) = &self.share {

@@ -15,7 +15,7 @@ pub mod order;
 mod rate;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -49,6 +49,8 @@ pub struct Share {
     rate: AtomicU64,
     /// Somebody freezes or is about to.
     yields: AtomicBool,
+    /// How many turns to copy go round.
+    turns: AtomicU32,
     /// This run freezes.
     freezes: AtomicBool,
     /// When it looks next, in nanoseconds since the host's start.
@@ -136,6 +138,7 @@ impl Share {
             copied: AtomicU64::new(0),
             rate: AtomicU64::new(limits.rate.unwrap_or(0)),
             yields: AtomicBool::new(false),
+            turns: AtomicU32::new(1),
             freezes: AtomicBool::new(false),
             next: AtomicU64::new(0),
             bucket: Mutex::new(bucket),
@@ -216,6 +219,12 @@ impl Share {
         }
     }
 
+    /// How many turns to copy go round until this member has one again.
+    #[must_use]
+    pub fn turns(&self) -> u32 {
+        self.turns.load(Ordering::Relaxed)
+    }
+
     /// Within a batch, again and again: whether it should end, since somebody freezes.
     pub fn yields(&self) -> bool {
         self.look();
@@ -287,6 +296,8 @@ impl Share {
                 self.yields.store(!freezing.is_empty(), Ordering::Relaxed);
                 let mut all = others;
                 all.push(me.clone());
+                let turns = order::turns(&all, me.seen);
+                self.turns.store(turns, Ordering::Relaxed);
                 let rate = order::strictest(&all).rate;
                 self.rate.store(rate.unwrap_or(0), Ordering::Relaxed);
                 me.clone()
@@ -311,6 +322,7 @@ impl Share {
         }
         if *told {
             self.yields.store(false, Ordering::Relaxed);
+            self.turns.store(1, Ordering::Relaxed);
         }
         let result = match (result, act) {
             (Some(result), _) => result,

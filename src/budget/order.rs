@@ -156,6 +156,15 @@ fn who(members: &[Member], now: u64, does: impl Fn(Doing) -> bool) -> Vec<usize>
         .collect()
 }
 
+/// How many turns to copy go round until a member has one again.
+pub fn turns(members: &[Member], now: u64) -> u32 {
+    let wanted = who(members, now, |doing| {
+        matches!(doing, Doing::Copies | Doing::Waits)
+    });
+    let wanted = u32::try_from(wanted.len()).unwrap_or(u32::MAX);
+    wanted.div_ceil(strictest(members).passes.max(1)).max(1)
+}
+
 /// Those for whom a batch ends and none begins.
 #[must_use]
 pub fn freezing(members: &[Member], now: u64) -> Vec<usize> {
@@ -245,6 +254,17 @@ mod tests {
             rate: 0,
             limits: Limits::default(),
         }
+    }
+
+    #[test]
+    fn turns_go_round_among_those_that_copy_or_want_to() {
+        let mut members = vec![member(Doing::Copies)];
+        assert_eq!(turns(&members, 0), 1);
+        members.resize(5, member(Doing::Waits));
+        members.resize(9, member(Doing::Idle));
+        // Five of them, two at a time.
+        assert_eq!(turns(&members, 0), 3);
+        assert_eq!(turns(&[], 0), 1);
     }
 
     #[test]

@@ -53,6 +53,7 @@ impl LoadArgs {
             disk_use: self.max_disk / 100.0,
             busy_hours: self.busy_hours.clone(),
             urgency: Urgency::Usual,
+            needed: None,
         }
     }
 }

@@ -29,6 +29,8 @@ pub struct Config {
     pub busy_hours: Vec<BusyHours>,
     /// Whether the schedule may override the guest.
     pub urgency: Urgency,
+    /// What the schedule needs, bytes a second: going faster gains nothing.
+    pub needed: Option<u64>,
 }
 
 impl Default for Config {
@@ -44,6 +46,7 @@ impl Default for Config {
             disk_use: 0.90,
             busy_hours: Vec::new(),
             urgency: Urgency::Usual,
+            needed: None,
         }
     }
 }

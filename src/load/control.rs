@@ -568,12 +568,20 @@ fn ceiling(state: &State, config: &Config, now: Now, seen: Option<(Cause, f64)>)
     if !config.control {
         return fixed;
     }
+    let fixed = match config.needed {
+        Some(needed) if ceiling.is_none_or(|ceiling| needed < ceiling) => Decision {
+            rate: Some(needed),
+            cause: Some(Cause::Schedule),
+            ..fixed
+        },
+        _ => fixed,
+    };
     match state.phase {
         Phase::Measuring(_) => return stop(Cause::Measuring, 0.0),
         Phase::Stopped(_, cause) => return stop(cause, seen.map_or(0.0, |(_, score)| score)),
         Phase::Copying => {}
     }
-    if state.rate >= ceiling.map_or(FULL, real) {
+    if state.rate >= fixed.rate.map_or(FULL, real) {
         return fixed;
     }
     let (cause, score) = match seen {

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use baseline::{Cpus, Increase, Requests};
 use config::{Config, Urgency, minute_of};
-use control::{Decision, Doing, Guest, Host, Now, Past, Sample, State, step};
+use control::{Cause, Decision, Doing, Guest, Host, Now, Past, Sample, State, step};
 use host::{Counters, Device};
 use report::Report;
 
@@ -201,6 +201,17 @@ impl Load {
     /// While this is raised the schedule overrides the guest, up to the operator's ceilings.
     pub fn heed(&mut self, urgent: Arc<AtomicBool>) {
         self.urgent = urgent;
+    }
+
+    /// No more than this is needed to be in time, bytes a second.
+    pub fn need(&mut self, rate: Option<u64>) {
+        self.config.needed = rate;
+    }
+
+    /// Whether nothing but that holds the pace.
+    #[must_use]
+    pub fn has_time(&self) -> bool {
+        self.decision.cause == Some(Cause::Schedule)
     }
 
     /// The VM is in our hands: what happened since the last batch is taken in.

@@ -104,6 +104,7 @@ pub fn words(decision: &Decision, increase: Option<Increase>, config: &Config) -
         (Cause::DiskUse, _) => format!("others use the disk {}", of(config.disk_use)),
         (Cause::BusyHours, _) => "busy hours".to_owned(),
         (Cause::Rate, _) => "the given rate".to_owned(),
+        (Cause::Schedule, _) => "there is time".to_owned(),
         (Cause::Measuring, _) => "measuring what is without us".to_owned(),
         (Cause::Rising, _) => "rising".to_owned(),
     };

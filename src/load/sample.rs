@@ -102,6 +102,8 @@ pub enum Cause {
     BusyHours,
     /// The operator's rate.
     Rate,
+    /// There is time.
+    Schedule,
     /// A pause to see what is without us.
     Measuring,
     /// It is coming back to full speed.

@@ -31,6 +31,9 @@ const LOOKS: f64 = 4.0;
 /// Copying may take so many times as long as it is thought to.
 const SPARE: f64 = 2.0;
 
+/// A pass is not drawn out beyond what is hardly felt, bytes a second.
+const SLOWEST: u64 = 8 << 20;
+
 /// What is known when the next step is asked for.
 #[derive(Debug, Clone, Copy)]
 pub struct Situation {
@@ -67,6 +70,22 @@ pub enum Step {
 #[must_use]
 pub fn is_dull(copied: u64) -> bool {
     copied < WORTH / 4
+}
+
+/// How fast passes need to be to have copied all in a part of the time that is left, bytes a second: whatever goes faster
+/// hurts for nothing. `turns` is how many times as long it takes since others have their turns.
+#[must_use]
+pub fn pace(left: Duration, useful: u64, fit: Option<Fit>, turns: u32) -> u64 {
+    let left = (left.as_secs_f64() - LAST_PASS).max(LAST_PASS);
+    #[allow(clippy::cast_precision_loss, reason = "sizes for predictions")]
+    let needed = useful as f64 / left + fit.map_or(0.0, |fit| fit.steady);
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a positive number is meant, and saturates"
+    )]
+    let needed = (needed * SPARE * f64::from(turns)) as u64;
+    needed.max(SLOWEST)
 }
 
 /// The next step.
@@ -315,6 +334,22 @@ mod tests {
         let guest = Guest::run(512, 0, 0, 3600.0);
         assert!(guest.passes <= 3, "{} passes", guest.passes);
         assert!(guest.last_pass.is_some());
+    }
+
+    #[test]
+    fn passes_go_twice_as_fast_as_they_must() {
+        let left = Duration::from_secs_f64(100.0 + LAST_PASS);
+        assert_eq!(pace(left, 0, None, 1), SLOWEST);
+        assert_eq!(pace(left, 1000 * MIB, None, 1), 20 * MIB);
+        let fit = Fit {
+            hot: 0.0,
+            within: 1.0,
+            steady: 1_048_576.0,
+        };
+        assert_eq!(pace(left, 1000 * MIB, Some(fit), 1), 22 * MIB);
+        // Every third turn is this run's.
+        assert_eq!(pace(left, 1000 * MIB, None, 3), 60 * MIB);
+        assert!(pace(Duration::ZERO, 1000 * MIB, None, 1) > 600 * MIB);
     }
 
     #[test]

@@ -86,13 +86,89 @@ pub struct Machine {
     pub exports: Vec<Thing>,
 }
 
+/// What does not change and is not asked for again, since each question stops the guest's devices for a moment: of a QEMU
+/// process its names, of a device its properties, for as long as the same devices are there.
+#[derive(Debug, Clone, Default)]
+pub struct Known {
+    names: Option<(Process, Names)>,
+    devices: Vec<Value>,
+    properties: BTreeMap<(String, &'static str), Option<Value>>,
+}
+
+#[derive(Debug, Clone)]
+struct Names {
+    uuid: Option<String>,
+    name: Option<String>,
+    version: String,
+}
+
+impl Known {
+    /// Devices may have come and gone unseen.
+    pub fn forget_devices(&mut self) {
+        self.devices.clear();
+        self.properties.clear();
+    }
+
+    fn names(&mut self, monitor: &mut dyn Monitor) -> Result<Names> {
+        let process = monitor.process().clone();
+        if let Some((of, names)) = &self.names
+            && *of == process
+        {
+            return Ok(names.clone());
+        }
+        let version = call::<qmp::query_version>(monitor, json!({}))?;
+        let number = |key| {
+            let number = version["qemu"].get(key).and_then(Value::as_u64);
+            number.unwrap_or(0)
+        };
+        let (major, minor, micro) = (number("major"), number("minor"), number("micro"));
+        let names = Names {
+            uuid: uuid(monitor)?,
+            name: name(monitor)?,
+            version: format!("{major}.{minor}.{micro}"),
+        };
+        self.names = Some((process, names.clone()));
+        Ok(names)
+    }
+
+    fn compare(&mut self, devices: Vec<Value>) {
+        if devices != self.devices {
+            self.properties.clear();
+            self.devices = devices;
+        }
+    }
+
+    /// A device's property, `None` when it has none of that name.
+    fn property(
+        &mut self,
+        monitor: &mut dyn Monitor,
+        path: &str,
+        name: &'static str,
+    ) -> Result<Option<Value>> {
+        let key = (path.to_owned(), name);
+        if let Some(known) = self.properties.get(&key) {
+            return Ok(known.clone());
+        }
+        let asked = json!({ "path": path, "property": name });
+        let value = match call::<qmp::qom_get>(monitor, asked) {
+            Ok(value) => Some(value),
+            Err(Error::Command { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        self.properties.insert(key, value.clone());
+        Ok(value)
+    }
+}
+
 /// Asks a VM what it is and has.
-pub fn identify(monitor: &mut dyn Monitor) -> Result<Machine> {
-    let (devices, graph) = devices_and_graph(monitor)?;
+pub fn identify(monitor: &mut dyn Monitor, known: &mut Known) -> Result<Machine> {
+    let (blocks, graph) = blocks_and_graph(monitor)?;
+    let devices = devices(monitor)?;
     let mut disks: Vec<Disk> = Vec::new();
-    let mut left_out = nodeless(monitor)?;
-    for device in devices {
-        match describe(monitor, &graph, &device)? {
+    let mut left_out = nodeless(&devices);
+    known.compare(devices);
+    for block in blocks {
+        match describe(monitor, known, &graph, &block)? {
             Ok(disk) => disks.push(disk),
             Err(left) => left_out.push(left),
         }
@@ -100,13 +176,11 @@ pub fn identify(monitor: &mut dyn Monitor) -> Result<Machine> {
     refuse_ambiguous(&mut disks, &mut left_out);
     disks.sort_by(|a, b| a.key.cmp(&b.key));
     let status = call::<qmp::query_status>(monitor, json!({}))?;
-    let version = call::<qmp::query_version>(monitor, json!({}))?;
-    let number = |key| {
-        version["qemu"]
-            .get(key)
-            .and_then(Value::as_u64)
-            .unwrap_or(0)
-    };
+    let Names {
+        uuid,
+        name,
+        version,
+    } = known.names(monitor)?;
     let thing = |value: &Value, id, kind, state| Thing {
         id: text(value, id).to_owned(),
         kind: text(value, kind).to_owned(),
@@ -115,15 +189,10 @@ pub fn identify(monitor: &mut dyn Monitor) -> Result<Machine> {
     let jobs = super::command::jobs(monitor)?;
     let exports = list::<qmp::query_block_exports>(monitor, json!({}))?;
     Ok(Machine {
-        uuid: uuid(monitor)?,
-        name: name(monitor)?,
+        uuid,
+        name,
         state: text(&status, "status").to_owned(),
-        version: format!(
-            "{}.{}.{}",
-            number("major"),
-            number("minor"),
-            number("micro")
-        ),
+        version,
         process: monitor.process().clone(),
         disks,
         left_out,
@@ -140,7 +209,7 @@ pub fn identify(monitor: &mut dyn Monitor) -> Result<Machine> {
 
 /// The devices and the graph under them. A job that begins or ends puts a filter above a node or takes it away; when that falls
 /// between the two answers they are asked for again.
-fn devices_and_graph(monitor: &mut dyn Monitor) -> Result<(Vec<Value>, Graph)> {
+fn blocks_and_graph(monitor: &mut dyn Monitor) -> Result<(Vec<Value>, Graph)> {
     let mut tries = 0;
     loop {
         let devices = list::<qmp::query_block>(monitor, json!({}))?;
@@ -174,7 +243,12 @@ fn name(monitor: &mut dyn Monitor) -> Result<Option<String>> {
 
 type Described = std::result::Result<Disk, LeftOut>;
 
-fn describe(monitor: &mut dyn Monitor, graph: &Graph, device: &Value) -> Result<Described> {
+fn describe(
+    monitor: &mut dyn Monitor,
+    known: &mut Known,
+    graph: &Graph,
+    device: &Value,
+) -> Result<Described> {
     let qdev = text(device, "qdev");
     let shown = if qdev.is_empty() {
         text(device, "device")
@@ -201,7 +275,7 @@ fn describe(monitor: &mut dyn Monitor, graph: &Graph, device: &Value) -> Result<
         return leave("no guest device uses it".to_owned(), false);
     }
     let (path, key) = device_path(qdev);
-    let kind = property(monitor, &path, "type")?.unwrap_or_default();
+    let kind = known.property(monitor, &path, "type")?.unwrap_or_default();
     let kind = kind.as_str().unwrap_or("").to_owned();
     if kind == FLASH {
         let why = "the firmware's variables, no disk; a point of a domain holds them as its nvram";
@@ -215,9 +289,8 @@ fn describe(monitor: &mut dyn Monitor, graph: &Graph, device: &Value) -> Result<
         let why = "the device has no id, so it cannot be told from others after a restart: give it one (`-device ...,id=NAME`)";
         return leave(why.to_owned(), true);
     };
-    let shared =
-        property(monitor, &path, "share-rw")?.is_some_and(|value| value == Value::Bool(true));
-    if shared {
+    let shared = known.property(monitor, &path, "share-rw")?;
+    if shared == Some(Value::Bool(true)) {
         return leave(
             "shared with other writers (share-rw=on), which no bitmap sees".to_owned(),
             true,
@@ -231,7 +304,8 @@ fn describe(monitor: &mut dyn Monitor, graph: &Graph, device: &Value) -> Result<
         Ok(mut disk) => {
             qdev.clone_into(&mut disk.qdev);
             disk.device = kind;
-            disk.werror = property(monitor, &path, "werror")?
+            disk.werror = known
+                .property(monitor, &path, "werror")?
                 .and_then(|value| value.as_str().map(str::to_owned))
                 .unwrap_or_default();
             Ok(Ok(disk))
@@ -257,38 +331,30 @@ fn device_path(qdev: &str) -> (String, Option<String>) {
     (path, key)
 }
 
-/// A device's property, `None` when it has none of that name.
-fn property(monitor: &mut dyn Monitor, path: &str, name: &str) -> Result<Option<Value>> {
-    match call::<qmp::qom_get>(monitor, json!({ "path": path, "property": name })) {
-        Ok(value) => Ok(Some(value)),
-        Err(Error::Command { .. }) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-fn nodeless(monitor: &mut dyn Monitor) -> Result<Vec<LeftOut>> {
+/// All devices, whether they have an id or not.
+fn devices(monitor: &mut dyn Monitor) -> Result<Vec<Value>> {
     let mut found = Vec::new();
     for container in ["/machine/peripheral", "/machine/peripheral-anon"] {
-        for child in list::<qmp::qom_list>(monitor, json!({ "path": container }))? {
-            let kind = text(&child, "type");
-            let Some(kind) = kind
-                .strip_prefix("child<")
-                .and_then(|kind| kind.strip_suffix('>'))
-            else {
-                continue;
-            };
-            if NODELESS.iter().any(|prefix| kind.starts_with(prefix)) {
-                let reason = format!("a `{kind}` device has no block node in QEMU: not backed up");
-                let device = text(&child, "name").to_owned();
-                found.push(LeftOut {
-                    device,
-                    reason,
-                    refused: kind != "vfio-pci",
-                });
-            }
-        }
+        found.extend(list::<qmp::qom_list>(
+            monitor,
+            json!({ "path": container }),
+        )?);
     }
     Ok(found)
+}
+
+fn nodeless(devices: &[Value]) -> Vec<LeftOut> {
+    let left_out = |device: &Value| {
+        let kind = text(device, "type").strip_prefix("child<")?;
+        let kind = kind.strip_suffix('>')?;
+        let nodeless = NODELESS.iter().any(|prefix| kind.starts_with(prefix));
+        nodeless.then(|| LeftOut {
+            device: text(device, "name").to_owned(),
+            reason: format!("a `{kind}` device has no block node in QEMU: not backed up"),
+            refused: kind != "vfio-pci",
+        })
+    };
+    devices.iter().filter_map(left_out).collect()
 }
 
 /// Two devices under one key, or on one node, are both refused.

@@ -112,6 +112,21 @@ fn an_idle_guest_on_an_idle_host_is_copied_at_full_speed_within_a_second() {
 }
 
 #[test]
+fn no_faster_than_the_schedule_needs() {
+    let config = Config {
+        needed: Some(20 << 20),
+        ..Config::default()
+    };
+    let calm = run(&World::new(|_| 0.0), &config, 120.0);
+    let speed = calm.speed(1.0, 120.0) / MIB;
+    assert!((19.0..=20.1).contains(&speed), "{speed} MiB/s");
+    // What the guest does not bear is not done because there is time.
+    let step = run(&step_world(), &config, 360.0);
+    keeps_its_word("step with a schedule", &step, 0.10);
+    assert!(step.speed(0.0, 360.0) < 20.1 * MIB);
+}
+
+#[test]
 fn a_step_of_load_is_answered_and_its_end_too() {
     let run = run(&step_world(), &Config::default(), 360.0);
     keeps_its_word("step", &run, 0.10);
