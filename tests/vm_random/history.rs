@@ -2,6 +2,7 @@
 //!
 //! Writes are one series. Every one of them leaves bytes of its own, so that no state comes twice.
 
+use std::fmt::Write as _;
 use std::hash::Hasher;
 
 use forerun_rig::block::mix;
@@ -176,22 +177,26 @@ impl History {
             let sectors = differing(&state[*disk], bytes);
             let mut blocks: Vec<usize> = sectors.iter().map(|at| at * SECTOR / BLOCK).collect();
             blocks.dedup();
-            text += &format!(
+            write!(
+                text,
                 "\n disk {disk}: {} sectors in 64 KiB blocks {blocks:?}",
                 sectors.len()
-            );
+            )
+            .unwrap();
             for at in sectors.iter().take(12) {
                 let head = |bytes: &[u8]| bytes[at * SECTOR..][..16].to_vec();
-                text += &format!(
+                write!(
+                    text,
                     "\n  sector {at}: expected {:02x?}, found {:02x?}",
                     head(&state[*disk]),
                     head(bytes)
-                );
+                )
+                .unwrap();
                 let touching = self.writes.iter().enumerate().filter(|(_, write)| {
                     write.disk == *disk && (write.sector..write.sector + write.count).contains(at)
                 });
                 for (number, write) in touching.rev().take(8) {
-                    text += &format!("\n   write {}: {write:?}", number + 1);
+                    write!(text, "\n   write {}: {write:?}", number + 1).unwrap();
                 }
             }
         }

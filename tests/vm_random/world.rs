@@ -582,9 +582,9 @@ impl World {
         self.no_write_failed();
         self.holds_all("after a shutdown");
         self.log.push("restart".into());
-        for disk in 0..NAMES.len() {
+        for (disk, name) in NAMES.iter().enumerate() {
             if self.plan.one_in(4) && self.images[disk].base.is_none() {
-                let target = format!("disk:{}={}", NAMES[disk], self.images[disk].path.display());
+                let target = format!("disk:{name}={}", self.images[disk].path.display());
                 self.history.mark();
                 let ran = self.done(&["backup", &target, "--as", "vm"]);
                 self.collect(0, Some(&ran.point()));
@@ -696,7 +696,9 @@ impl World {
         };
         let job = json!({ "job-id": "operator", "device": node });
         vm.monitor.execute("block-commit", job).unwrap();
-        let ready = |event: &Value| event["event"] == "BLOCK_JOB_READY";
+        let ready = |event: &Value| {
+            event["event"] == "BLOCK_JOB_READY" && event["data"]["device"] == "operator"
+        };
         vm.monitor.wait_event(&ready, WAIT).unwrap();
         vm.monitor
             .execute("job-complete", json!({ "id": "operator" }))
@@ -705,6 +707,11 @@ impl World {
             let jobs = vm.monitor.execute("query-jobs", json!({})).unwrap();
             jobs.as_array().unwrap().is_empty()
         });
+        // A node that QEMU was started with stays, and would go on holding the base.
+        if node == format!("{}-node", NAMES[disk]) {
+            let what = json!({ "node-name": node });
+            vm.monitor.execute("blockdev-del", what).unwrap();
+        }
         fs::remove_file(&image.path).unwrap();
         (image.path, image.format) = (path, format);
     }
