@@ -1,15 +1,18 @@
 //! A VM of two disks, its repository, and the steps of a series.
 
+mod ends;
+mod writer;
+
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use forerun_rig::block::mix;
 use rustix::process::Signal;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::history::{Fill, History, SECTOR, Write, differing, digests};
-use crate::lab::{Lab, MIB, Ran, Still, WAIT, drive, image, qemu_img, until};
+use crate::history::{History, SECTOR, Write, differing, digests};
+use crate::lab::{Lab, MIB, Ran, Still, WAIT, image, qemu_img};
 
 /// What the disks are called.
 const NAMES: [&str; 2] = ["vda", "vdb"];
@@ -301,7 +304,7 @@ impl World {
     fn command(&mut self, words: &[&str], manner: Manner) -> bool {
         self.log.push(format!("{words:?}, {manner:?}"));
         let snapshot = words.contains(&"snapshot");
-        let begin = Instant::now();
+        let asked = Instant::now();
         loop {
             self.history.mark();
             self.covered |= matches!(words[0], "backup" | "run");
@@ -345,7 +348,7 @@ impl World {
                 self.collect(earliest, None);
                 return true;
             }
-            if ran.code == 6 && self.killed && begin.elapsed() < WAIT {
+            if ran.code == 6 && self.killed && asked.elapsed() < WAIT {
                 // The guard of the one that was killed is still at work.
                 self.counts.busy += 1;
                 continue;
@@ -519,290 +522,6 @@ impl World {
                     .any(|(at, length)| (*at..at + length).contains(&byte));
                 assert!(inside, "disk {at}: sector {sector} has changed: {told:?}");
             }
-        }
-    }
-
-    /// Starts QEMU over the images.
-    fn start(&mut self) {
-        let drives: Vec<Vec<String>> = NAMES
-            .iter()
-            .zip(&self.images)
-            .map(|(name, image)| drive(name, &image.path, image.format))
-            .collect();
-        self.vm = Some(Still::start(self.lab.path(), &drives));
-        self.covered = false;
-    }
-
-    /// QEMU's own words: a write that failed is no write.
-    fn no_write_failed(&self) {
-        let said = fs::read_to_string(self.lab.path().join("qemu.log")).unwrap();
-        assert!(!said.contains("failed"), "QEMU: {said}");
-    }
-
-    /// The guest's writes end, and are durable.
-    fn settle(&mut self) {
-        for name in NAMES {
-            let vm = self.vm.as_mut().unwrap();
-            vm.io(name, "aio_flush");
-            vm.io(name, "flush");
-        }
-        self.flying.clear();
-    }
-
-    /// What a disk's image holds while QEMU is off.
-    fn content(&self, disk: usize) -> Vec<u8> {
-        let raw = self.lab.path().join("content.raw");
-        let (image, to) = (&self.images[disk], raw.to_str().unwrap());
-        let path = image.path.to_str().unwrap();
-        qemu_img(&["convert", "-f", image.format, "-O", "raw", path, to]);
-        let bytes = fs::read(&raw).unwrap();
-        fs::remove_file(raw).unwrap();
-        bytes
-    }
-
-    /// The images hold every write: what QEMU and what puts overlays back promise, and what the model stands on.
-    fn holds_all(&mut self, when: &str) {
-        self.history.mark();
-        for disk in 0..NAMES.len() {
-            let found = [(disk, self.content(disk))];
-            if let Err(wrong) = self.history.cut(&found, 0) {
-                panic!("{when} the image of disk {disk} does not hold what was written: {wrong}");
-            }
-        }
-    }
-
-    /// QEMU ends in good order; perhaps a backup of its images, and writes to them; it starts again.
-    fn restart(&mut self) {
-        if self.killed {
-            self.recover();
-        }
-        self.settle();
-        self.vm.take().unwrap().quit();
-        self.counts.restarts += 1;
-        self.no_write_failed();
-        self.holds_all("after a shutdown");
-        self.log.push("restart".into());
-        for (disk, name) in NAMES.iter().enumerate() {
-            if self.plan.one_in(4) && self.images[disk].base.is_none() {
-                let target = format!("disk:{name}={}", self.images[disk].path.display());
-                self.history.mark();
-                let ran = self.done(&["backup", &target, "--as", "vm"]);
-                self.collect(0, Some(&ran.point()));
-            }
-            if self.plan.one_in(4) {
-                self.write_offline(disk);
-            }
-        }
-        self.start();
-    }
-
-    /// Somebody writes to the image while it is off.
-    fn write_offline(&mut self, disk: usize) {
-        let sectors = self.history.now[disk].len() / SECTOR;
-        let count = 1 + self.plan.index(200);
-        let write = Write {
-            disk,
-            sector: self.plan.index(sectors - count),
-            count,
-            fill: Fill::Byte(1 + u8::try_from(self.plan.below(255)).unwrap()),
-        };
-        let Fill::Byte(byte) = write.fill else { return };
-        let (offset, length) = (write.sector * SECTOR, count * SECTOR);
-        let output = std::process::Command::new("qemu-io")
-            .args(["-f", self.images[disk].format, "-c"])
-            .arg(format!("write -q -P {byte} {offset} {length}"))
-            .arg(&self.images[disk].path)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{output:?}");
-        self.log.push(format!(" offline {write:?}"));
-        self.history.push(write);
-    }
-
-    /// QEMU is killed while nothing is done, mostly with all writes flushed.
-    fn power_cut(&mut self) {
-        if self.killed {
-            self.recover();
-        }
-        let flushed = !self.plan.one_in(3);
-        if flushed {
-            self.settle();
-        }
-        self.vm = None;
-        self.flying.clear();
-        self.log.push(format!("power cut, flushed: {flushed}"));
-        if flushed {
-            self.holds_all("after a flush and a kill");
-        }
-        self.after_its_end(false);
-    }
-
-    /// QEMU was killed: what its images hold now is what there is.
-    fn after_its_end(&mut self, snapshot: bool) -> bool {
-        self.counts.ended += 1;
-        self.no_write_failed();
-        if snapshot || self.killed {
-            let target = self.target();
-            let words = ["recover", &target, "--as", "vm"];
-            let mut ran = self.lab.forerun(&words);
-            let begin = Instant::now();
-            while ran.code == 6 && begin.elapsed() < WAIT {
-                ran = self.lab.forerun(&words);
-            }
-            self.log.push(format!("recover: {} {}", ran.code, ran.json));
-            if ran.code == 7 {
-                // An overlay that cannot be put back for certain is the operator's.
-                return false;
-            }
-            ran.done();
-        }
-        for disk in 0..NAMES.len() {
-            let content = self.content(disk);
-            let lost = differing(&self.history.now[disk], &content).len();
-            self.log.push(format!(" disk {disk} lost {lost} sectors"));
-            self.history.adopt(disk, content);
-        }
-        self.killed = false;
-        self.newest = None;
-        self.start();
-        true
-    }
-
-    /// An operator's external snapshot of a disk, or its commit.
-    fn operator(&mut self) {
-        if self.killed {
-            self.recover();
-        }
-        let disk = self.plan.index(NAMES.len());
-        let node = self.active(disk);
-        let vm = self.vm.as_mut().unwrap();
-        let image = &mut self.images[disk];
-        self.log.push(format!(
-            "operator on disk {disk}: {node}, back: {}",
-            image.base.is_some()
-        ));
-        let Some((path, format)) = image.base.take() else {
-            let name = format!("op-{}", self.log.len());
-            let path = self.lab.path().join(&name);
-            let snapshot = json!({
-                "node-name": node, "snapshot-file": path, "snapshot-node-name": name, "format": "qcow2",
-            });
-            vm.monitor
-                .execute("blockdev-snapshot-sync", snapshot)
-                .unwrap();
-            let base = std::mem::replace(&mut image.path, path);
-            image.base = Some((base, std::mem::replace(&mut image.format, "qcow2")));
-            return;
-        };
-        let job = json!({ "job-id": "operator", "device": node });
-        vm.monitor.execute("block-commit", job).unwrap();
-        let ready = |event: &Value| {
-            event["event"] == "BLOCK_JOB_READY" && event["data"]["device"] == "operator"
-        };
-        vm.monitor.wait_event(&ready, WAIT).unwrap();
-        vm.monitor
-            .execute("job-complete", json!({ "id": "operator" }))
-            .unwrap();
-        until("the operator's commit", || {
-            let jobs = vm.monitor.execute("query-jobs", json!({})).unwrap();
-            jobs.as_array().unwrap().is_empty()
-        });
-        // A node that QEMU was started with stays, and would go on holding the base.
-        if node == format!("{}-node", NAMES[disk]) {
-            let what = json!({ "node-name": node });
-            vm.monitor.execute("blockdev-del", what).unwrap();
-        }
-        fs::remove_file(&image.path).unwrap();
-        (image.path, image.format) = (path, format);
-    }
-
-    /// The node that a disk's device writes to.
-    fn active(&mut self, disk: usize) -> String {
-        let vm = self.vm.as_mut().unwrap();
-        let all = vm.monitor.execute("query-block", json!({})).unwrap();
-        let path = format!("/machine/peripheral/{}/virtio-backend", NAMES[disk]);
-        let all = all.as_array().unwrap().iter();
-        let mut its = all.filter(|it| it["qdev"] == path.as_str());
-        let node = &its.next().unwrap()["inserted"]["node-name"];
-        node.as_str().unwrap().to_owned()
-    }
-
-    /// One write through a disk's device; it has ended, or it is the newest of some that are in flight together.
-    fn write(&mut self) {
-        let write = self.next_write();
-        let Write {
-            disk,
-            sector,
-            count,
-            fill,
-        } = write;
-        if self.flying.len() > 8 || self.flying.iter().any(|it| it.overlaps(&write)) {
-            for name in NAMES {
-                self.vm.as_mut().unwrap().io(name, "aio_flush");
-            }
-            self.flying.clear();
-        }
-        let at = format!("{} {}", sector * SECTOR, count * SECTOR);
-        let line = match fill {
-            Fill::Stamp(_) => {
-                let pattern = self.lab.path().join("pattern");
-                fs::write(&pattern, write.bytes()).unwrap();
-                format!("write -q -s {} {at}", pattern.display())
-            }
-            Fill::Byte(byte) => {
-                self.flying.push(write);
-                format!("aio_write -q -P {byte} {at}")
-            }
-            Fill::Zero => {
-                let whole = sector.is_multiple_of(128) && count.is_multiple_of(128);
-                let covered = self.covered || self.images[disk].base.is_some();
-                // A filter or an overlay may leave what was there: QEMU discards nothing below a node without `discard`.
-                if whole && !covered && self.writer.one_in(2) {
-                    format!("discard -q {at}")
-                } else {
-                    let kind =
-                        self.writer
-                            .of(&["write -q -z", "write -q -z -u", "aio_write -q -z -u"]);
-                    if kind.starts_with("aio") {
-                        self.flying.push(write);
-                    }
-                    format!("{kind} {at}")
-                }
-            }
-        };
-        self.vm.as_mut().unwrap().io(NAMES[disk], &line);
-        self.history.push(write);
-    }
-
-    fn next_write(&mut self) -> Write {
-        let dice = &mut self.writer;
-        let disk = dice.index(NAMES.len());
-        let sectors = self.history.now[disk].len() / SECTOR;
-        let number = self.history.total() as u64 + 1;
-        let (granule, mut count) = match dice.below(10) {
-            0..3 => (1, 1),
-            3..6 => (1, 1 + dice.index(16)),
-            6..8 => (8, 8 * (1 + dice.index(32))),
-            _ => (128, 128 * (1 + dice.index(4))),
-        };
-        // Most of what is written is written again and again.
-        let (start, span) = if dice.one_in(4) {
-            (0, sectors)
-        } else {
-            (sectors / 8 * (disk + 2), sectors / 16)
-        };
-        let sector = (start + dice.index(span)) / granule * granule;
-        count = count.min(sectors - sector);
-        let fill = match dice.below(10) {
-            0..5 => Fill::Stamp(number),
-            5..8 => Fill::Byte(u8::try_from(1 + number % 255).unwrap()),
-            _ => Fill::Zero,
-        };
-        Write {
-            disk,
-            sector,
-            count,
-            fill,
         }
     }
 }
