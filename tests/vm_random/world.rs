@@ -293,7 +293,7 @@ impl World {
         let manner = Manner {
             pace,
             kill: (fate < 5).then_some(moment),
-            end: (fate == 5).then_some(moment),
+            end: (4..7).contains(&fate).then_some(moment),
             due,
         };
         let target = self.target();
@@ -303,7 +303,6 @@ impl World {
 
     fn command(&mut self, words: &[&str], manner: Manner) -> bool {
         self.log.push(format!("{words:?}, {manner:?}"));
-        let snapshot = words.contains(&"snapshot");
         let asked = Instant::now();
         loop {
             self.history.mark();
@@ -339,8 +338,9 @@ impl World {
             ));
             if self.vm.is_none() {
                 assert_ne!(ran.code, 101, "{}", ran.words);
+                self.killed |= killed;
                 self.collect(earliest, None);
-                return self.after_its_end(snapshot);
+                return self.after_its_end();
             }
             if ran.code == -1 && killed {
                 self.counts.killed += 1;

@@ -122,14 +122,14 @@ impl World {
         if flushed {
             self.holds_all("after a flush and a kill");
         }
-        self.after_its_end(false);
+        self.after_its_end();
     }
 
     /// QEMU was killed: what its images hold now is what there is.
-    pub(super) fn after_its_end(&mut self, snapshot: bool) -> bool {
+    pub(super) fn after_its_end(&mut self) -> bool {
         self.counts.ended += 1;
         self.no_write_failed();
-        if snapshot || self.killed {
+        if self.covered {
             let target = self.target();
             let words = ["recover", &target, "--as", "vm"];
             let mut ran = self.lab.forerun(&words);
@@ -143,6 +143,7 @@ impl World {
                 return false;
             }
             ran.done();
+            self.killed = false;
         }
         for disk in 0..NAMES.len() {
             let content = self.content(disk);
@@ -150,7 +151,6 @@ impl World {
             self.log.push(format!(" disk {disk} lost {lost} sectors"));
             self.history.adopt(disk, content);
         }
-        self.killed = false;
         self.newest = None;
         self.start();
         true
