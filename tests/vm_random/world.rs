@@ -91,6 +91,8 @@ pub(crate) struct World {
     history: History,
     /// Writes that may not have ended.
     flying: Vec<Write>,
+    /// How many writes this QEMU was told of that are not waited for, by disk.
+    launched: [u64; 2],
     plan: Dice,
     writer: Dice,
     log: Vec<String>,
@@ -156,6 +158,7 @@ impl World {
             images,
             history: History::new(&sizes),
             flying: Vec::new(),
+            launched: [0; 2],
             plan,
             writer: Dice(mix(!seed)),
             log: vec![format!("blocks of {block}, {compression}, disks {sizes:?}")],

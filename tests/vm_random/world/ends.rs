@@ -19,6 +19,7 @@ impl World {
             .collect();
         self.vm = Some(Still::start(self.lab.path(), &drives));
         self.covered = false;
+        self.launched = [0; 2];
     }
 
     /// QEMU's own words: a write that failed is no write.
@@ -29,12 +30,10 @@ impl World {
 
     /// The guest's writes end, and are durable.
     fn settle(&mut self) {
+        self.land();
         for name in NAMES {
-            let vm = self.vm.as_mut().unwrap();
-            vm.io(name, "aio_flush");
-            vm.io(name, "flush");
+            self.vm.as_mut().unwrap().io(name, "flush");
         }
-        self.flying.clear();
     }
 
     /// What a disk's image holds while QEMU is off.
