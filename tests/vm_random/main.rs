@@ -3,6 +3,7 @@
 //! the state of both disks after one of the writes, when it is made and at the end.
 //!
 //! `FORERUN_RANDOM_SEED` and `FORERUN_RANDOM_STEPS` make other series: the plan follows from the seed, the moments do not.
+//! `FORERUN_RANDOM_LOG` prints what was done.
 //! On a failure the files stay, and the log says where.
 #![allow(
     clippy::disallowed_methods,

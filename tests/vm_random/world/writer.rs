@@ -49,8 +49,8 @@ impl World {
         self.history.push(write);
     }
 
-    /// Waits until all writes have ended. Not by `aio_flush`: QEMU 10.0 drains all disks by it, and while a client connects to
-    /// an export that can go on until the client gives up.
+    /// Waits until all writes have ended. Not by `aio_flush`, which drains all disks: QEMU 10.0 was seen to spin in that for as
+    /// long as a freeze's export had a client that waited for an answer.
     pub(super) fn land(&mut self) {
         let vm = self.vm.as_mut().unwrap();
         let launched = self.launched;
