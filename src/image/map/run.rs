@@ -390,5 +390,30 @@ mod tests {
             }
             prop_assert_eq!(seen, model.into_iter().collect::<Vec<_>>());
         }
+
+        #[test]
+        fn what_all_have_is_taken_away(
+            of in proptest::collection::vec((0_u64..5, 1_u64..6, any::<bool>()), 0..8),
+            layers in proptest::collection::vec(
+                proptest::collection::vec((0_u64..4, 1_u64..9, any::<bool>()), 0..8), 0..4),
+        ) {
+            let has = |layer: &[(u64, u64, bool)], block| {
+                runs(layer, 1).iter().any(|run| (run.first..run.end()).contains(&block))
+            };
+            let expected: Vec<_> = runs(&of, 0).iter().flat_map(blocks)
+                .filter(|(block, _)| layers.is_empty() || !layers.iter().all(|layer| has(layer, *block)))
+                .collect();
+            let listed = |layer: &Vec<_>| {
+                Box::new(Listed(runs(layer, 1).into_iter())) as Box<dyn RunSource>
+            };
+            let hidden = common(layers.iter().map(listed).collect());
+            let mut left = Without::new(listed(&of), hidden);
+            let mut seen = Vec::new();
+            while let Some(run) = left.next_run().unwrap() {
+                prop_assert!(run.count() > 0);
+                seen.extend(blocks(&run).into_iter().map(|(block, _)| block));
+            }
+            prop_assert_eq!(seen, expected.iter().map(|(block, _)| *block).collect::<Vec<_>>());
+        }
     }
 }

@@ -177,3 +177,145 @@ impl Shown {
         Ok(Some(common(sources)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::super::super::ids::{BlockId, Digest};
+    use super::super::super::memory::{Fate, Memory, Objects};
+    use super::super::super::store::Store;
+    use super::super::layer::{LayerWriter, MAP};
+    use super::super::run::{BlockIds, Run, RunContent};
+    use super::super::{Entry, MapReader};
+    use super::*;
+
+    /// A layer of some blocks; zeros where `true`. Its ids are nobody else's.
+    fn layer(store: &Memory, number: u8, blocks: &BTreeSet<(u8, bool)>) -> LayerRef {
+        let object = format!("maps/{}", name(number));
+        let mut writer = LayerWriter::create(store, &object, MAP).unwrap();
+        let mut last = None;
+        for (block, zero) in blocks {
+            if last.replace(*block) == Some(*block) {
+                continue;
+            }
+            let content = if *zero {
+                RunContent::Zero(1)
+            } else {
+                RunContent::Data(BlockIds::new(vec![BlockId::of(&[number, *block])]))
+            };
+            let first = u64::from(*block);
+            writer.push(Run { first, content }).unwrap();
+        }
+        let (digest, totals, _) = writer.finish(b"").unwrap();
+        let blocks = totals.blocks();
+        let id = name(number);
+        LayerRef { id, blocks, digest }
+    }
+
+    fn name(number: u8) -> ObjectId {
+        ObjectId::from_bytes([number; 16])
+    }
+
+    fn open(store: &Memory, layer: &LayerRef) -> Result<Arc<Layer>> {
+        let store: Arc<dyn Store> = Arc::new(store.clone());
+        Layer::open(&store, &layer.object(), MAP, Some(layer.digest)).map(Arc::new)
+    }
+
+    fn shown_by(store: &Memory, shown: &Shown) -> BTreeSet<BlockId> {
+        let mut found = BTreeSet::new();
+        for (place, _) in shown.places() {
+            let mut runs = shown
+                .stream(place, &|layer: &LayerRef| open(store, layer))
+                .unwrap();
+            while let Some(run) = runs.next_run().unwrap() {
+                if let RunContent::Data(ids) = run.content {
+                    found.extend(ids.as_slice());
+                }
+            }
+        }
+        found
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_shown_is_what_the_maps_hold_and_nothing_else(
+            contents in proptest::collection::vec(
+                proptest::collection::btree_set((0_u8..12, any::<bool>()), 0..9), 1..14),
+            beneath in proptest::collection::vec((any::<prop::sample::Index>(), 0_u8..4), 14),
+            maps in proptest::collection::vec((any::<prop::sample::Index>(), 9_u64..13), 1..9),
+        ) {
+            let store = Memory::new(Objects::new(), None, Fate::Lost);
+            let layers: Vec<LayerRef> = (0_u8..).zip(&contents)
+                .map(|(number, blocks)| layer(&store, number, blocks)).collect();
+            // Each layer lies over an earlier one, or is the oldest of its maps.
+            let mut stacks: Vec<Vec<LayerRef>> = Vec::new();
+            for (layer, (below, alone)) in layers.iter().zip(&beneath) {
+                let mut stack = vec![layer.clone()];
+                if *alone > 0 && !stacks.is_empty() {
+                    stack.extend(below.get(&stacks).iter().cloned());
+                }
+                stacks.push(stack);
+            }
+            let (mut shown, mut few) = (Shown::default(), Shown { limit: 2, ..Shown::default() });
+            let mut expected = BTreeSet::new();
+            let mut places = Vec::new();
+            for (stack, blocks) in &maps {
+                let stack = stack.get(&stacks);
+                places.push((shown.add(*blocks, stack).unwrap(), stack, *blocks));
+                few.add(*blocks, stack);
+                let opened = stack.iter().map(|layer| open(&store, layer).unwrap()).collect();
+                let map = MapReader::of(opened, *blocks);
+                for block in 0..*blocks {
+                    if let Entry::Data(id) = map.get(block).unwrap() {
+                        expected.insert(id);
+                    }
+                }
+            }
+            prop_assert_eq!(&shown_by(&store, &shown), &expected);
+            // With less memory more counts as shown.
+            prop_assert!(shown_by(&store, &few).is_superset(&expected));
+            let spans = shown.spans();
+            for (place, stack, blocks) in places {
+                let (same, beneath) = shown.beneath(place);
+                prop_assert_eq!(same, blocks);
+                prop_assert!(beneath.into_iter().eq(&stack[1..]));
+                for (other, above, of) in maps.iter().map(|(stack, of)| (stack.get(&stacks), of))
+                    .map(|(stack, of)| (shown.place_of(*of, stack), stack, *of)) {
+                    let (first, end) = spans[place];
+                    let is_over = of == blocks && above.ends_with(stack);
+                    prop_assert_eq!((first..end).contains(&spans[other].0), is_over);
+                }
+            }
+        }
+    }
+
+    impl Shown {
+        /// The place of a map that was added.
+        fn place_of(&self, blocks: u64, layers: &[LayerRef]) -> usize {
+            let mut below = None;
+            for layer in layers.iter().rev() {
+                below = self.places.get(&(below, blocks, layer.id)).copied();
+            }
+            below.unwrap()
+        }
+    }
+
+    #[test]
+    fn a_layer_that_is_missing_is_an_error() {
+        let store = Memory::new(Objects::new(), None, Fate::Lost);
+        let there = layer(&store, 1, &[(0, false)].into());
+        let missing = LayerRef {
+            id: name(2),
+            blocks: 1,
+            digest: Digest::from_bytes([0; 32]),
+        };
+        let mut shown = Shown::default();
+        shown.add(1, &[missing, there]);
+        let open = |layer: &LayerRef| open(&store, layer);
+        assert!(shown.stream(0, &open).is_err(), "it may hide something");
+        assert!(shown.stream(1, &open).is_err());
+    }
+}
