@@ -50,7 +50,7 @@ struct Walk {
 /// How much a root's word is worth.
 #[derive(Clone, Copy, PartialEq)]
 enum Claim {
-    /// A point: all of it is there.
+    /// A point: all of its layers are there.
     Certain,
     /// A session or a lease: it may have named a map whose point had gone before, and finds that out when it looks. A layer that is
     /// missing went then.
@@ -229,8 +229,16 @@ fn shown_ids(
         Layer::open(repo.store_arc(), &layer.object(), MAP, Some(layer.digest)).map(Arc::new)
     };
     for (place, layer) in shown.places() {
-        ids(shown.stream(place, &open)?, each)?;
-        done(&*open(layer)?)?;
+        let this = open(layer)?;
+        let opened = |other: &LayerRef| {
+            if other.id == layer.id {
+                Ok(Arc::clone(&this))
+            } else {
+                open(other)
+            }
+        };
+        ids(shown.stream(place, &opened)?, each)?;
+        done(&this)?;
     }
     Ok(())
 }
