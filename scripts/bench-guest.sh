@@ -2,12 +2,13 @@
 # Measures a guest under load in four settings, in turn: no backup, forerun (ahead of schedule, then when it is due),
 # virtnbdbackup's increment and qmpbackup's; each with the backup's target free and held to a speed.
 #
-#   scripts/bench-guest.sh [-n RUNS] [-t SECONDS] [-s MIB] [-c MIB] [-l MIB] [-S SETTING,...] [-i RATES]
+#   scripts/bench-guest.sh [-n RUNS] [-t SECONDS] [-w SECONDS] [-s MIB] [-c MIB] [-l MIB] [-S SETTING,...] [-i RATES]
 #                          [-b BINARY] [-q DIR] [-d DIRECTORY] [-o TSV]
 #   scripts/bench-guest.sh -r TSV
 #
 #   -n   runs; each is all settings with both targets (10)
-#   -t   seconds of load before the backup is due, and at least as many from then on (30)
+#   -t   seconds of load before the backup is due (45)
+#   -w   seconds of load from then on, at least (10)
 #   -s   size of the first disk, MiB, all of it random; the second has half of it (1024)
 #   -c   what the guest writes between the base and the load, MiB (128)
 #   -l   the target's speed when it is held, MiB/s (50)
@@ -20,7 +21,7 @@
 #        there goes on with its next run at the same load; give the same options. Beside it: TSV.log, what the tools said
 #   -r   only tells what is in such a table
 #
-# `-n 2 -t 5 -s 128 -c 16` is a short try of minutes. A word on what is measured:
+# `-n 2 -t 5 -w 5 -s 128 -c 16` is a short try of minutes. A word on what is measured:
 #
 # The guest is one libvirt domain under a libvirtd of its own: Debian's cloud kernel in TCG, one CPU, two
 # qcow2 disks in iothreads, booted fresh for each measurement with the same disks and the same seeds. In it runs Debian's fio:
@@ -30,8 +31,9 @@
 # never uses KVM: ratios tell something, the figures themselves little.
 #
 # The target is ext4 on a loop device on a file that qemu-storage-daemon serves (FUSE) through its throttle, for every
-# tool. While it is held, at most 4 MiB of it are cached unwritten, or else the first hundreds of MiB would go to memory at
-# any speed (Linux 6.2 and later; before it there is only a share of the memory, and a held target is felt late).
+# tool. The file is in memory where that has room, as another device than the guest's disks would be. While it is held, at
+# most 4 MiB of it are cached unwritten, or else the first hundreds of MiB would go to memory at any speed (Linux 6.2 and
+# later; before it there is only a share of the memory, and a held target is felt late).
 #
 # qmpbackup gets the domain's own QEMU command line without libvirt: it makes names of nodes from names of nodes, and libvirt's
 # become too long for QEMU. A tool that fails under the load is tried twice more; all failures are told.
@@ -43,12 +45,13 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/lib/packages.sh source-path=SCRIPTDIR/..
 . scripts/lib/packages.sh
 
-runs=10 seconds=30 size=1024 changes=128 hold=50 settings=none,forerun,virtnbdbackup,qmpbackup
+runs=10 seconds=45 after=10 size=1024 changes=128 hold=50 settings=none,forerun,virtnbdbackup,qmpbackup
 rates="" binary="" qmpbackup="" place="" table=target/bench-guest.tsv tell=""
-while getopts n:t:s:c:l:S:i:b:q:d:o:r: option; do
+while getopts n:t:w:s:c:l:S:i:b:q:d:o:r: option; do
 	case $option in
 	n) runs=$OPTARG ;;
 	t) seconds=$OPTARG ;;
+	w) after=$OPTARG ;;
 	s) size=$OPTARG ;;
 	c) changes=$OPTARG ;;
 	l) hold=$OPTARG ;;
@@ -81,7 +84,7 @@ fetch_guest_fio target/guest/fio
 # A short path: sockets are in it.
 work=$(mktemp -d "${place:-/var/tmp}/fbg.XXXXXX")
 chmod 755 "$work"
-target=$work/target loop="" daemon="" domain="" measuring=""
+target=$work/target store="" loop="" daemon="" domain="" measuring=""
 # Ends in the reverse order of the beginning; each part may be missing.
 cleanup() {
 	if [ -n "$measuring" ]; then kill "$measuring" 2>/dev/null || true; wait "$measuring" || true; fi
@@ -90,7 +93,7 @@ cleanup() {
 	if mountpoint -q "$target"; then umount "$target" || umount -l "$target" || true; fi
 	if [ -n "$loop" ]; then losetup -d "$loop" || true; fi
 	if [ -n "$daemon" ]; then kill "$daemon" 2>/dev/null || true; wait "$daemon" || true; fi
-	rm -rf --one-file-system "$work"
+	rm -rf --one-file-system "$work" "$store"
 }
 exec {to_domain}>/dev/null
 trap cleanup EXIT
@@ -99,10 +102,15 @@ trap 'exit 130' INT TERM
 # --- the target ---
 
 # All of base and increments, plain.
-truncate -s "$((size * 3 + 1024))M" "$work/store"
+mib=$((size * 3 + 1024))
+store=$work
+if [ "$(df --output=avail -m /dev/shm | tail -1)" -gt $((mib * 2)) ]; then
+	store=$(mktemp -d /dev/shm/fbg.XXXXXX)
+fi
+truncate -s "${mib}M" "$store/store"
 : >"$work/served"
 qemu-storage-daemon --object throttle-group,id=limit \
-	--blockdev "driver=file,node-name=file,filename=$work/store" \
+	--blockdev "driver=file,node-name=file,filename=$store/store" \
 	--blockdev driver=throttle,node-name=held,throttle-group=limit,file=file \
 	--export "type=fuse,id=served,node-name=held,mountpoint=$work/served,writable=on,allow-other=off" \
 	--chardev "socket,id=monitor,path=$work/monitor.sock,server=on,wait=off" --monitor chardev=monitor \
@@ -165,13 +173,13 @@ version() { dpkg-query -W -f='${Package} ${Version}\n' "$1" 2>/dev/null || true;
 	if [ -n "$qmpbackup" ]; then
 		printf 'qmpbackup %s\n' "$(sed -n 's/^VERSION = "\(.*\)"/\1/p' "$qmpbackup/libqmpbackup/version.py")"
 	fi
-	printf '%s CPUs, Linux %s, load %s; runs of %s s, disks %s + %s MiB, changes %s MiB, held to %s MiB/s\n' \
-		"$(nproc)" "$(uname -r)" "$(cut -d' ' -f1-3 /proc/loadavg)" "$seconds" "$size" $((size / 2)) "$changes" "$hold"
+	printf '%s CPUs, Linux %s, load %s; runs of %s + %s s, disks %s + %s MiB, changes %s MiB, held to %s MiB/s, target in %s\n' \
+		"$(nproc)" "$(uname -r)" "$(cut -d' ' -f1-3 /proc/loadavg)" "$seconds" "$after" "$size" $((size / 2)) "$changes" "$hold" "$(dirname "$store")"
 } | sed 's/^/# /' | tee "$table.about" >&2
 status=0
 /usr/bin/python3 rig/bench/guest.py --dir "$work" --target "$target" --monitor "$work/monitor.sock" --loop "$loop" \
 	--template "$work/template" --table "$table" --log "$table.log" --forerun "$binary" --qmpbackup "$qmpbackup" \
-	--user "$user" --settings "$settings" --rates "$rates" --runs "$runs" --seconds "$seconds" \
+	--user "$user" --settings "$settings" --rates "$rates" --runs "$runs" --seconds "$seconds" --after "$after" \
 	--changes "$changes" --hold "$hold" <"$work/places" >&2 &
 measuring=$!
 # In the background, so that a signal is heard at once.

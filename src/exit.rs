@@ -215,6 +215,10 @@ fn of_image(error: &image::Error) -> Option<(Kind, Option<String>)> {
             Kind::NoSpace,
             "free space in the repository and run the command again: it goes on from where it was",
         ),
+        image::Error::TargetFull { .. } => (
+            Kind::NoSpace,
+            "make room where the disk is written to, or name another place, and restore again",
+        ),
         image::Error::Busy { .. } => (Kind::Busy, "wait for it, or end it"),
         image::Error::NoKey => (
             Kind::Usage,

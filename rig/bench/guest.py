@@ -255,7 +255,7 @@ def guest_figures(logs, begin, end):
     for job, log in logs.items():
         rows[job] = log[bisect.bisect_left(log, (begin,)):bisect.bisect_left(log, (end,))]
     ios = [row for job in rows.values() for row in job]
-    writes = sorted(row[1] for row in rows["mix"] if row[2])
+    writes = sorted(row[1] for row in ios if row[2])
     commits = sorted(row[1] for row in rows["log"])
     if not writes or not commits:
         raise Failed("the guest wrote nothing in a phase")
@@ -541,8 +541,8 @@ class Bench:
         before = self.target.written()
         own = tool.increment()
         done = time.time()
-        time.sleep(max(0, due + options.seconds - done))
-        end = max(done, due + options.seconds)
+        time.sleep(max(0, due + options.after - done))
+        end = max(done, due + options.after)
         stopped = watch.stop()
         drift = abs(self.clock() - offset)
         row = {"window_ms": 0, "held_ms": 0, "done_ms": (done - due) * 1e3 if setting != "none" else 0, **own}
@@ -639,7 +639,7 @@ def main():
     parser.add_argument("--user", default="root")
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--rates", default="")
-    for name, default in (("runs", 10), ("seconds", 30), ("changes", 64), ("hold", 50), ("patience", 600)):
+    for name, default in (("runs", 10), ("seconds", 45), ("after", 10), ("changes", 64), ("hold", 50), ("patience", 600)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     bench = Bench(options, json.loads(input()))

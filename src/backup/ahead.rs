@@ -14,6 +14,7 @@ use crate::exit::{Failure, Kind, classify};
 use crate::plan::outlook::OnMiss;
 use crate::plan::{Debt, Outlook, Patience, Situation, Step, ahead};
 use crate::qmp;
+use crate::vm::Hold;
 
 /// So little is left alone when nothing is due.
 const LITTLE: u64 = 16 << 20;
@@ -21,6 +22,8 @@ const LITTLE: u64 = 16 << 20;
 const PASSES: u32 = 12;
 /// Two rotations so far apart show what changes just now.
 const PROBE: Duration = Duration::from_millis(500);
+/// A rotation so shortly ago shows it, too.
+const WATCHED: Duration = Duration::from_secs(3);
 /// With less time than this nothing is found out first.
 const NO_PROBE: Duration = Duration::from_millis(2500);
 /// After trouble that passes by itself.
@@ -113,7 +116,7 @@ impl Runner {
         due: Deadline,
         converge: Option<u64>,
     ) -> Result<(u64, Option<Duration>)> {
-        let debt = self.look()?;
+        let (mut hold, debt) = self.look_and_hold()?;
         let total = debt.total();
         if converge.is_some_and(|converge| total <= converge) {
             return Ok((total, None));
@@ -137,11 +140,12 @@ impl Runner {
         match step {
             Step::Nap(nap) => return Ok((total, Some(nap))),
             Step::Watch => {
-                self.rotate_only()?;
+                self.rotate_only(&mut hold)?;
                 return Ok((total, Some(Duration::ZERO)));
             }
             Step::Pass | Step::LastPass => {}
         }
+        drop(hold);
         self.choose_patience(&debt, &outlook, due, converge);
         self.probe(until)?;
         let useful = |bytes: Copied| bytes.precopied - bytes.superseded;
@@ -195,22 +199,25 @@ impl Runner {
 
     /// Rotates a moment before the pass does, so that it knows what changes just now.
     fn probe(&mut self, until: Deadline) -> Result<()> {
-        if !self.cooling || until.left() < NO_PROBE {
+        let watched = self.rotated[0].is_some_and(|rotated| clock::now() - rotated < WATCHED);
+        if !self.cooling || watched || until.left() < NO_PROBE {
             return Ok(());
         }
-        if self.rotate_only()? {
+        let mut hold = self.hold()?;
+        let rotated = self.rotate_only(&mut hold)?;
+        drop(hold);
+        if rotated {
             self.pause(PROBE)?;
         }
         Ok(())
     }
 
     /// A rotation without a pass, to see what changes between two. Says whether one was made.
-    fn rotate_only(&mut self) -> Result<bool> {
-        let mut hold = self.hold()?;
+    fn rotate_only(&mut self, hold: &mut Hold) -> Result<bool> {
         if !hold.lasting()? || self.vm.offline() {
             return Ok(false);
         }
-        self.rotate(&mut hold, false)?;
+        self.rotate(hold, false)?;
         for disk in &mut self.disks {
             disk.open = None;
         }
@@ -219,6 +226,10 @@ impl Runner {
 
     /// Looks at what is not copied yet, and learns from it how fast that grows.
     fn look(&mut self) -> Result<Debt> {
+        Ok(self.look_and_hold()?.1)
+    }
+
+    fn look_and_hold(&mut self) -> Result<(Hold, Debt)> {
         let mut hold = self.hold()?;
         self.sample_writes(&mut hold)?;
         let debt = self.debt(&hold);
@@ -227,7 +238,7 @@ impl Runner {
             #[allow(clippy::cast_precision_loss, reason = "a measure")]
             self.learned.change.looked(seconds, debt.live as f64);
         }
-        Ok(debt)
+        Ok((hold, debt))
     }
 
     fn copy_speed(&self) -> f64 {

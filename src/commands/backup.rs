@@ -187,10 +187,10 @@ pub(super) fn changed(args: &RepoTargetArgs, interrupted: Arc<AtomicBool>) -> Re
             .map(|why| format!(" (all of it: {why})"))
             .unwrap_or_default();
         outcome.line(format!(
-            "{}: {} in {} extents{why}",
+            "{}: {} in {}{why}",
             disk.disk,
             Bytes(bytes),
-            disk.extents.len()
+            super::counted(disk.extents.len(), "extent")
         ));
     }
     outcome
@@ -343,7 +343,9 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
     let bytes = point.bytes;
     outcome.line(format!(
         "{}: point {} of {}",
-        begun.target, point.id, point.instant
+        begun.target,
+        point.id,
+        clock::local(point.instant)
     ));
     outcome.line(format!(
         "  precopied {}, superseded {}, residual {}, stored {}",
@@ -368,8 +370,8 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
     outcome.line(format!("  {}", consistency(point)));
     if let Some(together) = &point.together {
         outcome.line(format!(
-            "  together with {} others within {} ms{}",
-            together.targets.len().saturating_sub(1),
+            "  together with {} within {} ms{}",
+            super::counted(together.targets.len().saturating_sub(1), "other"),
             together.spread_ms,
             if together.one_instant {
                 ": one instant"
@@ -397,9 +399,10 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
     }));
     outcome.warnings.append(&mut begun.runner.warnings);
     if let Some(due) = late {
-        outcome
-            .warnings
-            .push(format!("the backup was due at {due} and began late"));
+        outcome.warnings.push(format!(
+            "the backup was due at {} and began late",
+            clock::local(due)
+        ));
     }
     outcome
 }
@@ -407,7 +410,9 @@ fn finished(mut begun: Begun, point: &Point, late: Option<Timestamp>) -> Outcome
 /// What the guest knew of the instant, in words.
 fn consistency(point: &Point) -> String {
     match (point.quiesce, point.file_systems, &point.not_quiesced) {
-        (image::Quiesce::Quiesced, Some(count), _) => format!("quiesced: {count} file systems"),
+        (image::Quiesce::Quiesced, Some(count), _) => {
+            format!("quiesced: {}", super::counted(count, "file system"))
+        }
         (level, _, Some(why)) => format!("{}: {why}", level.name()),
         (level, ..) => level.name().to_owned(),
     }

@@ -240,8 +240,8 @@ fn dispatch(command: Command, style: Style) -> Result<Outcome> {
 }
 
 /// So many of something, in words.
-fn counted(count: u64, one: &str) -> String {
-    let ending = if count == 1 { "" } else { "s" };
+fn counted<T: std::fmt::Display + PartialEq + From<u8> + Copy>(count: T, one: &str) -> String {
+    let ending = if count == T::from(1) { "" } else { "s" };
     format!("{count} {one}{ending}")
 }
 

@@ -56,6 +56,14 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// There is no room where a disk is written to.
+    #[error("no space left to write {object}")]
+    TargetFull {
+        /// What was to be written, and of which disk.
+        object: String,
+        /// What the system said.
+        source: io::Error,
+    },
     /// Stored bytes are not what was written, or an object that others refer to is gone.
     #[error("{object} is corrupt: {what}")]
     Corrupt {

@@ -170,7 +170,7 @@ impl Output<'_> {
         let object = format!("{length} bytes at offset {offset:#x} of {}", self.disk);
         match source.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-                Error::NoSpace { object, source }
+                Error::TargetFull { object, source }
             }
             _ => Error::Io {
                 action: "write",

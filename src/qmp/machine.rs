@@ -18,6 +18,8 @@ const READINGS: u32 = 5;
 /// Between two of these.
 const READ_AGAIN: Duration = Duration::from_millis(20);
 
+/// Where devices with an id are.
+const PERIPHERAL: &str = "/machine/peripheral";
 /// Front ends whose writes all pass through their block node.
 const FRONT_ENDS: [&str; 8] = [
     "virtio-blk-pci",
@@ -132,10 +134,18 @@ impl Known {
     }
 
     fn compare(&mut self, devices: Vec<Value>) {
-        if devices != self.devices {
-            self.properties.clear();
-            self.devices = devices;
+        if devices == self.devices {
+            return;
         }
+        self.properties.clear();
+        for device in &devices {
+            if let Some(kind) = kind(device) {
+                let path = format!("{PERIPHERAL}/{}", text(device, "name"));
+                let kind = Some(Value::from(kind));
+                self.properties.insert((path, "type"), kind);
+            }
+        }
+        self.devices = devices;
     }
 
     /// A device's property, `None` when it has none of that name.
@@ -318,7 +328,7 @@ fn describe(
 /// of the part of it that holds the disk.
 fn device_path(qdev: &str) -> (String, Option<String>) {
     if !qdev.starts_with('/') {
-        return (format!("/machine/peripheral/{qdev}"), Some(qdev.to_owned()));
+        return (format!("{PERIPHERAL}/{qdev}"), Some(qdev.to_owned()));
     }
     let path = qdev
         .strip_suffix("/virtio-backend")
@@ -334,7 +344,7 @@ fn device_path(qdev: &str) -> (String, Option<String>) {
 /// All devices, whether they have an id or not.
 fn devices(monitor: &mut dyn Monitor) -> Result<Vec<Value>> {
     let mut found = Vec::new();
-    for container in ["/machine/peripheral", "/machine/peripheral-anon"] {
+    for container in [PERIPHERAL, "/machine/peripheral-anon"] {
         found.extend(list::<qmp::qom_list>(
             monitor,
             json!({ "path": container }),
@@ -343,10 +353,15 @@ fn devices(monitor: &mut dyn Monitor) -> Result<Vec<Value>> {
     Ok(found)
 }
 
+/// The type of a device as its container lists it.
+fn kind(device: &Value) -> Option<&str> {
+    let kind = text(device, "type").strip_prefix("child<")?;
+    kind.strip_suffix('>')
+}
+
 fn nodeless(devices: &[Value]) -> Vec<LeftOut> {
     let left_out = |device: &Value| {
-        let kind = text(device, "type").strip_prefix("child<")?;
-        let kind = kind.strip_suffix('>')?;
+        let kind = kind(device)?;
         let nodeless = NODELESS.iter().any(|prefix| kind.starts_with(prefix));
         nodeless.then(|| LeftOut {
             device: text(device, "name").to_owned(),

@@ -2,13 +2,14 @@
 //! for a dead run, and `recover`: what is made is first written down as [`Leftover`]s, and [`release`] undoes whatever of
 //! it is there, in an order that frees the guest first. It may be repeated at any time.
 
+use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use qapi::qmp;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::agent::{self, Address};
 use super::command::{call, flag, job_status, jobs, list, text};
@@ -149,11 +150,11 @@ pub fn release_rest(
     left: &[Leftover],
     done: &mut Released,
 ) -> Result<()> {
-    for item in left {
-        if let Leftover::Export { id } = item {
-            delete_export(monitor, id, done)?;
-        }
-    }
+    let exports = left.iter().filter_map(|item| match item {
+        Leftover::Export { id } => Some(id.as_str()),
+        _ => None,
+    });
+    delete_exports(monitor, &exports.collect::<Vec<_>>(), done)?;
     for item in left {
         if let Leftover::Server { socket, listener } = item {
             stop_server(monitor, socket, listener, done)?;
@@ -250,29 +251,39 @@ pub fn end_jobs(monitor: &mut dyn Monitor, ids: &[&str], done: &mut Released) ->
     }
 }
 
-fn delete_export(monitor: &mut dyn Monitor, id: &str, done: &mut Released) -> Result<()> {
+/// Deletes exports and waits until they are gone.
+fn delete_exports(monitor: &mut dyn Monitor, ids: &[&str], done: &mut Released) -> Result<()> {
+    if ids.is_empty() {
+        return Ok(());
+    }
     let deadline = Deadline::after(LET_GO);
-    let mut asked = false;
+    let mut asked = BTreeSet::new();
     loop {
         let exports = list::<qmp::query_block_exports>(monitor, json!({}))?;
-        let Some(export) = exports.iter().find(|export| text(export, "id") == id) else {
+        let ours = |export: &&Value| ids.contains(&text(export, "id"));
+        let there: Vec<&Value> = exports.iter().filter(ours).collect();
+        let Some(first) = there.first() else {
             return Ok(());
         };
-        if !asked {
-            done.removed.push(format!("export {id}"));
-        }
-        if !asked || !flag(export, "shutting-down") {
-            match call::<qmp::block_export_del>(monitor, json!({ "id": id, "mode": "hard" })) {
-                Err(error) if !error.refused() => return Err(error),
-                _ => asked = true,
-            }
-        }
         if deadline.passed() {
-            let command = format!("delete export {id}");
+            let command = format!("delete export {}", text(first, "id"));
             return Err(Error::Timeout {
                 command,
                 seconds: LET_GO.as_secs(),
             });
+        }
+        for export in there {
+            let id = text(export, "id");
+            if asked.contains(id) && flag(export, "shutting-down") {
+                continue;
+            }
+            match call::<qmp::block_export_del>(monitor, json!({ "id": id, "mode": "hard" })) {
+                Err(error) if !error.refused() => return Err(error),
+                _ => {}
+            }
+            if asked.insert(id.to_owned()) {
+                done.removed.push(format!("export {id}"));
+            }
         }
         clock::sleep(LOOK_AGAIN);
     }

@@ -60,9 +60,9 @@ pub(crate) fn states(steps: &[Step]) -> Vec<Step> {
         .collect()
 }
 
-/// The deaths of a test: at every state between the freeze and the release, with the guard and without; at every state
-/// until the guard's dismissal and a spread of the others, one or the other. `FORERUN_KILL_ALL=1` asks for all steps,
-/// `FORERUN_KILL_ONLY=blockdev-del` for those with that in their names.
+/// The deaths of a test: at every state until the guard's dismissal and a spread of the others, with the guard or without, in
+/// turn. `FORERUN_KILL_ALL=1` asks for all steps, the guarded ones with both, `FORERUN_KILL_ONLY=blockdev-del` for those with
+/// that in their names.
 pub(crate) fn chosen(steps: &[Step], spread: usize) -> Vec<(Step, bool)> {
     let both = |step: &Step| [(step.clone(), false), (step.clone(), true)];
     if let Ok(only) = std::env::var("FORERUN_KILL_ONLY") {
@@ -79,21 +79,11 @@ pub(crate) fn chosen(steps: &[Step], spread: usize) -> Vec<(Step, bool)> {
         return guarded.iter().flat_map(both).chain(others).collect();
     }
     let states = states(steps);
-    let frees = |step: &Step| {
-        let name = &step.name;
-        name.starts_with("qmp:block-job-cancel:answered")
-            || name.starts_with("qmp:job-complete:answered")
-    };
-    let free = states.iter().rposition(frees).unwrap_or(0);
     let others = states.iter().filter(|step| !step.guarded).count();
     let every = others.div_ceil(spread).max(1);
     let mut other = 0;
     let mut chosen = Vec::new();
-    for (number, step) in states.iter().enumerate() {
-        if step.guarded && number <= free {
-            chosen.extend(both(step));
-            continue;
-        }
+    for step in &states {
         other += usize::from(!step.guarded);
         if step.guarded || other % every == every / 2 {
             chosen.push((step.clone(), chosen.len() % 2 == 1));
