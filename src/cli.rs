@@ -232,9 +232,9 @@ pub enum Command {
     },
     /// Write a point's disks to new images.
     Restore(RestoreArgs),
-    /// Delete what no point, session or reader needs. Backups go on meanwhile.
+    /// Delete what no point, session or reader sees any more, also where newer points build on it. Backups go on meanwhile.
     Prune(PruneArgs),
-    /// Forget points: by a policy, or by name. Their space comes back with `prune`.
+    /// Forget points: by a policy, or by name. The space of what only they show comes back with `prune`.
     Forget {
         #[command(flatten)]
         #[allow(missing_docs)]

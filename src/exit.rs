@@ -169,6 +169,10 @@ fn of_qmp(error: &qmp::Error) -> Option<(Kind, Option<String>)> {
             Kind::Failed,
             "is libvirt's daemon running, and may you use it? Name another with `--connect URI`; a QEMU without libvirt is named `qmp:SOCKET`",
         ),
+        qmp::Error::Command { description, .. } if description.contains("Permission denied") => (
+            Kind::Failed,
+            "QEMU runs as a user of its own, who must be able to enter that directory: name another with `--scratch DIR`",
+        ),
         qmp::Error::CannotReopen { .. } => (
             Kind::Attention,
             "an external snapshot would leave the disk unwritable: use `--freeze fleece`, or start QEMU with an absolute path that it may open at any time",

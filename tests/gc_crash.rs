@@ -71,6 +71,26 @@ fn before() -> Before {
     for point in [old, dying, based] {
         repo.withdraw(point.id).unwrap();
     }
+    // Points that hide most of what their shared layers name, one of them behind a point that is forgotten.
+    let mut content = disk(&[100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111]);
+    let mut newest = backup_of(&repo, "i", &content, &all(), None).unwrap();
+    for round in 0..4_u8 {
+        let hot = 0..8_u8;
+        for block in hot.clone() {
+            let value = 120 + round * 8 + block;
+            let at = usize::from(block) * BLOCK;
+            content[at..at + BLOCK].fill(value);
+        }
+        let dirty = hot.map(u64::from).collect();
+        let point = backup_of(&repo, "i", &content, &dirty, Some(&newest)).unwrap();
+        if round % 2 == 1 {
+            points.push((point.clone(), content.clone()));
+        }
+        let gone = std::mem::replace(&mut newest, point);
+        if points.iter().all(|(point, _)| point.id != gone.id) {
+            repo.withdraw(gone.id).unwrap();
+        }
+    }
     // An unfinished removal, a dead reader, and what a crash before the index run leaves.
     let dropped = Session::create(&repo, "g", &json!({})).unwrap();
     copy(&repo, &dropped, &disk(&[80, 81]), &[0, 1]).unwrap();

@@ -1,5 +1,6 @@
-//! How fast a prune marks: a session with 30 million references (`FORERUN_REFERENCES`) in a directory, and a dry run over it. A
-//! measurement and no test of a rule, so it runs when it is asked for:
+//! How fast a prune marks: a session with 30 million references (`FORERUN_REFERENCES`) in a directory, or many points of one disk
+//! (`FORERUN_POINTS`, each kept from the 20th on, so that none of the layers that they share is the newest of any), and a dry run over it.
+//! A measurement and no test of a rule, so it runs when it is asked for:
 //! `cargo test --release --test gc_speed -- --ignored --nocapture`.
 #![allow(
     clippy::unwrap_used,
@@ -11,7 +12,7 @@
 mod image_common;
 
 use forerun::image::{Content, PruneOptions, Session};
-use image_common::{Bench, made_up_id, segment_header};
+use image_common::{BLOCK, Bench, made_up_id, manifest, mixed, segment_header};
 
 /// References in one segment.
 const SEGMENT: u64 = 1 << 20;
@@ -40,6 +41,11 @@ fn marking() {
         session.append_segment(&segment_header(), &blocks).unwrap();
         made = end;
     }
+    assert_eq!(mark(&bench), references);
+}
+
+/// Marks, and says how long it took.
+fn mark(bench: &Bench) -> u64 {
     let before = peak();
     let start = forerun::clock::now();
     let options = PruneOptions {
@@ -54,5 +60,41 @@ fn marking() {
         peak() >> 10,
         before >> 10
     );
-    assert_eq!(report.references, references);
+    report.references
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn marking_many_points() {
+    const CHANGED: u64 = 500;
+    let asked = |name, default| {
+        let asked = std::env::var(name).ok();
+        asked.map_or(default, |text: String| text.parse().unwrap())
+    };
+    let blocks: u64 = asked("FORERUN_BLOCKS", 1_000_000);
+    let points: u64 = asked("FORERUN_POINTS", 200);
+    let bench = Bench::new(BLOCK);
+    let size = blocks as usize * BLOCK;
+    let all: Vec<(u64, Content)> = (0..blocks)
+        .map(|block| (block, Content::Data(made_up_id(block))))
+        .collect();
+    let mut map = bench.commit_blocks(None, &all, size).unwrap();
+    for point in 1..points {
+        let changed: Vec<(u64, Content)> = (0..CHANGED)
+            .map(|number| {
+                let made = point << 32 | number;
+                (mixed(made) % blocks, Content::Data(made_up_id(made)))
+            })
+            .collect();
+        map = bench.commit_blocks(Some(&map), &changed, size).unwrap();
+        if point >= 20 {
+            let key = format!("point {point}");
+            let session = Session::create(&bench.repo, &key, &serde_json::Value::Null).unwrap();
+            let manifest = manifest(map.clone(), &session, None).unwrap();
+            session.publish(&manifest).unwrap();
+            session.remove().unwrap();
+        }
+    }
+    println!("{} layers", bench.objects("maps/").len());
+    mark(&bench);
 }

@@ -162,7 +162,7 @@ fn a_block_beneath_a_newer_layer_and_one_of_a_session_are_told_apart() {
     bench.repo.withdraw(first.id).unwrap();
     spoil(&bench, &noise(1));
     let damage = verify(&bench).damage;
-    assert_eq!((damage.len(), damage[0].need), (1, Need::Hidden));
+    assert_eq!((damage.len(), damage[0].need), (1, Need::Nobody));
     // As soon as a session proves it, it is needed.
     let session = Session::create(&bench.repo, "other", &json!({})).unwrap();
     copy(&bench.repo, &session, &noise(6), &[0]).unwrap();
@@ -170,7 +170,7 @@ fn a_block_beneath_a_newer_layer_and_one_of_a_session_are_told_apart() {
     let damage = verify(&bench).damage;
     let needs: Vec<Need> = damage.iter().map(|damage| damage.need).collect();
     assert_eq!(needs.len(), 2);
-    assert!(needs.contains(&Need::Somebody) && needs.contains(&Need::Hidden));
+    assert!(needs.contains(&Need::Somebody) && needs.contains(&Need::Nobody));
 }
 
 #[test]

@@ -254,27 +254,16 @@ pub(super) fn tell(outcome: &mut Outcome, found: &[Damage]) -> Told {
     if !needed.is_empty() {
         outcome.kind = Some(Kind::Corrupt);
     }
-    for (need, what) in [
-        (
-            Need::Nobody,
-            "no point needs it; `forerun prune` removes it",
-        ),
-        (
-            Need::Hidden,
-            "no point needs it; it goes with the map layer that names it, when older points are forgotten",
-        ),
-    ] {
-        let some: Vec<&&Damage> = others.iter().filter(|damage| damage.need == need).collect();
-        for damage in some.iter().take(DETAILS) {
-            let (object, how) = (&damage.object, shortened(&damage.what));
-            outcome.warnings.push(format!("{object}: {how}: {what}"));
-        }
-        if some.len() > DETAILS {
-            let more = some.len() - DETAILS;
-            outcome
-                .warnings
-                .push(format!("and {more} more damaged objects: {what}"));
-        }
+    let what = "no point needs it; `forerun prune` removes it";
+    for damage in others.iter().take(DETAILS) {
+        let (object, how) = (&damage.object, shortened(&damage.what));
+        outcome.warnings.push(format!("{object}: {how}: {what}"));
+    }
+    if others.len() > DETAILS {
+        let more = others.len() - DETAILS;
+        outcome
+            .warnings
+            .push(format!("and {more} more damaged objects: {what}"));
     }
     let list: Vec<Value> = needed
         .iter()

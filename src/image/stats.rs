@@ -1,8 +1,9 @@
-//! What points cost: what each refers to, and what only it has. Blocks count by the layers that name them, as they do for prune: a
-//! block of a layer stays as long as any point has the layer, also where a newer layer hides it.
+//! What points cost: what each shows, and what only it does. Blocks count as they do for prune: what newer layers hide is nobody's.
 //!
 //! ```text
-//! layers, segments --ids with their layer, sorted, a part of all ids at a time--> merged with the index --> sizes by set of owners
+//! layers: + a block for all maps that have the layer, - what it hides from these     sorted by id, a part of all ids at a time
+//! segments: + a block for sessions                                                   merged with the index
+//!                                                                                    -> sizes by who has them
 //! ```
 //!
 //! A layer is read once for each part of the ids, however many points share it; memory is that of one part.
@@ -16,7 +17,7 @@ use super::block::Location;
 use super::error::{Error, Result};
 use super::ids::{BlockId, ObjectId, PointId};
 use super::manifest::Manifest;
-use super::map::{Entry, Layer, LayerRef, MAP, MapReader, RunContent, SEGMENT};
+use super::map::{Entry, Layer, LayerRef, MAP, MapReader, Run, RunContent, SEGMENT, Shown};
 use super::pack::entry_length;
 use super::repo::Repository;
 use super::session::{Item, Session};
@@ -52,7 +53,7 @@ pub struct Amount {
     pub logical: u64,
     /// Of these, bytes in blocks that are not zero.
     pub data: u64,
-    /// What its maps refer to.
+    /// What its maps show.
     pub refers: Sizes,
     /// Of that, what nothing else refers to: it is freed when this is forgotten and pruned.
     pub only: Sizes,
@@ -109,10 +110,16 @@ pub struct Stats {
 }
 
 /// Who refers to something: points by number, and sessions.
-#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Default)]
 struct Owners {
     points: BTreeSet<usize>,
     session: bool,
+}
+
+impl Owners {
+    fn is_nobody(&self) -> bool {
+        self.points.is_empty() && !self.session
+    }
 }
 
 impl Repository {
@@ -171,12 +178,16 @@ impl Repository {
     }
 }
 
-/// All layers and segments, each opened once, with their owners.
+/// All layers and segments, each opened once.
 #[derive(Default)]
 struct Layers {
-    all: Vec<(Arc<Layer>, Owners)>,
-    /// Where the layers of maps are in the list.
-    numbers: HashMap<ObjectId, usize>,
+    /// Those of maps.
+    opened: BTreeMap<ObjectId, Arc<Layer>>,
+    /// The maps, as far as they can be read.
+    shown: Shown,
+    /// The points whose maps begin at a place there.
+    points: HashMap<usize, Vec<usize>>,
+    segments: Vec<Arc<Layer>>,
     /// How many of the first blocks have data in a row of layers.
     data: HashMap<(Vec<ObjectId>, u64), u64>,
 }
@@ -200,19 +211,27 @@ impl Layers {
         points: &[Manifest],
         stats: &mut Stats,
     ) -> Result<()> {
-        let mut owners: BTreeMap<ObjectId, (&LayerRef, Owners)> = BTreeMap::new();
+        let mut tried = BTreeSet::new();
         for (number, point) in points.iter().enumerate() {
-            for layer in point.disks.iter().flat_map(|disk| &disk.map.layers) {
-                let (_, owners) = owners.entry(layer.id).or_insert((layer, Owners::default()));
-                owners.points.insert(number);
-            }
-        }
-        for (id, (layer, owners)) in owners {
-            let store = repo.store_arc();
-            let opened = Layer::open(store, &layer.object(), MAP, Some(layer.digest));
-            if let Some(opened) = reported(opened, stats)? {
-                self.numbers.insert(id, self.all.len());
-                self.all.push((Arc::new(opened), owners));
+            for map in point.disks.iter().map(|disk| &disk.map) {
+                for layer in &map.layers {
+                    if !tried.insert(layer.id) {
+                        continue;
+                    }
+                    let store = repo.store_arc();
+                    let opened = Layer::open(store, &layer.object(), MAP, Some(layer.digest));
+                    if let Some(opened) = reported(opened, stats)? {
+                        self.opened.insert(layer.id, Arc::new(opened));
+                    }
+                }
+                // What a damaged layer hides cannot be told: the ones above it count.
+                let sound = |layer: &&LayerRef| self.opened.contains_key(&layer.id);
+                let sound = map.layers.iter().take_while(sound).count();
+                let layers = map.layers.get(..sound).unwrap_or_default();
+                let blocks = repo.block_size().blocks(map.size);
+                if let Some(place) = self.shown.add(blocks, layers) {
+                    self.points.entry(place).or_default().push(number);
+                }
             }
         }
         Ok(())
@@ -223,10 +242,6 @@ impl Layers {
         stats
             .damaged
             .extend(sessions.damaged.into_iter().map(|(_, error)| error));
-        let owners = Owners {
-            session: true,
-            ..Owners::default()
-        };
         for session in sessions.sessions {
             let Some(items) = reported(session.items(), stats)? else {
                 continue;
@@ -235,7 +250,7 @@ impl Layers {
                 if let Item::Segment(segment) = item {
                     let opened = Layer::open(repo.store_arc(), segment.object(), SEGMENT, None);
                     if let Some(opened) = reported(opened, stats)? {
-                        self.all.push((Arc::new(opened), owners.clone()));
+                        self.segments.push(Arc::new(opened));
                     }
                 }
             }
@@ -244,8 +259,7 @@ impl Layers {
     }
 
     fn layer(&self, id: ObjectId) -> Option<&Arc<Layer>> {
-        let number = self.numbers.get(&id)?;
-        self.all.get(*number).map(|(layer, _)| layer)
+        self.opened.get(&id)
     }
 
     /// The sizes of a point's disks, all and without zeros.
@@ -311,42 +325,60 @@ impl Layers {
     }
 }
 
+/// Who has a block, or from whom it is hidden.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Claim {
+    /// All maps that have the layer at this place, but those from which it is hidden.
+    Shown(u32),
+    /// A layer at this place hides it.
+    Hidden(u32),
+    Session,
+}
+
+/// Which part an id is in.
+fn part_of(id: BlockId, parts: u64) -> u64 {
+    let part = (u128::from(id.leading()) * u128::from(parts)) >> 64;
+    u64::try_from(part).unwrap_or(u64::MAX)
+}
+
 /// The counting of blocks by their owners.
 struct Count<'a> {
     layers: &'a Layers,
     stats: &'a mut Stats,
-    /// The distinct owners of layers.
-    classes: Vec<&'a Owners>,
-    /// Of each layer, the number of its owners.
-    class_of: Vec<u32>,
+    /// The numbers of the places, and of what lies over each.
+    spans: Vec<(usize, usize)>,
+    /// By the number of the place where their maps begin.
+    points: Vec<&'a [usize]>,
     /// How many parts the ids are cut into, and which one is in hand.
     parts: u64,
     part: u64,
-    /// The ids of the part in hand with the owners' numbers, sorted; the ones before `at` are done.
-    ids: Vec<(BlockId, u32)>,
+    /// The claims on the ids of the part in hand, sorted; the ones before `at` are done.
+    ids: Vec<(BlockId, Claim)>,
     at: usize,
-    /// Sizes by the set of owners' numbers.
-    sets: HashMap<Vec<u32>, Sizes>,
+    /// Sizes by the claims on them, each with how often it is made.
+    sets: HashMap<Vec<(Claim, i64)>, Sizes>,
 }
 
 impl<'a> Count<'a> {
     fn new(layers: &'a Layers, part: u64, stats: &'a mut Stats) -> Self {
-        let mut numbers: BTreeMap<&Owners, u32> = BTreeMap::new();
-        let mut classes = Vec::new();
-        let mut class_of = Vec::new();
-        for (_, owners) in &layers.all {
-            let number = *numbers.entry(owners).or_insert_with(|| {
-                classes.push(owners);
-                u32::try_from(classes.len() - 1).unwrap_or(u32::MAX)
-            });
-            class_of.push(number);
+        let spans = layers.shown.spans();
+        let mut points: Vec<&[usize]> = vec![&[]; spans.len()];
+        for (place, numbers) in &layers.points {
+            if let Some((number, _)) = spans.get(*place)
+                && let Some(there) = points.get_mut(*number)
+            {
+                *there = numbers;
+            }
         }
-        let total: u64 = layers.all.iter().map(|(layer, _)| layer.totals.data).sum();
+        let places = layers.shown.places();
+        let of_maps = places.filter_map(|(_, layer)| layers.layer(layer.id));
+        let all = of_maps.chain(&layers.segments);
+        let total: u64 = all.map(|layer| layer.totals.data).sum();
         Self {
             layers,
             stats,
-            classes,
-            class_of,
+            spans,
+            points,
             parts: total / part.max(1) + 1,
             part: 0,
             ids: Vec::new(),
@@ -367,8 +399,7 @@ impl<'a> Count<'a> {
     }
 
     fn part_of(&self, id: BlockId) -> u64 {
-        let part = (u128::from(id.leading()) * u128::from(self.parts)) >> 64;
-        u64::try_from(part).unwrap_or(u64::MAX)
+        part_of(id, self.parts)
     }
 
     /// Reads the ids of the part in hand.
@@ -376,21 +407,51 @@ impl<'a> Count<'a> {
         self.ids.clear();
         self.at = 0;
         let layers = self.layers;
-        for ((layer, _), class) in layers.all.iter().zip(self.class_of.clone()) {
-            let mut runs = layer.stream();
+        for segment in &layers.segments {
+            let mut runs = segment.stream();
             // Damage ends it as the end does.
             while let Some(Some(run)) = reported(runs.next_run(), self.stats)? {
-                if let RunContent::Data(ids) = &run.content {
-                    let mine = ids.as_slice().iter();
-                    let mine = mine.filter(|id| self.part_of(**id) == self.part);
-                    let mine: Vec<_> = mine.map(|id| (*id, class)).collect();
-                    self.ids.extend(mine);
+                self.claim(&run, Claim::Session);
+            }
+        }
+        for (place, layer) in layers.shown.places() {
+            let Some(layer) = layers.layer(layer.id) else {
+                continue;
+            };
+            let (blocks, beneath) = layers.shown.beneath(place);
+            let beneath: Vec<ObjectId> = beneath.iter().map(|layer| layer.id).collect();
+            let map = layers.map(&beneath, blocks);
+            let number = u32::try_from(place).unwrap_or(u32::MAX);
+            let mut runs = layer.stream();
+            while let Some(Some(mut run)) = reported(runs.next_run(), self.stats)? {
+                if run.end() > blocks {
+                    run = run.split_before(blocks.max(run.first));
+                }
+                self.claim(&run, Claim::Shown(number));
+                let Some(map) = map.as_ref().filter(|_| !beneath.is_empty()) else {
+                    continue;
+                };
+                for block in run.first..run.end() {
+                    if let Some(Entry::Data(id)) = reported(map.get(block), self.stats)?
+                        && self.part_of(id) == self.part
+                    {
+                        self.ids.push((id, Claim::Hidden(number)));
+                    }
                 }
             }
         }
         self.ids.sort_unstable();
-        self.ids.dedup();
         Ok(())
+    }
+
+    /// Claims the blocks of the part in hand.
+    fn claim(&mut self, run: &Run, claim: Claim) {
+        if let RunContent::Data(ids) = &run.content {
+            let (parts, part) = (self.parts, self.part);
+            let mine = ids.as_slice().iter();
+            let mine = mine.filter(|id| part_of(**id, parts) == part);
+            self.ids.extend(mine.map(|id| (*id, claim)));
+        }
     }
 
     /// What the index does not have of the part in hand is missing; then the next part.
@@ -405,12 +466,58 @@ impl<'a> Count<'a> {
         Ok(())
     }
 
-    /// A block that is referred to and not in the index.
+    /// A block that is not in the index: missing, unless it is hidden everywhere.
     fn skip(&mut self, id: BlockId) {
-        self.stats.missing += 1;
-        while self.ids.get(self.at).is_some_and(|(other, _)| *other == id) {
+        let claims = self.claims(id);
+        if !self.owners(&claims).is_nobody() {
+            self.stats.missing += 1;
+        }
+    }
+
+    /// The claims on the next id.
+    fn claims(&mut self, id: BlockId) -> Vec<(Claim, i64)> {
+        let mut claims: Vec<(Claim, i64)> = Vec::new();
+        while let Some((other, claim)) = self.ids.get(self.at)
+            && *other == id
+        {
+            match claims.last_mut() {
+                Some((last, count)) if last == claim => *count += 1,
+                _ => claims.push((*claim, 1)),
+            }
             self.at += 1;
         }
+        claims
+    }
+
+    /// Who has what is claimed so: the points that have it more often than it is hidden from them.
+    fn owners(&self, claims: &[(Claim, i64)]) -> Owners {
+        let mut owners = Owners::default();
+        let mut steps = Vec::new();
+        for (claim, count) in claims {
+            let (place, count) = match claim {
+                Claim::Session => {
+                    owners.session = true;
+                    continue;
+                }
+                Claim::Shown(place) => (place, *count),
+                Claim::Hidden(place) => (place, -count),
+            };
+            if let Some((first, end)) = self.spans.get(*place as usize) {
+                steps.extend([(*first, count), (*end, -count)]);
+            }
+        }
+        steps.sort_unstable();
+        let mut times = 0;
+        let mut next = steps.iter().peekable();
+        while let Some((at, step)) = next.next() {
+            times += step;
+            let end = next.peek().map_or(*at, |(end, _)| *end);
+            if times > 0 {
+                let points = self.points.get(*at..end).unwrap_or_default();
+                owners.points.extend(points.iter().copied().flatten());
+            }
+        }
+        owners
     }
 
     /// Takes the next block of the index.
@@ -423,13 +530,7 @@ impl<'a> Count<'a> {
         {
             self.skip(*other);
         }
-        let mut set = Vec::new();
-        while let Some((other, class)) = self.ids.get(self.at)
-            && *other == id
-        {
-            set.push(*class);
-            self.at += 1;
-        }
+        let set = self.claims(id);
         let Some(location) = locations.first().filter(|_| !set.is_empty()) else {
             return Ok(());
         };
@@ -446,13 +547,10 @@ impl<'a> Count<'a> {
 
     /// Gives what was counted to its owners.
     fn add_up(&mut self) {
-        for (set, sizes) in self.sets.drain() {
-            let mut owners = Owners::default();
-            for class in set {
-                if let Some(more) = self.classes.get(class as usize) {
-                    owners.points.extend(&more.points);
-                    owners.session |= more.session;
-                }
+        for (set, sizes) in std::mem::take(&mut self.sets) {
+            let owners = self.owners(&set);
+            if owners.is_nobody() {
+                continue;
             }
             self.stats.referred.add(sizes);
             if owners.points.is_empty() {

@@ -12,8 +12,10 @@ use serde_json::json;
 use super::image_common::{manifest_of, segment_header};
 use super::world::{Dice, Role, View, World};
 
-/// Blocks of a disk. The repository takes short blocks, which are quick to hash.
+/// The most blocks of a disk, which is cut and grown from point to point. The repository takes short blocks, which are quick to hash.
 pub(crate) const BLOCKS: u64 = 4;
+/// Bytes of a block of the disk.
+const BLOCK: u64 = 65536;
 /// Few contents: everybody deduplicates against everybody, and against what is dying.
 const CONTENTS: u64 = 9;
 
@@ -25,7 +27,7 @@ fn content(value: u64) -> Vec<u8> {
 pub(crate) fn blocks_of(repo: &Repository, map: &MapRef) -> Result<Vec<BlockId>, Error> {
     let reader = MapReader::open(repo, map)?;
     let mut ids = Vec::new();
-    for block in 0..BLOCKS {
+    for block in 0..reader.blocks() {
         match reader.get(block)? {
             Entry::Data(id) => ids.push(id),
             Entry::Zero => {}
@@ -140,7 +142,16 @@ impl Player {
             _ => {}
         }
         let base = last.as_ref().map(|last| &last.disks[0].map);
-        let size = BLOCKS * 65536;
+        let mut size = BLOCKS * BLOCK;
+        if self.dice.below(3) == 0 {
+            size -= self.dice.below(3) * BLOCK;
+        }
+        // What the base does not have must be set.
+        let known = base.map_or(BLOCKS, |base| base.size / BLOCK);
+        let new: Vec<u64> = (known..size / BLOCK).collect();
+        if !new.is_empty() {
+            self.copy(&repo, &session, &new)?;
+        }
         let segments = self::segments(&session)?;
         let (map, _) = build_map(&repo, base, &session, &segments, size)?;
         let manifest = manifest_of(&key, map, &session, last.as_ref())?;

@@ -112,6 +112,13 @@ impl World {
         self.inner.lock().unwrap().failure.clone()
     }
 
+    /// Whether this is one of ten moments, or all have ended.
+    pub(crate) fn is_tenth(&self) -> bool {
+        let inner = self.inner.lock().unwrap();
+        let ended = |actor: &Actor| *actor == Actor::Ended;
+        inner.steps.is_multiple_of(10) || inner.actors.iter().all(ended)
+    }
+
     pub(crate) fn promise(&self, to: &str, blocks: &[BlockId]) {
         let mut inner = self.inner.lock().unwrap();
         inner.history.push(format!("promised to {to}: {blocks:?}"));

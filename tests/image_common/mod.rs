@@ -109,6 +109,16 @@ impl Bench {
             .extend((offset / BLOCK) as u64..end.div_ceil(BLOCK) as u64);
     }
 
+    /// Grows the disk by zeros, or cuts it.
+    pub fn resize(&mut self, size: usize) {
+        let before = self.disk.len();
+        self.disk.resize(size, 0);
+        let (low, high) = (before.min(size) / BLOCK, before.max(size).div_ceil(BLOCK));
+        self.dirty.extend(low as u64..high as u64);
+        let end = size.div_ceil(BLOCK) as u64;
+        self.dirty.retain(|block| *block < end);
+    }
+
     /// Makes a point of the disk as it is.
     pub fn backup(&mut self) -> Manifest {
         let point = backup(&self.repo, &self.disk, &self.dirty, self.last.as_ref()).unwrap();

@@ -63,7 +63,7 @@ impl Packs {
 /// What a prune found and did; with a dry run, what one would do.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct PruneReport {
-    /// References of all roots, those of shared map layers counted once.
+    /// Blocks that roots refer to, without what newer layers hide in all maps; those of shared layers counted once.
     pub references: u64,
     /// Packs that are there, before.
     pub packs: u64,

@@ -8,13 +8,16 @@
 //! map       |DDDDZZZZZDDDDDDDDD|
 //! ```
 //!
-//! A map has every block of its disk: what says otherwise is damaged.
+//! A map has every block of its disk: what says otherwise is damaged. A block of a layer that newer layers hide in every map is nobody's:
+//! it may be gone from the repository while the layer still names it. Who wants to know what is needed asks `shown.rs`, never a layer
+//! alone.
 
 mod build;
 mod chunk;
 mod diff;
 mod layer;
 mod run;
+mod shown;
 
 use std::sync::Arc;
 
@@ -26,6 +29,7 @@ pub use diff::{Changes, Diff, changes, diff};
 pub(super) use layer::{Layer, LayerWriter, MAP, SEGMENT};
 pub(super) use run::RunSource;
 pub use run::{BlockIds, Run, RunContent};
+pub(super) use shown::Shown;
 
 use super::error::{Error, Result};
 use super::ids::{BlockId, Digest, ObjectId};

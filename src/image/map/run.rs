@@ -216,6 +216,96 @@ pub(super) fn overlay(mut sources: Vec<Box<dyn RunSource>>) -> Box<dyn RunSource
     }
 }
 
+/// One source without the blocks that another one has, whatever it says of them.
+pub(super) struct Without {
+    source: Peek,
+    hidden: Peek,
+}
+
+impl Without {
+    pub(super) fn new(source: Box<dyn RunSource>, hidden: Box<dyn RunSource>) -> Self {
+        Self {
+            source: Peek::new(source),
+            hidden: Peek::new(hidden),
+        }
+    }
+}
+
+impl RunSource for Without {
+    fn next_run(&mut self) -> Result<Option<Run>> {
+        loop {
+            let Some(run) = self.source.peek()? else {
+                return Ok(None);
+            };
+            let (first, end) = (run.first, run.end());
+            self.hidden.drop_before(first)?;
+            match self.hidden.peek()? {
+                Some(hidden) if hidden.first <= first => {
+                    let end = hidden.end();
+                    self.source.drop_before(end)?;
+                }
+                Some(hidden) if hidden.first < end => {
+                    let left = hidden.first;
+                    return Ok(self.source.next.as_mut().map(|run| run.split_before(left)));
+                }
+                _ => return Ok(self.source.next.take()),
+            }
+        }
+    }
+}
+
+/// The blocks that all of some sources have, as runs of zeros: what they say of them does not count.
+struct Common {
+    sources: Vec<Peek>,
+}
+
+impl Common {
+    /// The first block from which on all may have some; `None` at the end of any.
+    fn first(&mut self) -> Result<Option<u64>> {
+        let mut first = 0;
+        for source in &mut self.sources {
+            let Some(run) = source.peek()? else {
+                return Ok(None);
+            };
+            first = first.max(run.first);
+        }
+        Ok(Some(first))
+    }
+}
+
+impl RunSource for Common {
+    fn next_run(&mut self) -> Result<Option<Run>> {
+        'next: loop {
+            let Some(first) = self.first()? else {
+                return Ok(None);
+            };
+            let mut end = u64::MAX;
+            for source in &mut self.sources {
+                source.drop_before(first)?;
+                match source.peek()? {
+                    None => return Ok(None),
+                    Some(run) if run.first > first => continue 'next,
+                    Some(run) => end = end.min(run.end()),
+                }
+            }
+            for source in &mut self.sources {
+                source.drop_before(end)?;
+            }
+            let content = RunContent::Zero(end.saturating_sub(first));
+            return Ok(Some(Run { first, content }));
+        }
+    }
+}
+
+/// The blocks that all of some sources have; none of no sources.
+pub(super) fn common(sources: Vec<Box<dyn RunSource>>) -> Box<dyn RunSource> {
+    if sources.is_empty() {
+        return Box::new(Empty);
+    }
+    let sources = sources.into_iter().map(Peek::new).collect();
+    Box::new(Common { sources })
+}
+
 /// Only the blocks before `end`.
 pub(super) struct Clip {
     pub(super) source: Box<dyn RunSource>,
@@ -299,6 +389,31 @@ mod tests {
                 seen.extend(blocks(&run));
             }
             prop_assert_eq!(seen, model.into_iter().collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn what_all_have_is_taken_away(
+            of in proptest::collection::vec((0_u64..5, 1_u64..6, any::<bool>()), 0..8),
+            layers in proptest::collection::vec(
+                proptest::collection::vec((0_u64..4, 1_u64..9, any::<bool>()), 0..8), 0..4),
+        ) {
+            let has = |layer: &[(u64, u64, bool)], block| {
+                runs(layer, 1).iter().any(|run| (run.first..run.end()).contains(&block))
+            };
+            let expected: Vec<_> = runs(&of, 0).iter().flat_map(blocks)
+                .filter(|(block, _)| layers.is_empty() || !layers.iter().all(|layer| has(layer, *block)))
+                .collect();
+            let listed = |layer: &Vec<_>| {
+                Box::new(Listed(runs(layer, 1).into_iter())) as Box<dyn RunSource>
+            };
+            let hidden = common(layers.iter().map(listed).collect());
+            let mut left = Without::new(listed(&of), hidden);
+            let mut seen = Vec::new();
+            while let Some(run) = left.next_run().unwrap() {
+                prop_assert!(run.count() > 0);
+                seen.extend(blocks(&run).into_iter().map(|(block, _)| block));
+            }
+            prop_assert_eq!(seen, expected.iter().map(|(block, _)| *block).collect::<Vec<_>>());
         }
     }
 }

@@ -1,10 +1,11 @@
 //! Verifying points: every distinct block that they need is read once, in the order of the packs.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use super::super::error::{Error, Result};
-use super::super::ids::BlockId;
-use super::super::map::{Layer, RunContent};
+use super::super::ids::{BlockId, ObjectId};
+use super::super::map::{Layer, LayerRef, RunContent, Shown};
 use super::places::{Place, Places};
 use super::structure::missing;
 use super::{Verify, VerifyReport, as_damage, in_parallel, lock};
@@ -16,18 +17,26 @@ const CHUNK: usize = 64;
 /// How often blocks are looked up again whose packs are gone.
 const TRIES: usize = 3;
 
-/// The distinct blocks of layers, a part of the ids at a time, the parts in their order.
+/// The maps of points, as far as they can be read.
+#[derive(Default)]
+pub(super) struct Maps {
+    pub(super) layers: HashMap<ObjectId, Arc<Layer>>,
+    pub(super) shown: Shown,
+}
+
+/// The distinct blocks that maps show, a part of the ids at a time, the parts in their order. What is hidden may be gone.
 pub(super) struct Parts<'a> {
-    layers: &'a [Arc<Layer>],
+    maps: &'a Maps,
     count: u64,
     next: u64,
 }
 
 impl<'a> Parts<'a> {
-    pub(super) fn new(layers: &'a [Arc<Layer>]) -> Self {
-        let total: u64 = layers.iter().map(|layer| layer.totals.data).sum();
+    pub(super) fn new(maps: &'a Maps) -> Self {
+        let layers = maps.layers.values();
+        let total: u64 = layers.map(|layer| layer.totals.data).sum();
         Self {
-            layers,
+            maps,
             count: total / PART + 1,
             next: 0,
         }
@@ -47,8 +56,12 @@ impl<'a> Parts<'a> {
         }
         self.next += 1;
         let mut ids = Vec::new();
-        for layer in self.layers {
-            let mut runs = layer.stream();
+        let open = |layer: &LayerRef| {
+            let opened = self.maps.layers.get(&layer.id).cloned();
+            opened.ok_or_else(|| Error::corrupt(layer.object(), "it could not be opened"))
+        };
+        for (place, _) in self.maps.shown.places() {
+            let mut runs = self.maps.shown.stream(place, &open)?;
             while let Some(run) = runs.next_run()? {
                 if let RunContent::Data(more) = &run.content {
                     let ours = |id: &&BlockId| self.of(**id) == part;
@@ -63,13 +76,9 @@ impl<'a> Parts<'a> {
 }
 
 impl Verify<'_> {
-    /// Reads every distinct block of the layers.
-    pub(super) fn blocks(
-        &mut self,
-        layers: &[Arc<Layer>],
-        report: &mut VerifyReport,
-    ) -> Result<()> {
-        let mut parts = Parts::new(layers);
+    /// Reads every distinct block of the maps.
+    pub(super) fn blocks(&mut self, maps: &Maps, report: &mut VerifyReport) -> Result<()> {
+        let mut parts = Parts::new(maps);
         while let Some((_, ids)) = parts.next()? {
             if self.is_late() {
                 report.complete = false;
@@ -113,7 +122,9 @@ impl Verify<'_> {
             lock(&found).append(&mut some);
             Ok(())
         })?;
-        self.lost.extend(lost.into_inner().unwrap_or_default());
+        let lost = lost.into_inner().unwrap_or_default();
+        self.absent.extend(lost.iter().map(|(id, _)| *id));
+        self.lost.extend(lost);
         let mut found = found.into_inner().unwrap_or_default();
         found.sort_unstable_by_key(|(_, location)| (location.pack, location.offset));
         Ok(found)

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::super::error::{Error, Result};
 use super::super::ids::{BlockId, ObjectId, PointId, SessionId};
 use super::super::manifest::Manifest;
-use super::super::map::{Layer, MAP, MapReader, MapRef, Run, RunContent, SEGMENT};
+use super::super::map::{Layer, MapReader, MapRef, Run, RunContent, SEGMENT};
 use super::super::pack;
 use super::super::session::{self, Root, State};
 use super::structure::Unreadable;
@@ -15,10 +15,8 @@ use super::{Hurts, Verify};
 /// Who needs what is damaged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Need {
-    /// Nobody refers to it: a prune removes it.
+    /// Nobody refers to it, or only layers beneath newer ones that hide it: a prune removes it.
     Nobody,
-    /// A map layer names it, beneath newer ones that hide it: nobody reads it, and it goes with that layer.
-    Hidden,
     /// A point or a session needs it, or it cannot be told that none does.
     Somebody,
 }
@@ -34,22 +32,17 @@ fn runs_of(layer: Layer) -> impl Iterator<Item = Result<Run>> {
 struct Needs {
     /// Not everything that may refer to them could be read.
     unknown: bool,
-    /// Neither needed nor hidden as far as was looked.
+    /// Not needed as far as was looked.
     nobodys: HashSet<BlockId>,
-    hidden: HashSet<BlockId>,
     maps: Vec<MapRef>,
 }
 
 impl Needs {
     fn of(&self, id: BlockId) -> Need {
-        match (
-            self.unknown,
-            self.nobodys.contains(&id),
-            self.hidden.contains(&id),
-        ) {
-            (false, true, _) => Need::Nobody,
-            (false, _, true) => Need::Hidden,
-            _ => Need::Somebody,
+        if !self.unknown && self.nobodys.contains(&id) {
+            Need::Nobody
+        } else {
+            Need::Somebody
         }
     }
 
@@ -112,6 +105,7 @@ impl Verify<'_> {
         unreadable: BTreeMap<ObjectId, Unreadable>,
     ) -> Result<()> {
         let lost = std::mem::take(&mut self.lost);
+        let absent = std::mem::take(&mut self.absent);
         let elsewhere = std::mem::take(&mut self.elsewhere);
         let looked = self.hurts(points, &lost).and_then(|hurts| {
             let mut concerned: HashSet<BlockId> = lost.keys().copied().collect();
@@ -128,6 +122,8 @@ impl Verify<'_> {
         for (id, (object, what)) in lost {
             match hurts.remove(&id) {
                 Some(hurts) => self.damage(object, &what, hurts),
+                // A layer that could not be compared with all that lie over it names it.
+                None if absent.contains(&id) && needs.of(id) == Need::Nobody => {}
                 None => self.damage_of(object, &what, Hurts::new(), needs.of(id)),
             }
         }
@@ -211,7 +207,6 @@ impl Verify<'_> {
             let read = MapReader::open(self.repo, map).and_then(|map| needs.take(map.runs()));
             needs.note(read)?;
         }
-        self.find_hidden(&maps, &mut needs)?;
         Ok(needs)
     }
 
@@ -226,28 +221,6 @@ impl Verify<'_> {
                 }
             }
         }
-        Ok(())
-    }
-
-    /// Tells what only layers name, beneath others, from what nothing names.
-    fn find_hidden(&self, maps: &[MapRef], needs: &mut Needs) -> Result<()> {
-        let before = needs.nobodys.clone();
-        let mut seen = HashSet::new();
-        for layer in maps.iter().flat_map(|map| &map.layers) {
-            if needs.nobodys.is_empty() || !seen.insert(layer.id) {
-                continue;
-            }
-            self.options.go_on()?;
-            let opened = Layer::open(
-                self.repo.store_arc(),
-                &layer.object(),
-                MAP,
-                Some(layer.digest),
-            );
-            let read = opened.and_then(|layer| needs.take(runs_of(layer)));
-            needs.note(read)?;
-        }
-        needs.hidden = before.difference(&needs.nobodys).copied().collect();
         Ok(())
     }
 }

@@ -19,7 +19,7 @@ mod packs;
 mod places;
 mod structure;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -35,6 +35,7 @@ use super::repo::Repository;
 use super::session::{Item, Session};
 use crate::clock::Deadline;
 
+use blocks::Maps;
 pub use hurts::Need;
 
 /// What asks before so many bytes are read, and waits.
@@ -176,7 +177,7 @@ impl Repository {
         let mut verify = Verify::new(self, options)?;
         options.begin("check the structure", 0);
         let points = verify.choose(options.points.as_deref())?;
-        let layers = verify.layers(&points)?;
+        let maps = verify.maps(&points)?;
         let mut report = VerifyReport {
             points: points.len() as u64,
             complete: true,
@@ -184,10 +185,10 @@ impl Repository {
         };
         let mut unreadable = BTreeMap::new();
         if options.points.is_some() {
-            verify.blocks(&layers, &mut report)?;
+            verify.blocks(&maps, &mut report)?;
         } else {
             verify.sessions()?;
-            let structure = verify.structure(&layers)?;
+            let structure = verify.structure(&maps)?;
             verify.look_at_known(&mut report)?;
             verify.loose(&structure)?;
             verify.packs(&structure, &mut report)?;
@@ -223,9 +224,9 @@ impl Repository {
         let mut verify = Verify::new(self, options)?;
         options.begin("check the structure", 0);
         let points = verify.choose(options.points.as_deref())?;
-        let layers = verify.layers(&points)?;
+        let maps = verify.maps(&points)?;
         let sessions = verify.sessions()?;
-        let structure = verify.structure(&layers)?;
+        let structure = verify.structure(&maps)?;
         verify.look_at_known(&mut VerifyReport::default())?;
         verify.loose(&structure)?;
         verify.settle()?;
@@ -237,7 +238,7 @@ impl Repository {
         verify.attribute(&points, structure.unreadable)?;
         Ok(CheckReport {
             points: points.len() as u64,
-            layers: layers.len() as u64,
+            layers: maps.layers.len() as u64,
             sessions,
             packs,
             blocks,
@@ -264,6 +265,8 @@ struct Verify<'a> {
     found: Vec<Bad>,
     /// Blocks that cannot be read anywhere: the object and how.
     lost: BTreeMap<BlockId, (String, String)>,
+    /// Those of them that are nowhere at all: damage only if somebody needs them.
+    absent: HashSet<BlockId>,
     /// Blocks that are bad in an object, and can be read elsewhere.
     elsewhere: Vec<(BlockId, String, String)>,
 }
@@ -290,6 +293,7 @@ impl<'a> Verify<'a> {
             worthless: Vec::new(),
             found: Vec::new(),
             lost: BTreeMap::new(),
+            absent: HashSet::new(),
             elsewhere: Vec::new(),
         })
     }
@@ -353,8 +357,8 @@ impl<'a> Verify<'a> {
         Ok(points)
     }
 
-    /// The distinct layers of the points that can be read, each opened; the damaged ones go into the report.
-    fn layers(&mut self, points: &[Manifest]) -> Result<Vec<Arc<Layer>>> {
+    /// The maps of the points, their distinct layers opened and read; damaged ones go into the report.
+    fn maps(&mut self, points: &[Manifest]) -> Result<Maps> {
         let mut users: HashMap<ObjectId, (&LayerRef, Hurts)> = HashMap::new();
         for point in points {
             for disk in &point.disks {
@@ -364,11 +368,13 @@ impl<'a> Verify<'a> {
                 }
             }
         }
-        let mut layers = Vec::new();
-        for (layer, hurts) in users.into_values() {
+        let mut maps = Maps::default();
+        for (id, (layer, hurts)) in users {
             self.options.go_on()?;
             match self.read_layer(layer) {
-                Ok(layer) => layers.push(layer),
+                Ok(layer) => {
+                    maps.layers.insert(id, layer);
+                }
                 Err(error) => {
                     let hurts = self.that_are_there(hurts)?;
                     if !hurts.is_empty() {
@@ -377,7 +383,19 @@ impl<'a> Verify<'a> {
                 }
             }
         }
-        Ok(layers)
+        for map in points
+            .iter()
+            .flat_map(|point| &point.disks)
+            .map(|disk| &disk.map)
+        {
+            // What a damaged layer hides cannot be told: the ones above it count.
+            let sound = |layer: &&LayerRef| maps.layers.contains_key(&layer.id);
+            let sound = map.layers.iter().take_while(sound).count();
+            let layers = map.layers.get(..sound).unwrap_or_default();
+            maps.shown
+                .add(self.repo.block_size().blocks(map.size), layers);
+        }
+        Ok(maps)
     }
 
     fn read_layer(&self, layer: &LayerRef) -> Result<Arc<Layer>> {

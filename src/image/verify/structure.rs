@@ -1,7 +1,7 @@
 //! What can be told without reading blocks: that every block of the points is in the index at a place that its pack lists too.
 //!
 //! ```text
-//! ids of the layers   sorted, a part at a time    |  one after the other against
+//! ids that maps show  sorted, a part at a time    |  one after the other against
 //! index               merged, in the same order   |  each other
 //! footers of packs    a sum over the entries of each, compared with that of the index's entries of the pack
 //! ```
@@ -9,18 +9,17 @@
 //! Where a footer cannot be read, or the sums differ, the places are *loose*: they are read and hashed, which tells.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use super::super::block::Location;
 use super::super::condemned::Condemned;
 use super::super::error::{Error, Result};
 use super::super::ids::{BlockId, ObjectId};
 use super::super::index::Audit;
-use super::super::map::Layer;
 use super::super::pack;
 use super::super::quarantine::Bad;
 use super::super::repo::Repository;
-use super::blocks::Parts;
+use super::blocks::{Maps, Parts};
 use super::places::{Place, Places, found};
 use super::{Hurts, Verify, as_damage, in_parallel, lock};
 
@@ -113,8 +112,8 @@ impl Repository {
 }
 
 impl Verify<'_> {
-    /// Compares layers, index and packs with each other.
-    pub(super) fn structure(&mut self, layers: &[Arc<Layer>]) -> Result<Structure> {
+    /// Compares maps, index and packs with each other.
+    pub(super) fn structure(&mut self, maps: &Maps) -> Result<Structure> {
         if let Err(error) = Condemned::read(self.repo.store()) {
             self.damaged(error, Hurts::new())?;
         }
@@ -125,7 +124,7 @@ impl Verify<'_> {
             // The index first: what it names and is not there was deleted after it was taken out of the index, or is lost.
             let audit = self.repo.index().audit()?;
             self.footers(&mut structure)?;
-            match self.compare(&audit, layers, &mut structure) {
+            match self.compare(&audit, maps, &mut structure) {
                 Err(error) if error.is_not_found() && tries < TRIES => continue,
                 done => done?,
             }
@@ -189,18 +188,13 @@ impl Verify<'_> {
         Ok(())
     }
 
-    /// Goes through the index and the ids of the layers side by side.
-    fn compare(
-        &mut self,
-        audit: &Audit,
-        layers: &[Arc<Layer>],
-        structure: &mut Structure,
-    ) -> Result<()> {
+    /// Goes through the index and the ids of the maps side by side.
+    fn compare(&mut self, audit: &Audit, maps: &Maps, structure: &mut Structure) -> Result<()> {
         let mut sums: HashMap<ObjectId, Sum> = HashMap::new();
         let mut gone: HashMap<ObjectId, Vec<BlockId>> = HashMap::new();
         let mut entries = audit.entries()?;
         let mut next = entries.next()?;
-        let mut parts = Parts::new(layers);
+        let mut parts = Parts::new(maps);
         while let Some((part, ids)) = parts.next()? {
             self.options.go_on()?;
             structure.blocks += ids.len() as u64;
@@ -268,6 +262,7 @@ impl Verify<'_> {
             }
             Err(error) => {
                 self.lost.insert(id, as_damage(error)?);
+                self.absent.insert(id);
             }
         }
         Ok(())
