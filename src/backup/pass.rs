@@ -40,6 +40,8 @@ const BETWEEN_DOMAIN: Duration = Duration::from_millis(200);
 const BETWEEN_OFF: Duration = Duration::from_secs(1);
 /// Bytes of pieces that were read and wait, or are worked on.
 const SPARE: usize = 16 << 20;
+/// Up to this pace a block is read at a time, bytes a second: a guest's request that comes then waits for a short one.
+const SLOW: u64 = 64 << 20;
 /// How long others' use of the NBD server is waited for.
 const SERVER_WAIT: Duration = Duration::from_secs(30);
 
@@ -314,6 +316,7 @@ impl Runner {
         self.watch().need(self.needed_pace(disks));
         self.watch().begin(&mut hold.monitor, &machine, off);
         let mut clients = self.connect_all(hold, listening, disks)?;
+        self.watch().prepared(&mut hold.monitor);
         let total: u64 = disks.iter().filter_map(|disk| self.open_bytes(disk)).sum();
         self.progress.total.store(
             self.progress
@@ -463,12 +466,16 @@ impl Runner {
     }
 
     pub(super) fn read_options(&self) -> ReadOptions {
-        let request_bytes = (256 << 10).max(u32::from(self.repo.block_size()));
-        let depth = self.throttle.pace().in_flight;
+        let pace = self.throttle.pace();
+        let at_most = match pace.rate {
+            Some(rate) if rate <= SLOW => 0,
+            _ => 256 << 10,
+        };
+        let request_bytes = u32::from(self.repo.block_size()).max(at_most);
         // Hole chunks are not asked for: QEMU drops the connection on a read error when they are.
         ReadOptions {
             request_bytes,
-            depth,
+            depth: pace.in_flight,
             spare_buffers: SPARE / request_bytes as usize,
             holes: false,
         }

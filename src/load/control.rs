@@ -542,6 +542,12 @@ fn copying(state: &mut State, sample: &Sample, config: &Config, worst: (Cause, f
     }
 }
 
+/// The requests in flight of a slow pace.
+fn few(rate: f64, config: &Config) -> usize {
+    let few = usize::try_from(whole((rate / EACH_IN_FLIGHT).ceil())).unwrap_or(usize::MAX);
+    few.clamp(1, config.in_flight)
+}
+
 /// The decision, under the operator's ceilings.
 fn ceiling(state: &State, config: &Config, now: Now, seen: Option<(Cause, f64)>) -> Decision {
     let ceiling = config.ceiling(now.minute);
@@ -571,6 +577,7 @@ fn ceiling(state: &State, config: &Config, now: Now, seen: Option<(Cause, f64)>)
     let fixed = match config.needed {
         Some(needed) if ceiling.is_none_or(|ceiling| needed < ceiling) => Decision {
             rate: Some(needed),
+            in_flight: few(real(needed), config),
             cause: Some(Cause::Schedule),
             ..fixed
         },
@@ -588,13 +595,12 @@ fn ceiling(state: &State, config: &Config, now: Now, seen: Option<(Cause, f64)>)
         Some(seen) if !state.unhurt => seen,
         _ => (Cause::Rising, 0.0),
     };
-    let few = usize::try_from(whole((state.rate / EACH_IN_FLIGHT).ceil())).unwrap_or(usize::MAX);
     Decision {
         rate: Some(whole(state.rate)),
         in_flight: if state.unhurt {
             config.in_flight
         } else {
-            few.clamp(1, config.in_flight)
+            few(state.rate, config)
         },
         cause: Some(cause),
         score,

@@ -258,6 +258,14 @@ impl Load {
         self.ended = None;
     }
 
+    /// The exports of a batch are there. What the guest felt of that would be no other at another pace.
+    pub fn prepared(&mut self, monitor: &mut dyn Monitor) {
+        if self.config.control {
+            let guest = self.ask(monitor, Doing::Between);
+            self.look(Doing::Between, guest);
+        }
+    }
+
     /// A batch read so many bytes more.
     pub fn copied(&mut self, bytes: u64) {
         self.copied += bytes;
