@@ -13,6 +13,7 @@ mod audit;
 mod changed;
 mod commit;
 mod configuration;
+pub mod connect;
 mod freeze;
 mod give_way;
 mod learned;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use super::connect::{Drained, connect};
 use super::learned::wall_seconds;
 use super::reading::Reading;
 use super::{CONDEMNED_TRIES, RunDisk, Runner, is_condemned, is_lost};
@@ -132,7 +133,7 @@ impl Runner {
                 rotated = true;
             }
             match self.batch(hold, pass, until) {
-                Err(error) if error.downcast_ref::<Astray>().is_some() => {
+                Err(error) if error.is::<Astray>() || error.is::<Drained>() => {
                     tracing::info!("{error:#}: nothing of this batch counts, rotating anew");
                     rotated = false;
                     continue;
@@ -462,7 +463,7 @@ impl Runner {
         for (_, name) in bitmaps {
             endpoint = endpoint.bitmap(name);
         }
-        Ok(endpoint.connect()?)
+        connect(&mut hold.monitor, &endpoint)
     }
 
     pub(super) fn read_options(&self) -> ReadOptions {

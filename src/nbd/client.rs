@@ -7,6 +7,7 @@
 //! Source: the NBD protocol document, sections "Transmission phase" and "Terminating the transmission phase".
 
 use std::{
+    net::Shutdown,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     time::Duration,
@@ -136,6 +137,18 @@ pub struct Client {
     pub(super) buffers: Option<BufferPool>,
 }
 
+/// The line of a connection.
+#[derive(Debug)]
+pub struct Line(UnixStream);
+
+impl Line {
+    /// Ends the connection at once, whatever it waits for.
+    pub fn hang_up(&self) {
+        // A connection that has ended is what is wanted.
+        self.0.shutdown(Shutdown::Both).ok();
+    }
+}
+
 /// A reply's head, its payload still to be read.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Reply {
@@ -166,6 +179,11 @@ impl Client {
 
     pub(super) fn granted(&self) -> &[Context] {
         &self.contexts
+    }
+
+    /// A handle on the connection that another thread can end it by.
+    pub fn line(&self) -> Result<Line, Error> {
+        self.stream.line().map(Line)
     }
 
     /// How long the server may make no progress.

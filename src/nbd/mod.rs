@@ -29,7 +29,7 @@ mod wire;
 mod writer;
 
 pub use buffer::Buffer;
-pub use client::{Client, Endpoint};
+pub use client::{Client, Endpoint, Line};
 pub use error::{Command, Error};
 pub use handshake::ExportInfo;
 pub use read_pool::ReadPool;

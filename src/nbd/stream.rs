@@ -76,6 +76,12 @@ impl Stream {
         }
     }
 
+    pub(super) fn line(&self) -> Result<UnixStream, Error> {
+        let doing = "connecting";
+        let line = self.socket.try_clone();
+        line.map_err(|source| Error::Io { doing, source })
+    }
+
     pub(super) fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;
     }

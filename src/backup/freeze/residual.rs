@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::GivenUp;
+use crate::backup::connect::{Drained, connect};
 use crate::backup::pass::{Unread, pending_names};
 use crate::backup::reading::Reading;
 use crate::backup::spool::Spool;
@@ -181,7 +182,13 @@ impl Runner {
         for name in bitmaps.iter().map(|(_, name)| name).chain(&beginning) {
             endpoint = endpoint.bitmap(name);
         }
-        let mut client = endpoint.connect()?;
+        let mut client = connect(&mut hold.monitor, &endpoint).map_err(|error| {
+            if error.is::<Drained>() {
+                GivenUp(error.to_string()).into()
+            } else {
+                error
+            }
+        })?;
         client.set_deadline(Some(deadline));
         let (mut open, newest) = match disk.open.take() {
             None => (self.load(&tracked, disk, &mut client)?, Vec::new()),
