@@ -143,7 +143,7 @@ fn a_connection_that_is_made_within_a_drain_is_given_up_and_qemu_goes_on() {
         let drained = scope.spawn(|| drain_before_negotiation(&listener, &nbd, others));
         let begun = clock::now();
         let connected = connect(&mut monitor, &Endpoint::new(&between, "e"));
-        let error = connected.err().expect("QEMU drains its disks");
+        let error = connected.expect_err("QEMU drains its disks");
         assert!(error.is::<Drained>(), "{error:#}");
         assert!(clock::now() - begun < HELD, "QEMU was held up");
         drained.join().unwrap();
