@@ -150,7 +150,8 @@ impl Runner {
         self.probe(until)?;
         let useful = |bytes: Copied| bytes.precopied - bytes.superseded;
         let before = useful(self.bytes);
-        self.schedule = Some((due, debt.useful(self.learned.change.fit())));
+        let owed = debt.useful(self.learned.change.fit());
+        self.schedule = (!self.options.hard).then_some((due, owed));
         let done = self.pass(Some(until));
         self.schedule = None;
         done?;

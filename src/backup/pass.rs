@@ -207,7 +207,7 @@ impl Runner {
         let this = &*self;
         let manner = Manner {
             patience: Some(STALLED),
-            quiet: self.schedule.is_some() && self.options.load.control && !self.options.hard,
+            quiet: self.schedule.is_some() && self.options.load.control,
         };
         let done = copy::copy(
             &this.repo,
