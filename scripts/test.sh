@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 . scripts/lib/packages.sh
 
 # Measurements, makers of golden files and plots, and what replays a history, run by hand.
-BENCHES='^(image::speed::[a-z]+|against_(nbdcopy|hashing_alone)|figures|increments|metadata_of_data|a_second_vm|marking|twenty_guests_share_one_host|make(_encrypted)?|replay|plots)$'
+BENCHES='^(image::speed::[a-z]+|against_(nbdcopy|hashing_alone)|figures|increments|metadata_of_data|a_second_vm|marking(_many_points)?|twenty_guests_share_one_host|make(_encrypted)?|replay|plots)$'
 LOG=target/test.log
 CORES=$(nproc)
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use jiff::Timestamp;
 
+use super::connect::Drained;
 use super::freeze::GivenUp;
 use super::{Bytes as Copied, Runner, SMALL};
 use crate::budget;
@@ -154,6 +155,7 @@ impl Runner {
         self.schedule = (!self.options.hard).then_some((due, owed));
         let done = self.pass(Some(until));
         self.schedule = None;
+        self.watch().need(None);
         done?;
         let copied = useful(self.bytes) - before;
         self.dull = if ahead::is_dull(copied) {
@@ -404,5 +406,5 @@ fn passes_by_itself(error: &anyhow::Error) -> bool {
             )
         )
     });
-    kind == Kind::Busy || gone
+    kind == Kind::Busy || gone || error.is::<Drained>()
 }

@@ -17,7 +17,7 @@ use crate::qmp::Monitor;
 use crate::qmp::command::list;
 
 /// A QEMU that does not answer for so long is waiting for us, or for a disk that is as slow.
-const ANSWERS: Duration = Duration::from_secs(1);
+const ANSWERS: Duration = Duration::from_secs(2);
 
 /// The connection was hung up to free QEMU. It may be made again.
 #[derive(Debug, thiserror::Error)]

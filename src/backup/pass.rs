@@ -31,6 +31,8 @@ use crate::vm::{Hold, seen};
 const BATCH: Duration = Duration::from_secs(3);
 /// Between a broken connection and the next try.
 const AFTER_LOSS: Duration = Duration::from_millis(500);
+/// How often in a row a batch is begun anew since QEMU did not answer after a connection.
+const DRAINED_TRIES: u32 = 5;
 /// How often a domain may end within a pass.
 const ENDS: u32 = 3;
 /// Between two batches, so that an operator's command that waits gets its turn.
@@ -105,7 +107,7 @@ impl Runner {
         self.passes += 1;
         let pass = self.session.next_pass();
         let mut rotated = false;
-        let mut condemned = 0;
+        let (mut condemned, mut drained) = (0, 0);
         loop {
             self.check_interrupt()?;
             let Some(place) = self.turn_to_copy(until)? else {
@@ -133,7 +135,12 @@ impl Runner {
                 rotated = true;
             }
             match self.batch(hold, pass, until) {
-                Err(error) if error.is::<Astray>() || error.is::<Drained>() => {
+                Err(error) if error.is::<Drained>() && drained < DRAINED_TRIES => {
+                    tracing::info!("{error:#}: the batch is begun anew");
+                    drained += 1;
+                    continue;
+                }
+                Err(error) if error.is::<Astray>() => {
                     tracing::info!("{error:#}: nothing of this batch counts, rotating anew");
                     rotated = false;
                     continue;
@@ -145,7 +152,7 @@ impl Runner {
                 }
                 done => self.note_unreadable(done)?,
             }
-            condemned = 0;
+            (condemned, drained) = (0, 0);
             drop(place);
             self.strike_idle()?;
             if self.disks.iter().all(RunDisk::is_done) {
