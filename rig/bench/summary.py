@@ -42,6 +42,7 @@ FIGURES = [
     ("precopied_mib", "copied ahead, MiB"),
     ("superseded_mib", "of it for nothing, MiB"),
     ("residual_mib", "left for the window, MiB"),
+    ("stolen", "of the CPUs' time, to other machines"),
 ]
 
 
