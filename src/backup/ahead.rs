@@ -6,7 +6,6 @@ use std::time::Duration;
 use anyhow::Result;
 use jiff::Timestamp;
 
-use super::connect::Drained;
 use super::freeze::GivenUp;
 use super::{Bytes as Copied, Runner, SMALL};
 use crate::budget;
@@ -123,8 +122,7 @@ impl Runner {
             return Ok((total, None));
         }
         let outlook = self.outlook(&debt, due.left());
-        // Before anything was measured it would be a guess.
-        self.predicted = self.learned.change.fit().map(|_| outlook);
+        self.expect(outlook);
         let urgent = self.options.hard && !outlook.in_time;
         self.options.urgent.store(urgent, Ordering::Relaxed);
         self.note_urgent(self.is_urgent(&debt, &outlook, due.left()));
@@ -251,6 +249,23 @@ impl Runner {
     fn outlook(&self, debt: &Debt, left: Duration) -> Outlook {
         let (fit, speeds) = (self.learned.change.fit(), &self.learned.speeds);
         Outlook::with_passes(debt, fit, speeds, self.rate(), left)
+    }
+
+    /// Before anything was measured it would be a guess.
+    fn expect(&mut self, outlook: Outlook) {
+        self.predicted = self.learned.change.fit().map(|_| outlook);
+    }
+
+    /// Within a pass before a due time: how fast it really goes changes what is to be expected, also for who asks `status`.
+    pub(super) fn predict(&mut self, hold: &Hold) {
+        let Some((due, _)) = self.schedule else {
+            return;
+        };
+        let debt = self.debt(hold);
+        let outlook = self.outlook(&debt, due.left());
+        self.expect(outlook);
+        self.note_urgent(self.is_urgent(&debt, &outlook, due.left()));
+        self.keep_measures();
     }
 
     #[allow(clippy::cast_precision_loss, reason = "sizes for predictions")]
@@ -406,5 +421,5 @@ fn passes_by_itself(error: &anyhow::Error) -> bool {
             )
         )
     });
-    kind == Kind::Busy || gone || error.is::<Drained>()
+    kind == Kind::Busy || gone
 }

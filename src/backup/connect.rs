@@ -12,6 +12,7 @@ use crossbeam_channel::{RecvTimeoutError, bounded};
 use qapi::qmp;
 use serde_json::json;
 
+use crate::exit::{Failure, Kind};
 use crate::nbd::{Client, Endpoint};
 use crate::qmp::Monitor;
 use crate::qmp::command::list;
@@ -43,7 +44,12 @@ pub fn connect(monitor: &mut dyn Monitor, endpoint: &Endpoint) -> Result<Client>
         asked.map(|_| hung_up)
     })?;
     if hung_up {
-        return Err(Drained.into());
+        let failure = Failure::hinted(
+            Kind::Busy,
+            "the connection was hung up to free it",
+            "run the command again",
+        );
+        return Err(failure.context(Drained));
     }
     Ok(client)
 }

@@ -129,6 +129,12 @@ impl Runner {
                 self.vm.state.remember(&name, &heat.encode());
             }
         }
+        self.keep_measures();
+    }
+
+    /// Keeps how fast the target changes and is copied.
+    pub(super) fn keep_measures(&self) {
+        let repository = self.repo.id().short();
         self.learned.remember(&self.vm.state, &repository);
     }
 

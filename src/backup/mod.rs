@@ -265,6 +265,8 @@ pub struct Runner {
     dull: u32,
     /// When what passes copy has to be there, and what that was when the pass was begun.
     schedule: Option<(Deadline, u64)>,
+    /// Within a pass: since when it is measured how fast it goes, waits included, and what it copied since.
+    measured: (Instant, u64),
     /// When the last two rotations were made, and the first one.
     rotated: [Option<Instant>; 2],
     first_rotated: Option<Instant>,
@@ -330,6 +332,7 @@ impl Runner {
             cooling: false,
             dull: 0,
             schedule: None,
+            measured: (clock::now(), 0),
             rotated: [None; 2],
             first_rotated: None,
             learned,

@@ -108,6 +108,7 @@ impl Runner {
         let pass = self.session.next_pass();
         let mut rotated = false;
         let (mut condemned, mut drained) = (0, 0);
+        self.measured = (clock::now(), 0);
         loop {
             self.check_interrupt()?;
             let Some(place) = self.turn_to_copy(until)? else {
@@ -115,6 +116,7 @@ impl Runner {
                 return Ok(PassEnd::OutOfTime);
             };
             let mut hold = self.hold()?;
+            self.predict(&hold);
             hold.may_share_files()?;
             if !hold.lasting()? {
                 return Err(Failure::hinted(
@@ -210,7 +212,6 @@ impl Runner {
         let copy_disks = std::mem::take(&mut self.copy_disks);
         let label = format!("pass {pass}");
         let session = self.session.id().context("a pass without a session")?;
-        let begun = clock::now();
         let this = &*self;
         let manner = Manner {
             patience: Some(STALLED),
@@ -249,14 +250,19 @@ impl Runner {
         );
         let before = self.bytes.precopied;
         let kept = done.and_then(|((), copied)| self.keep(&mut disks, copied, epoch));
-        let read = self.bytes.precopied - before;
-        // What went as slowly as it could tells nothing.
-        if self.schedule.is_none() || !self.watch().has_time() {
-            self.learned.speeds.copied(read, clock::now() - begun);
-        }
+        self.measure_copy(self.bytes.precopied - before);
         self.disks = disks;
         self.copy_disks = copy_disks;
         kept
+    }
+
+    /// A batch copied so much. What went as slowly as it could tells nothing.
+    fn measure_copy(&mut self, bytes: u64) {
+        let (since, before) = self.measured;
+        let (now, bytes) = (clock::now(), before + bytes);
+        let leisurely = self.schedule.is_some() && self.watch().has_time();
+        let told = leisurely || self.learned.speeds.copied(bytes, now - since);
+        self.measured = if told { (now, 0) } else { (since, bytes) };
     }
 
     /// Remembers a disk that has blocks that cannot be read: a fleecing job would have to read them before the guest may

@@ -14,8 +14,9 @@ const OVERHEAD: f64 = 1.0;
 pub(super) const LAST_PASS: f64 = 3.0;
 /// The weight of the newest measure.
 const NEWEST: f64 = 0.4;
-/// Less than so many bytes say nothing of a speed.
+/// Less than so many bytes in less than such a time say nothing of a speed.
 const TELLING: u64 = 8 << 20;
+const TELLS_LATER: Duration = Duration::from_secs(10);
 
 /// What was measured of a target on this host.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -46,11 +47,16 @@ fn whole(number: f64) -> u64 {
 }
 
 impl Speeds {
-    /// A pass copied so much in this time.
-    pub fn copied(&mut self, bytes: u64, took: Duration) {
-        if bytes >= TELLING && !took.is_zero() {
-            mix(&mut self.copy, float(bytes) / took.as_secs_f64());
+    /// A pass copied so much in this time, in which it gave way to others, too. Such speeds differ by factors. Says whether
+    /// that was enough to tell.
+    pub fn copied(&mut self, bytes: u64, took: Duration) -> bool {
+        let tells = (bytes >= TELLING && !took.is_zero()) || took >= TELLS_LATER;
+        if tells {
+            let measured = (float(bytes) / took.as_secs_f64()).max(1.0);
+            let known = self.copy.unwrap_or(measured).max(1.0);
+            self.copy = Some(known * (measured / known).powf(NEWEST));
         }
+        tells
     }
 
     /// A freeze took this time from its begin until the guest was free, and read so much; `reading` is that part of it.
@@ -325,6 +331,30 @@ mod tests {
             Duration::from_secs(100),
         );
         assert!(!held.in_time);
+    }
+
+    #[test]
+    fn a_copy_that_gives_way_is_soon_known_to_be_slow_and_to_be_fast_again() {
+        let mut speeds = Speeds::default();
+        speeds.copied(4000 * MIB, Duration::from_secs(10));
+        assert!(!speeds.copied(4 * MIB, Duration::from_secs(1)));
+        assert_eq!(whole(speeds.copy(None)), 400 * MIB);
+        for _ in 0..6 {
+            speeds.copied(40 * MIB, Duration::from_secs(10));
+        }
+        let slow = speeds.copy(None);
+        assert!(slow < float(6 * MIB), "{slow}");
+        let due = Duration::from_secs(60);
+        let late = Outlook::with_passes(&debt(1000, 0), Some(fit(0, 0)), &speeds, None, due);
+        assert!(!late.in_time);
+        assert!(late.residual > 600 * MIB, "{late:?}");
+        for _ in 0..6 {
+            speeds.copied(4000 * MIB, Duration::from_secs(10));
+        }
+        assert!(speeds.copy(None) > float(300 * MIB));
+        // Where nothing was copied at all it is as slow as can be, not a division by zero.
+        speeds.copied(0, Duration::from_secs(100));
+        assert!(speeds.copy(None) >= 1.0);
     }
 
     #[test]
