@@ -1,7 +1,7 @@
 //! The disks of a domain under the names that its XML gives them. What libvirt and QEMU do not agree on is refused.
 
 use super::xml::{Description, Disk};
-use crate::qmp::machine::{LeftOut, Machine};
+use crate::qmp::machine::{LeftOut, Machine, PERSISTENT_MEMORY, SHARED};
 use crate::target::Image;
 
 /// Gives the disks of a running domain their target devs as keys. Says whether their nodes are those that the XML tells.
@@ -111,6 +111,17 @@ pub(super) fn images(xml: &Description) -> (Vec<Image>, Vec<LeftOut>) {
             }
         }
     }
+    let others = [
+        (&xml.memory, PERSISTENT_MEMORY, true),
+        (&xml.shares, SHARED, false),
+    ];
+    for (devices, reason, refused) in others {
+        left_out.extend(devices.iter().map(|device| LeftOut {
+            device: device.clone(),
+            reason: reason.to_owned(),
+            refused,
+        }));
+    }
     (images, left_out)
 }
 
@@ -131,7 +142,14 @@ mod tests {
             .collect();
         assert_eq!(
             left,
-            [("sda", true), ("sdb", false), ("vdc", true), ("vdd", true)]
+            [
+                ("sda", true),
+                ("sdb", false),
+                ("vdc", true),
+                ("vdd", true),
+                ("nvdimm1", true),
+                ("fs0", false)
+            ]
         );
     }
 

@@ -11,6 +11,10 @@ const AGENT: &str = "org.qemu.guest_agent.0";
 #[derive(Debug, Clone, Default)]
 pub(super) struct Description {
     pub(super) disks: Vec<Disk>,
+    /// Persistent memory that the guest has as disks, by the ids that libvirt gives it.
+    pub(super) memory: Vec<String>,
+    /// Directories of the host that the guest shares, by the ids that libvirt gives them.
+    pub(super) shares: Vec<String>,
     /// Whether the guest agent is connected; `None` without a channel for it.
     pub(super) agent_connected: Option<bool>,
 }
@@ -50,6 +54,12 @@ impl Description {
             if node.has_tag_name("disk") {
                 found.disks.push(disk(node));
             }
+            if node.has_tag_name("memory") {
+                found.memory.extend(memory(node, &found.memory));
+            }
+            if node.has_tag_name("filesystem") {
+                found.shares.push(format!("fs{}", found.shares.len()));
+            }
             if node.has_tag_name("channel")
                 && let Some(target) = child(node, "target")
                 && target.attribute("name") == Some(AGENT)
@@ -59,6 +69,21 @@ impl Description {
         }
         Ok(found)
     }
+}
+
+/// The id of a `<memory>` device that keeps what the guest writes (libvirt's `qemuAssignDeviceMemoryAlias`): an NVDIMM goes by its
+/// slot, the others are counted.
+fn memory(node: Node<'_, '_>, before: &[String]) -> Option<String> {
+    let (kind, slot) = match node.attribute("model")? {
+        "nvdimm" => (
+            "nvdimm",
+            child(node, "address").and_then(|address| address.attribute("slot")),
+        ),
+        "virtio-pmem" => ("virtiopmem", None),
+        _ => return None,
+    };
+    let count = before.iter().filter(|id| id.starts_with(kind)).count();
+    Some(slot.map_or_else(|| format!("{kind}{count}"), |slot| format!("{kind}{slot}")))
 }
 
 fn disk(node: Node<'_, '_>) -> Disk {
@@ -109,6 +134,9 @@ pub(super) mod tests {
           <target dev='vdc' bus='virtio'/><alias name='virtio-disk2'/></disk>
         <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/images/c.qcow2' index='6'>
           <encryption format='luks'><secret type='passphrase' uuid='x'/></encryption></source><target dev='vdd'/></disk>
+        <filesystem type='mount'><driver type='virtiofs'/><source dir='/srv/x'/><target dir='x'/></filesystem>
+        <memory model='dimm'><target><size unit='KiB'>524288</size></target></memory>
+        <memory model='nvdimm'><source><path>/pm/1</path></source><address type='dimm' slot='1'/></memory>
         <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>
         </devices></domain>";
 
@@ -126,6 +154,10 @@ pub(super) mod tests {
         assert_eq!(found.disks[2].path, None);
         assert_eq!(found.disks[3].kind, "network");
         assert!(found.disks[4].encrypted && !found.disks[0].encrypted);
+        assert_eq!(
+            (found.memory, found.shares),
+            (vec!["nvdimm1".to_owned()], vec!["fs0".to_owned()])
+        );
         assert!(Description::parse("<domain><devices").is_err());
         let bare = Description::parse("<domain/>").unwrap();
         assert!(bare.disks.is_empty() && bare.agent_connected.is_none());

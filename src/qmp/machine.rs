@@ -33,15 +33,28 @@ const FRONT_ENDS: [&str; 8] = [
 ];
 /// The flash that UEFI firmware keeps its variables in: no disk.
 const FLASH: &str = "cfi.pflash01";
-/// Devices that are disks for the guest but have no block node in QEMU.
-const NODELESS: [&str; 6] = [
-    "vhost-user-blk",
-    "vhost-scsi",
-    "vhost-user-scsi",
-    "vfio-pci",
-    "vhost-vdpa",
-    "virtio-blk-vhost-vdpa",
+/// Devices that keep a guest's data, but not in a block node of QEMU: what their types begin with, why they are left out,
+/// and whether that must be said with `--exclude`.
+const NODELESS: [(&str, &str, bool); 12] = [
+    ("vhost-user-blk", UNSEEN, true),
+    ("vhost-scsi", UNSEEN, true),
+    ("vhost-user-scsi", UNSEEN, true),
+    ("vhost-vdpa", UNSEEN, true),
+    ("virtio-blk-vhost-vdpa", UNSEEN, true),
+    ("nvdimm", PERSISTENT_MEMORY, true),
+    ("virtio-pmem", PERSISTENT_MEMORY, true),
+    ("vfio-pci", UNSEEN, false),
+    ("usb-host", UNSEEN, false),
+    ("vhost-user-fs", SHARED, false),
+    ("virtio-9p", SHARED, false),
+    ("usb-mtp", SHARED, false),
 ];
+const UNSEEN: &str = "what it may hold has no block node in QEMU and is not backed up";
+/// Why persistent memory is refused.
+pub const PERSISTENT_MEMORY: &str =
+    "persistent memory, which the guest writes without QEMU: it is not backed up";
+/// Why a shared directory is left out.
+pub const SHARED: &str = "a directory of the host, which is not part of a point";
 
 /// A device that is not backed up, and why.
 #[derive(Debug, Clone, Serialize)]
@@ -362,11 +375,13 @@ fn kind(device: &Value) -> Option<&str> {
 fn nodeless(devices: &[Value]) -> Vec<LeftOut> {
     let left_out = |device: &Value| {
         let kind = kind(device)?;
-        let nodeless = NODELESS.iter().any(|prefix| kind.starts_with(prefix));
-        nodeless.then(|| LeftOut {
+        let nodeless = NODELESS
+            .iter()
+            .find(|(prefix, ..)| kind.starts_with(prefix));
+        nodeless.map(|(_, why, refused)| LeftOut {
             device: text(device, "name").to_owned(),
-            reason: format!("a `{kind}` device has no block node in QEMU: not backed up"),
-            refused: kind != "vfio-pci",
+            reason: format!("a `{kind}` device: {why}"),
+            refused: *refused,
         })
     };
     devices.iter().filter_map(left_out).collect()
@@ -407,6 +422,36 @@ fn refuse_ambiguous(disks: &mut Vec<Disk>, left_out: &mut Vec<LeftOut>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn data_without_a_block_node_is_never_left_out_in_silence() {
+        let device =
+            |name: &str, kind: &str| json!({ "name": name, "type": format!("child<{kind}>") });
+        let devices = [
+            device("vda", "virtio-blk-pci"),
+            device("nvdimm0", "nvdimm"),
+            device("virtiopmem0", "virtio-pmem-pci"),
+            device("dimm0", "pc-dimm"),
+            device("d", "vhost-user-blk-pci"),
+            device("fs0", "vhost-user-fs-pci"),
+            device("gpu", "vfio-pci"),
+        ];
+        let left: Vec<(String, bool)> = nodeless(&devices)
+            .into_iter()
+            .map(|left| (left.device, left.refused))
+            .collect();
+        let is = |name: &str, refused| (name.to_owned(), refused);
+        assert_eq!(
+            left,
+            [
+                is("nvdimm0", true),
+                is("virtiopmem0", true),
+                is("d", true),
+                is("fs0", false),
+                is("gpu", false)
+            ]
+        );
+    }
 
     #[test]
     fn a_device_is_known_by_its_id_in_every_spelling() {

@@ -26,6 +26,10 @@ fn what_cannot_be_backed_up_is_refused_by_name() {
     let shared = node("c", &new("c"), "");
     let read_only = node("d", &new("d"), r#","read-only":true"#);
     let removable = node("e", &new("e"), r#","read-only":true"#);
+    let persistent = format!(
+        "memory-backend-file,id=pm,mem-path={},size=16M,share=on",
+        lab.path().join("pm").display()
+    );
     let vm = Still::start(
         lab.path(),
         &[
@@ -42,6 +46,9 @@ fn what_cannot_be_backed_up_is_refused_by_name() {
             words(&["-device", "virtio-blk-pci,id=vdd,drive=d-node"]),
             words(&["-blockdev", &removable, "-device", "virtio-scsi-pci"]),
             words(&["-device", "scsi-cd,id=cd,drive=e-node"]),
+            words(&["-machine", "nvdimm=on", "-m", "64,slots=1,maxmem=128M"]),
+            words(&["-object", &persistent]),
+            words(&["-device", "nvdimm,id=nv0,memdev=pm"]),
         ],
     );
     let target = vm.target();
@@ -60,6 +67,7 @@ fn what_cannot_be_backed_up_is_refused_by_name() {
         (find("vdc"), "share-rw", true),
         (find("vdd"), "read-only", false),
         (find("cd"), "", false),
+        (find("nv0"), "persistent memory", true),
     ] {
         assert!(left["reason"].as_str().unwrap().contains(reason), "{left}");
         assert_eq!(left["refused"], refused, "{left}");
@@ -75,11 +83,19 @@ fn what_cannot_be_backed_up_is_refused_by_name() {
         anonymous["device"].as_str().unwrap().to_owned(),
         find("vdc")["device"].as_str().unwrap().to_owned(),
     );
-    let one = [&backup[..], &["--exclude", &no_id]].concat();
+    let memory = [&backup[..], &["--exclude", "nv0"]].concat();
+    let one = [&memory[..], &["--exclude", &no_id]].concat();
     lab.forerun(&one).failed(7, "share-rw", "--exclude");
     let both = [&one[..], &["--exclude", &shared]].concat();
     let ran = lab.forerun(&both).ended(0);
     assert_eq!(ran.at("/targets/0/point/disks/0/key"), "vda");
+    // And it is said what a restore is without.
+    let list = lab.forerun(&["list"]).ended(0);
+    let without = list.at("/points/0/without").as_array().unwrap();
+    for name in [&no_id, &shared, "nv0"] {
+        assert!(without.iter().any(|it| it == name), "{name}: {without:?}");
+    }
+    assert_eq!(without.len(), 3, "{without:?}");
     let only = [&backup[..], &["--include", "vda"]].concat();
     lab.forerun(&only).ended(0);
     for option in ["--include", "--exclude"] {
