@@ -1,5 +1,6 @@
 //! The only printer: results on stdout, words and progress on stderr, one JSON document when asked for, and the exit code.
 
+use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -125,7 +126,7 @@ fn print_json(command: &str, outcome: &Outcome, failed: &[Failed]) {
     if let Some(members) = document.as_object_mut() {
         members.extend(outcome.more.clone());
     }
-    out(&document.to_string());
+    writeln!(std::io::stdout(), "{document}").ok();
 }
 
 /// A line of a result that goes on: printed at once, for people.
@@ -144,12 +145,28 @@ pub fn meanwhile(style: Style, line: &str) {
 
 /// A line of the result. A reader that has gone away is no error of ours.
 fn out(line: &str) {
-    writeln!(std::io::stdout(), "{line}").ok();
+    writeln!(std::io::stdout(), "{}", harmless(line)).ok();
 }
 
 /// A line for people.
 fn words(line: &str) {
-    writeln!(std::io::stderr(), "{line}").ok();
+    writeln!(std::io::stderr(), "{}", harmless(line)).ok();
+}
+
+/// Names come from guests, from stored points and from the command line: what would move a terminal's cursor is spelled.
+fn harmless(line: &str) -> Cow<'_, str> {
+    let harms = |c: char| c.is_control() && c != '\n';
+    if !line.contains(harms) {
+        return line.into();
+    }
+    let spell = |c: char| {
+        if harms(c) {
+            c.escape_default().to_string()
+        } else {
+            c.to_string()
+        }
+    };
+    line.chars().map(spell).collect()
 }
 
 /// A progress bar on a terminal, until it is dropped; nothing elsewhere.
@@ -207,4 +224,16 @@ fn draw(progress: &Progress, stop: &AtomicBool) {
         clock::sleep(Duration::from_millis(100));
     }
     bar.finish_and_clear();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_cannot_move_the_cursor() {
+        let plain = "web-1: zwei Ämter, 3 µs\n  and more";
+        assert_eq!(harmless(plain), plain);
+        assert_eq!(harmless("a\u{1b}[2Jb\rc\u{9b}"), "a\\u{1b}[2Jb\\rc\\u{9b}");
+    }
 }

@@ -109,7 +109,7 @@ pub(super) fn copy(
     }
     outcome.more.insert(
         "copy".to_owned(),
-        json!({ "to": to.id(), "copied": copied, "skipped": skipped, "failed": failed }),
+        json!({ "to": to.id(), "to_encrypted": to.is_encrypted(), "copied": copied, "skipped": skipped, "failed": failed }),
     );
     Ok(outcome)
 }

@@ -3,7 +3,7 @@
 //! All that could go wrong is looked at before a byte is written; the domain is defined when all files are in place, and its
 //! XML lies beside them, so that a definition that libvirt does not take can be corrected by hand.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -37,6 +37,7 @@ pub(super) struct Planned {
     tpm_owner: Option<String>,
     autostart: bool,
     notes: Vec<String>,
+    own: BTreeSet<String>,
 }
 
 /// Plans the domain of a point over restored disks.
@@ -116,11 +117,7 @@ pub(super) fn plan(
         },
     )?;
     let mut notes = made.notes;
-    for disk in made.unknown {
-        notes.push(format!(
-            "disk {disk} is restored, but the domain's definition has none of that name: it is not attached"
-        ));
-    }
+    notes.extend(made.unknown.iter().map(|disk| not_attached(disk)));
     let known = point.machine.get("domain").unwrap_or(&Value::Null);
     notes.extend(firmware(known));
     if known["without_secrets"] == true {
@@ -146,7 +143,14 @@ pub(super) fn plan(
         tpm_owner,
         autostart: known["autostart"] == true,
         notes,
+        own: made.own,
     })
+}
+
+fn not_attached(disk: &str) -> String {
+    format!(
+        "disk {disk} is restored, but the domain's definition has none of that name: it is not attached"
+    )
 }
 
 /// What libvirt would refuse only when all is restored.
@@ -275,6 +279,9 @@ impl Planned {
                     domain.name(),
                     domain.uuid()
                 ));
+                for path in &self.own {
+                    outcome.line(format!("  {path}"));
+                }
                 if self.autostart {
                     outcome.line(format!(
                         "  it was started with the host: `virsh autostart {}`",

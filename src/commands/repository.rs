@@ -65,7 +65,7 @@ pub(super) fn list(args: &RepoArgs, target: Option<&str>) -> Result<Outcome> {
             point.id.to_string(),
             clock::local(point.instant),
             name_of(point).to_owned(),
-            format!("{} on {}", Bytes(size), disks.join(", ")),
+            format!("{} on {}{}", Bytes(size), disks.join(", "), without(point)),
             quiesce(point),
             pinned_words(&pins, point.id).trim_start().to_owned(),
         ]);
@@ -101,6 +101,14 @@ pub(super) fn list(args: &RepoArgs, target: Option<&str>) -> Result<Outcome> {
         .more
         .insert("points".to_owned(), Value::from(listed));
     Ok(outcome)
+}
+
+/// What a point is without, in a list.
+fn without(point: &Manifest) -> String {
+    match point.without()[..] {
+        [] => String::new(),
+        ref names => format!(", without {}", names.join(", ")),
+    }
 }
 
 /// The rows as lines, each column as wide as its longest cell.
@@ -155,6 +163,7 @@ fn summary(point: &Manifest, pins: &Pins) -> Value {
         "disks": point.guest_disks().map(|disk| json!({
             "key": disk.key, "size": disk.size, "format": disk.format, "rescanned": disk.rescanned,
         })).collect::<Vec<_>>(),
+        "without": point.without(),
         "files": point.files().map(|(stored, file)| json!({
             "name": file.name, "role": file.role, "size": stored.size, "path": file.path,
         })).collect::<Vec<_>>(),
@@ -189,6 +198,9 @@ pub(super) fn show(args: &RepoArgs, point: &str) -> Result<Outcome> {
         if let Some(why) = &disk.rescanned {
             outcome.line(format!("    read in full: {why}"));
         }
+    }
+    for name in point.without() {
+        outcome.line(format!("  without {name}"));
     }
     if let Some(domain) = point.machine.get("domain") {
         outcome.line(domain_words(domain));

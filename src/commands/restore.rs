@@ -96,6 +96,16 @@ pub(super) fn restore(
         }
     }
     drop(bar);
+    if args.output.is_some() {
+        for name in point.without() {
+            outcome.line(format!(
+                "{name}  not in this point: it was left out of the backup"
+            ));
+        }
+    }
+    outcome
+        .more
+        .insert("without".to_owned(), json!(point.without()));
     outcome.more.insert("point".to_owned(), json!(point.id));
     outcome.more.insert("restored".to_owned(), restored.into());
     outcome.more.insert("files".to_owned(), files.into());

@@ -53,6 +53,21 @@ impl Manifest {
         let files = self.disks.iter();
         files.filter_map(|disk| Some((disk, disk.file.as_ref()?)))
     }
+
+    /// The VM's disks that were not chosen, and its other devices that may hold data: a restore is without them.
+    #[must_use]
+    pub fn without(&self) -> Vec<&str> {
+        let listed = |list: &str| self.machine.get(list).and_then(Value::as_array);
+        let (disks, devices) = (listed("disks"), listed("left_out"));
+        let disks = disks.into_iter().flatten().map(|disk| &disk["key"]);
+        let devices = devices.into_iter().flatten();
+        let devices = devices
+            .filter(|device| device["refused"] == true)
+            .map(|device| &device["device"]);
+        let names = disks.chain(devices).filter_map(Value::as_str);
+        let is_held = |name: &&str| self.guest_disks().any(|disk| disk.key == *name);
+        names.filter(|name| !is_held(name)).collect()
+    }
 }
 
 /// The point that another one is a copy of, or a copy of a copy: two points of one digest have one content.

@@ -1,6 +1,6 @@
 //! What a domain is besides its disks, and what it is to become when it is restored: plain values, with libvirt or without.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// A domain's definition and the files of the host that it names.
@@ -69,6 +69,8 @@ pub struct Redefined {
     pub xml: String,
     /// What is not as it was, in words.
     pub notes: Vec<String>,
+    /// Paths of its own that it has in place of the original's, in words.
+    pub own: BTreeSet<String>,
     /// Disks that have no place in it.
     pub unknown: Vec<String>,
 }

@@ -110,6 +110,7 @@ pub fn redefine(xml: &str, plan: &Plan<'_>) -> Result<Redefined> {
         plan,
         edits: Edits::of(xml),
         notes: Vec::new(),
+        own: BTreeSet::new(),
         placed: BTreeSet::new(),
     };
     work.identity(root);
@@ -131,6 +132,7 @@ pub fn redefine(xml: &str, plan: &Plan<'_>) -> Result<Redefined> {
         unknown: unknown.cloned().collect(),
         xml: work.edits.apply()?,
         notes: work.notes,
+        own: work.own,
     })
 }
 
@@ -138,6 +140,7 @@ struct Work<'a> {
     plan: &'a Plan<'a>,
     edits: Edits<'a>,
     notes: Vec<String>,
+    own: BTreeSet<String>,
     /// The targets that restored disks went to.
     placed: BTreeSet<String>,
 }
@@ -214,15 +217,7 @@ impl Work<'_> {
                     "it has a device of the host (`hostdev` of type {what}), which one running domain at a time can have"
                 ));
             }
-            "channel" => {
-                let source = child(device, "source");
-                let path = source.and_then(|source| source.attribute("path"));
-                if let (Some(source), Some(path)) = (source, path)
-                    && SOCKETS.iter().any(|place| path.starts_with(place))
-                {
-                    self.edits.remove(source);
-                }
-            }
+            "channel" | "serial" | "parallel" | "console" => self.character_device(device),
             "tpm" => {
                 if let Some(backend) = child(device, "backend")
                     && backend.attribute("type") == Some("emulator")
@@ -236,6 +231,57 @@ impl Work<'_> {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// A second VM has sockets and files of its own: at the original's paths it would take the sockets from it, that of its
+    /// guest agent too, and write into its logs.
+    fn character_device(&mut self, device: Node<'_, '_>) {
+        let source = child(device, "source");
+        let path = source.and_then(|source| source.attribute("path"));
+        if let (Some(source), Some(path)) = (source, path)
+            && SOCKETS.iter().any(|place| path.starts_with(place))
+        {
+            return self.edits.remove(source);
+        }
+        if self.plan.uuid.is_none() {
+            return;
+        }
+        let what = match device.tag_name().name() {
+            // The first serial port is listed as a console, too.
+            "console" => "serial",
+            name => name,
+        };
+        let mode = source.and_then(|source| source.attribute("mode"));
+        match (device.attribute("type").unwrap_or_default(), mode) {
+            ("file", _) | ("unix", Some("bind")) => self.own_path(source, "path", what),
+            ("dev" | "pipe", _) => self.shares(what, path),
+            ("tcp" | "udp", Some("bind")) => {
+                let port = source.and_then(|source| source.attribute("service"));
+                self.shares(what, port.map(|port| format!("port {port}")).as_deref());
+            }
+            _ => {}
+        }
+        self.own_path(child(device, "log"), "file", what);
+    }
+
+    /// A path beside the original's.
+    fn own_path(&mut self, node: Option<Node<'_, '_>>, attribute: &str, what: &str) {
+        if let Some(node) = node
+            && let Some(path) = node.attribute(attribute)
+        {
+            let own = format!("{path}.{}", self.plan.name);
+            self.edits.set_attribute(node, attribute, &own);
+            self.own.insert(format!("its {what} is {own}"));
+        }
+    }
+
+    fn shares(&mut self, what: &str, with: Option<&str>) {
+        let with = with.unwrap_or("the same");
+        let note =
+            format!("its {what} is {with}, as that of the original, which cannot run beside it");
+        if !self.notes.contains(&note) {
+            self.notes.push(note);
         }
     }
 
@@ -408,6 +454,10 @@ mod tests {
     </interface>
     <channel type='unix'><source mode='bind' path='/var/lib/libvirt/qemu/channel/target/domain-3-win/org.qemu.guest_agent.0'/><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
     <channel type='unix'><source mode='bind' path='/run/own.sock'/><target type='virtio' name='own'/></channel>
+    <serial type='file'><source path='/log/serial' append='on'/><target port='0'/></serial>
+    <console type='file'><source path='/log/serial' append='on'/><target type='serial' port='0'/></console>
+    <serial type='pty'><log file='/log/pty' append='on'/><target port='1'/></serial>
+    <serial type='dev'><source path='/dev/ttyS0'/><target port='2'/></serial>
     <tpm model='tpm-crb'><backend type='emulator' version='2.0'><source type='dir' path='/srv/tpm/win'/></backend></tpm>
     <graphics type='vnc' port='-1' autoport='yes' passwd='it&apos;s'/>
     <hostdev mode='subsystem' type='pci' managed='yes'><source><address domain='0x0000' bus='0x06' slot='0x02' function='0x0'/></source></hostdev>
@@ -528,7 +578,27 @@ mod tests {
         assert!(!document.descendants().any(|node| node.has_tag_name("mac")));
         assert!(made.xml.contains("<parameters profileid='p'/>"));
         assert!(!made.xml.contains("org.qemu.guest_agent.0'/><target"));
-        assert!(made.xml.contains("path='/run/own.sock'"));
+        // Nothing that the original, which runs beside it, has open.
+        let own = "it&apos;s &lt;new&gt;";
+        for (path, times) in [
+            ("path='/run/own.sock", 1),
+            ("path='/log/serial", 2),
+            ("file='/log/pty", 1),
+        ] {
+            let there = made.xml.matches(&format!("{path}.{own}'")).count();
+            assert_eq!(
+                (there, made.xml.matches(path).count()),
+                (times, times),
+                "{path}"
+            );
+        }
+        let name = "it's <new>";
+        let told = [
+            format!("its channel is /run/own.sock.{name}"),
+            format!("its serial is /log/pty.{name}"),
+            format!("its serial is /log/serial.{name}"),
+        ];
+        assert!(made.own.iter().eq(&told), "{:?}", made.own);
         assert!(
             made.xml
                 .contains("<backend type='emulator' version='2.0'></backend>")
@@ -545,6 +615,7 @@ mod tests {
             ("sdc", 1),
             ("sdb is empty", 1),
             ("hostdev", 1),
+            ("/dev/ttyS0", 1),
             ("sdd", 0),
             ("sda", 0),
             ("nvram", 0),
@@ -558,7 +629,14 @@ mod tests {
     fn the_same_identity_stays() {
         let made = windows(None);
         assert_eq!(identity(&made.xml).unwrap().1, OLD);
-        for kept in ["52:54:00:11:22:33", "52:54:00:44:55:66", "782e98ab3fa1"] {
+        for kept in [
+            "52:54:00:11:22:33",
+            "52:54:00:44:55:66",
+            "782e98ab3fa1",
+            "'/run/own.sock'",
+            "'/log/serial'",
+            "'/log/pty'",
+        ] {
             assert!(made.xml.contains(kept), "{kept}");
         }
         assert!(

@@ -241,8 +241,13 @@ impl Domain {
 
     /// Waits for a line with this text on the console of the present boot and returns it.
     pub fn wait_for(&self, text: &str, timeout: Duration) -> Result<String> {
+        self.wait_for_on("serial.log", text, timeout)
+    }
+
+    /// As [`Self::wait_for`], on a console that a file of its directory is.
+    pub fn wait_for_on(&self, console: &str, text: &str, timeout: Duration) -> Result<String> {
         let deadline = Instant::now() + timeout;
-        let log = self.dir.join("serial.log");
+        let log = self.dir.join(console);
         loop {
             if let Some(line) = line_with(&log, text)? {
                 return Ok(line);
