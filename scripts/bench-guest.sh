@@ -84,7 +84,7 @@ fetch_guest_fio target/guest/fio
 # A short path: sockets are in it.
 work=$(mktemp -d "${place:-/var/tmp}/fbg.XXXXXX")
 chmod 755 "$work"
-target=$work/target store="" loop="" daemon="" domain="" measuring=""
+target=$work/target store="" run="" loop="" daemon="" domain="" measuring=""
 # Ends in the reverse order of the beginning; each part may be missing.
 cleanup() {
 	if [ -n "$measuring" ]; then kill "$measuring" 2>/dev/null || true; wait "$measuring" || true; fi
@@ -93,7 +93,7 @@ cleanup() {
 	if mountpoint -q "$target"; then umount "$target" || umount -l "$target" || true; fi
 	if [ -n "$loop" ]; then losetup -d "$loop" || true; fi
 	if [ -n "$daemon" ]; then kill "$daemon" 2>/dev/null || true; wait "$daemon" || true; fi
-	rm -rf --one-file-system "$work" "$store"
+	rm -rf --one-file-system "$work" "$store" "$run"
 }
 exec {to_domain}>/dev/null
 trap cleanup EXIT
@@ -152,6 +152,12 @@ for disk in vda vdb; do
 	qemu-img convert -f raw -O qcow2 "$work/raw" "$work/template/$disk.qcow2"
 done
 rm "$work/raw"
+
+# As on every host /run/libvirt is in memory: at each command libvirt writes and syncs a domain's state there.
+run=$(mktemp -d /dev/shm/fbg.XXXXXX)
+chmod 755 "$run"
+mkdir "$work/vm/lv"
+ln -s "$run" "$work/vm/lv/run"
 
 mkfifo "$work/hold"
 "$rig" bench-domain --dir "$work/vm" --tree target/guest/fio/root --disk-mib "$size" <"$work/hold" >"$work/places" 2>"$work/rig.log" &

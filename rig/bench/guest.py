@@ -600,7 +600,10 @@ def continued(path):
     if not os.path.exists(path):
         return 1, ""
     with open(path) as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        rows = list(table)
+    if rows and table.fieldnames != COLUMNS:
+        sys.exit(f"{path} has other columns than this version writes: name another table")
     return max([0] + [int(row["run"]) for row in rows]) + 1, rows[-1]["rate"] if rows else ""
 
 

@@ -75,7 +75,7 @@ class Table:
 
     def values(self, setting, target, figure):
         """By run."""
-        of = {key[2]: row[figure] for key, row in self.rows.items() if key[:2] == (setting, target)}
+        of = {key[2]: row.get(figure) for key, row in self.rows.items() if key[:2] == (setting, target)}
         return {run: float(value) for run, value in of.items() if value}
 
     def ratios(self, figure, above, below, target):
