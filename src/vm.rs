@@ -178,10 +178,12 @@ impl Vm {
         }
         self.off.store(off.is_some(), Ordering::Relaxed);
         let known = Arc::clone(&self.known);
-        known
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .forget_devices();
+        if self.domain.is_none() {
+            known
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .forget_devices();
+        }
         Ok(Hold {
             monitor,
             journal,

@@ -116,34 +116,36 @@ impl Runner {
         due: Deadline,
         converge: Option<u64>,
     ) -> Result<(u64, Option<Duration>)> {
-        let (mut hold, debt) = self.look_and_hold()?;
-        let total = debt.total();
-        if converge.is_some_and(|converge| total <= converge) {
-            return Ok((total, None));
-        }
-        let outlook = self.outlook(&debt, due.left());
-        self.expect(outlook);
-        let urgent = self.options.hard && !outlook.in_time;
-        self.options.urgent.store(urgent, Ordering::Relaxed);
-        self.note_urgent(self.is_urgent(&debt, &outlook, due.left()));
-        let step = ahead::next(&Situation {
-            left: due.left(),
-            debt,
-            fit: self.learned.change.fit(),
-            copy: self.copy_speed(),
-            since: self.rotated[0].map(|rotated| clock::now() - rotated),
-            watched: self.watching_since().filter(|_| self.passes == 0),
-            dull: self.dull,
-        });
-        tracing::debug!(?step, ?debt, ?outlook, left = ?due.left(), "ahead");
-        match step {
-            Step::Nap(nap) => return Ok((total, Some(nap))),
-            Step::Watch => {
-                self.rotate_only(&mut hold)?;
-                return Ok((total, Some(Duration::ZERO)));
+        let (mut hold, mut debt) = self.look_and_hold()?;
+        let outlook = loop {
+            let total = debt.total();
+            if converge.is_some_and(|converge| total <= converge) {
+                return Ok((total, None));
             }
-            Step::Pass | Step::LastPass => {}
-        }
+            let outlook = self.outlook(&debt, due.left());
+            self.expect(outlook);
+            let urgent = self.options.hard && !outlook.in_time;
+            self.options.urgent.store(urgent, Ordering::Relaxed);
+            self.note_urgent(self.is_urgent(&debt, &outlook, due.left()));
+            let step = ahead::next(&Situation {
+                left: due.left(),
+                debt,
+                fit: self.learned.change.fit(),
+                copy: self.copy_speed(),
+                since: self.rotated[0].map(|rotated| clock::now() - rotated),
+                watched: self.watching_since().filter(|_| self.passes == 0),
+                dull: self.dull,
+            });
+            tracing::debug!(?step, ?debt, ?outlook, left = ?due.left(), "ahead");
+            match step {
+                Step::Nap(nap) => return Ok((total, Some(nap))),
+                // What it has looked at tells what comes next.
+                Step::Watch if self.rotate_only(&mut hold)? => debt = self.debt(&hold),
+                // A VM that is off changes nothing that could be watched.
+                Step::Watch | Step::Pass | Step::LastPass => break outlook,
+            }
+        };
+        let total = debt.total();
         drop(hold);
         self.choose_patience(&debt, &outlook, due, converge);
         self.probe(until)?;

@@ -282,7 +282,7 @@ impl Runner {
         }
         let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
         let mut disks = std::mem::take(&mut self.disks);
-        let acted = self.serve(&mut hold, &listening, disks.len());
+        let acted = self.serve(&mut hold, &listening, disks.len(), true);
         let acted = acted.and_then(|()| self.connect_all(&mut hold, &listening, &mut disks));
         let acted = acted.and_then(|mut clients| {
             act(self, &disks, &mut clients)?;

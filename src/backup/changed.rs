@@ -38,7 +38,7 @@ impl Runner {
     }
 
     fn read_changed(&self, hold: &mut Hold, listening: &Listening) -> Result<Vec<Changed>> {
-        self.serve(hold, listening, self.disks.len())?;
+        self.serve(hold, listening, self.disks.len(), true)?;
         let mut all = Vec::new();
         for (index, disk) in self.disks.iter().enumerate() {
             let tracked = self.tracked(&disk.key)?;

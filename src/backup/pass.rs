@@ -324,7 +324,8 @@ impl Runner {
         ends: Deadline,
         give: &mut dyn FnMut(Piece) -> ControlFlow<()>,
     ) -> Result<()> {
-        self.serve(hold, listening, disks.len())?;
+        let bitmaps = disks.iter().any(|disk| disk.open.is_none());
+        self.serve(hold, listening, disks.len(), bitmaps)?;
         let off = self.vm.offline();
         let machine = hold.machine_seen()?.clone();
         self.watch().need(self.needed_pace(disks));
@@ -412,10 +413,17 @@ impl Runner {
         Some((open - disk.postponed()) * self.repo.block_size().bytes())
     }
 
-    /// Starts the VM's NBD server, and journals what is going to be put into the VM for an export of every disk.
-    pub(super) fn serve(&self, hold: &mut Hold, listening: &Listening, disks: usize) -> Result<()> {
+    /// Starts the VM's NBD server, and journals what is going to be put into the VM for an export of every disk, with bitmaps
+    /// or without any.
+    pub(super) fn serve(
+        &self,
+        hold: &mut Hold,
+        listening: &Listening,
+        disks: usize,
+        bitmaps: bool,
+    ) -> Result<()> {
         let mut left = vec![listening.leftover()];
-        left.extend((0..disks).flat_map(|disk| export::leftovers(&self.run, disk)));
+        left.extend((0..disks).flat_map(|disk| export::leftovers(&self.run, disk, bitmaps)));
         hold.journal.write(left)?;
         start_server(listening, hold)
     }

@@ -1,7 +1,8 @@
 //! libvirt domains: found by name or UUID, described by their XML, and reached through libvirt's monitor passthrough.
 //!
-//! A [`Domain`] holds no connection: each use opens one, so that a restart of libvirt's daemon between two uses is not
-//! noticed. Calls of libvirt block for as long as its daemon likes; each runs in a thread of its own with a deadline.
+//! A [`Domain`] holds no connection: what only asks shares one that is kept open, and is asked again over a new one after a
+//! restart of libvirt's daemon; what must not be asked twice opens one. Calls of libvirt block for as long as its daemon
+//! likes; each runs in a thread of its own with a deadline.
 //!
 //! ```text
 //! Domain    name, UUID, URI: active? XML?        xml      disks and agent, read from the XML
@@ -18,6 +19,8 @@ mod redefine;
 mod snapshot;
 mod xml;
 
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use virt::connect::Connect;
@@ -239,11 +242,17 @@ impl Domain {
     ) -> Result<T> {
         let deadline = Deadline::after(RESTART);
         loop {
-            let connection = open_patiently(&self.uri)?;
+            let connection = kept(&self.uri)?;
             let (uuid, question) = (self.uuid.clone(), question.clone());
             let answer = asked(what, connection, move |connect| {
                 question(&connect.lookup_domain_by_uuid_string(&uuid)?)
             });
+            if matches!(
+                answer,
+                Err(Error::Unconnected { .. } | Error::Timeout { .. })
+            ) {
+                forget(&self.uri);
+            }
             match answer {
                 Err(Error::Unconnected { .. }) if !deadline.passed() => {}
                 Err(Error::Closed) => {
@@ -333,6 +342,31 @@ fn open(uri: Option<&str>) -> Result<Connection> {
         connect,
         uri: given.unwrap_or(resolved),
     })
+}
+
+/// Connections that were opened, by URI: each new one costs the daemon more than what is asked over it.
+static KEPT: Mutex<BTreeMap<String, Connect>> = Mutex::new(BTreeMap::new());
+
+/// A connection for what may be asked again when it turns out to be broken: a daemon that has gone is noticed then.
+fn kept(uri: &str) -> Result<Connection> {
+    let known = || KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    let alive = known()
+        .get(uri)
+        .filter(|connect| connect.is_alive().unwrap_or(false))
+        .cloned();
+    if let Some(connect) = alive {
+        let uri = uri.to_owned();
+        return Ok(Connection { connect, uri });
+    }
+    let opened = open_patiently(uri)?;
+    known().insert(uri.to_owned(), opened.connect.clone());
+    Ok(opened)
+}
+
+/// Whoever did not answer over it is not asked over it again.
+fn forget(uri: &str) {
+    let mut known = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    known.remove(uri);
 }
 
 /// A connection, also where the daemon is just being restarted.

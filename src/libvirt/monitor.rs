@@ -1,13 +1,16 @@
 //! A domain's monitor: QMP through libvirt's passthrough (`virDomainQemuMonitorCommand`).
 //!
-//! The passthrough finds a domain by its UUID, whichever QEMU process that is by now. So the domain's id, which is new at
-//! every start, is compared before and after each command: an answer of another process is an end of this monitor.
+//! The passthrough finds a domain by its UUID, whichever QEMU process that is by now. libvirt starts another one only when the
+//! last one is gone; so an answer counts if the process that this monitor is of lives when it has come. Before a command that
+//! changes something the domain's id, which is new at every start, is compared, too.
 //!
 //! A restart of libvirt's daemon leaves QEMU alone. The connection is then made anew; a command that was on its way is
 //! asked again when it only asks ([`Error::Lost`] otherwise: nobody knows whether it was executed).
 
+use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -15,7 +18,7 @@ use virt::domain::Domain;
 use virt::error::ErrorNumber;
 
 use super::snapshot::DomainSnapshots;
-use super::{ANSWER, Connection, RESTART, open, open_patiently, within};
+use super::{ANSWER, Connection, RESTART, forget, kept, open, open_patiently, within};
 use crate::clock::{self, Deadline};
 use crate::qmp::agent::Channel;
 use crate::qmp::command::{request, result};
@@ -25,6 +28,9 @@ use crate::qmp::{Error, Handover, Monitor, Process, Result};
 
 /// What an agent's command may take beyond its own time, for libvirt's own synchronisation with the agent.
 const AGENT_GRACE: Duration = Duration::from_secs(10);
+
+/// Of each domain its id, its QEMU and its own directory, as they were found last: they are asked for once in its life.
+static SEEN: Mutex<BTreeMap<String, (u32, Process, PathBuf)>> = Mutex::new(BTreeMap::new());
 
 /// A monitor of a domain that runs.
 pub(super) struct DomainMonitor {
@@ -47,19 +53,40 @@ impl std::fmt::Debug for DomainMonitor {
 impl DomainMonitor {
     /// Connects to a domain that runs.
     pub(super) fn connect(uri: &str, uuid: &str) -> Result<Self> {
-        let connection = open_patiently(uri)?;
-        let (domain, id) = look_up(&connection, uuid)?;
+        let mut connection = kept(uri)?;
+        let found = match look_up(&connection, uuid) {
+            // The daemon was restarted since.
+            Err(_) if !connection.connect.is_alive().unwrap_or(false) => {
+                forget(uri);
+                connection = kept(uri)?;
+                look_up(&connection, uuid)
+            }
+            found => found,
+        };
+        let (domain, id) = found?;
+        let id = id.ok_or(Error::Closed)?;
         let mut monitor = Self {
             connection,
             domain,
             uri: uri.to_owned(),
             uuid: uuid.to_owned(),
-            id: id.ok_or(Error::Closed)?,
+            id,
             process: Process { pid: 0, start: 0 },
             place: PathBuf::new(),
         };
+        let known = || SEEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = known().get(uuid).cloned();
+        if let Some((_, process, place)) = seen.filter(|(of, ..)| *of == id) {
+            (monitor.process, monitor.place) = (process, place);
+            if monitor.process_lives() {
+                return Ok(monitor);
+            }
+            monitor.process = Process { pid: 0, start: 0 };
+        }
         monitor.process = monitor.find_process()?;
         monitor.place = monitor.find_place()?;
+        let (process, place) = (monitor.process.clone(), monitor.place.clone());
+        known().insert(uuid.to_owned(), (id, process, place));
         Ok(monitor)
     }
 
@@ -234,15 +261,22 @@ impl Monitor for DomainMonitor {
         tracing::debug!(command, %arguments, "qmp");
         crate::fault::step(&format!("qmp:{command}:before"));
         let asked = request(command, arguments).to_string();
+        let asks = only_asks(command);
         let answer = loop {
-            self.still_there()?;
+            if !asks {
+                self.still_there()?;
+            }
             match self.send(command, &asked, timeout) {
-                Err(Error::Lost { .. }) if only_asks(command) => {}
+                Err(Error::Lost { .. }) if asks => {}
                 sent => break sent?,
             }
         };
-        // It counts only if no other process can have given it.
-        self.still_there()?;
+        // It counts only if no other process can have given it. Which one this is about is to be found yet by the first.
+        if self.process.pid == 0 {
+            self.still_there()?;
+        } else if !self.process_lives() {
+            return Err(Error::Closed);
+        }
         crate::fault::step(&format!("qmp:{command}:answered"));
         result(command, answer)
     }

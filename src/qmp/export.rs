@@ -107,17 +107,15 @@ pub fn export_id(run: &RunName, disk: usize) -> String {
     run.part(Part::Export, disk)
 }
 
-/// What must be journalled before [`add`]: the export, and the node that holds what it shows of the bitmaps.
-#[must_use]
-pub fn leftovers(run: &RunName, disk: usize) -> [Leftover; 2] {
-    [
-        Leftover::Export {
-            id: export_id(run, disk),
-        },
-        Leftover::Node {
-            name: run.part(Part::Holder, disk),
-        },
-    ]
+/// What must be journalled before [`add`]: the export, and with bitmaps the node that holds what it shows of them.
+pub fn leftovers(run: &RunName, disk: usize, bitmaps: bool) -> impl Iterator<Item = Leftover> {
+    let export = Leftover::Export {
+        id: export_id(run, disk),
+    };
+    let holder = bitmaps.then(|| Leftover::Node {
+        name: run.part(Part::Holder, disk),
+    });
+    std::iter::once(export).chain(holder)
 }
 
 /// Adds one export.

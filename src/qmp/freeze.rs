@@ -155,7 +155,7 @@ impl Freeze {
             let name = |part| self.run.part(part, disk.index);
             if self.managed() {
                 left.push(Leftover::Managed(self.managed_overlay(disk)));
-                left.extend(export::leftovers(&self.run, disk.index));
+                left.extend(export::leftovers(&self.run, disk.index, true));
                 continue;
             }
             left.push(Leftover::Job {
@@ -167,7 +167,7 @@ impl Freeze {
                 }),
                 Method::Snapshot => left.push(Leftover::Overlay(self.overlay(disk))),
             }
-            left.extend(export::leftovers(&self.run, disk.index));
+            left.extend(export::leftovers(&self.run, disk.index, true));
             left.push(Leftover::Node {
                 name: name(Part::Scratch),
             });

@@ -107,7 +107,10 @@ pub struct Machine {
 pub struct Known {
     names: Option<(Process, Names)>,
     devices: Vec<Value>,
-    properties: BTreeMap<(String, &'static str), Option<Value>>,
+    /// Of the devices with an id, by their paths.
+    types: BTreeMap<String, String>,
+    /// By the device's path, the node that it has, and the property's name.
+    properties: BTreeMap<(String, String, &'static str), Option<Value>>,
 }
 
 #[derive(Debug, Clone)]
@@ -118,10 +121,18 @@ struct Names {
 }
 
 impl Known {
-    /// Devices may have come and gone unseen.
+    /// Devices may have come and gone unseen, with other ones at their nodes. libvirt gives no node's name twice.
     pub fn forget_devices(&mut self) {
         self.devices.clear();
+        self.types.clear();
         self.properties.clear();
+    }
+
+    /// What was known of another process's devices is not known of this one's.
+    fn is_of(&mut self, process: &Process) {
+        if self.names.as_ref().is_none_or(|(of, _)| of != process) {
+            self.forget_devices();
+        }
     }
 
     fn names(&mut self, monitor: &mut dyn Monitor) -> Result<Names> {
@@ -150,25 +161,24 @@ impl Known {
         if devices == self.devices {
             return;
         }
-        self.properties.clear();
+        self.forget_devices();
         for device in &devices {
             if let Some(kind) = kind(device) {
                 let path = format!("{PERIPHERAL}/{}", text(device, "name"));
-                let kind = Some(Value::from(kind));
-                self.properties.insert((path, "type"), kind);
+                self.types.insert(path, kind.to_owned());
             }
         }
         self.devices = devices;
     }
 
-    /// A device's property, `None` when it has none of that name.
+    /// A property of a device at a node, `None` when it has none of that name.
     fn property(
         &mut self,
         monitor: &mut dyn Monitor,
-        path: &str,
+        (path, node): (&str, &str),
         name: &'static str,
     ) -> Result<Option<Value>> {
-        let key = (path.to_owned(), name);
+        let key = (path.to_owned(), node.to_owned(), name);
         if let Some(known) = self.properties.get(&key) {
             return Ok(known.clone());
         }
@@ -187,6 +197,7 @@ impl Known {
 pub fn identify(monitor: &mut dyn Monitor, known: &mut Known) -> Result<Machine> {
     let (blocks, graph) = blocks_and_graph(monitor)?;
     let devices = devices(monitor)?;
+    known.is_of(monitor.process());
     let mut disks: Vec<Disk> = Vec::new();
     let mut left_out = nodeless(&devices);
     known.compare(devices);
@@ -298,8 +309,14 @@ fn describe(
         return leave("no guest device uses it".to_owned(), false);
     }
     let (path, key) = device_path(qdev);
-    let kind = known.property(monitor, &path, "type")?.unwrap_or_default();
-    let kind = kind.as_str().unwrap_or("").to_owned();
+    let top = text(inserted, "node-name");
+    let at = (path.as_str(), top);
+    let kind = if let Some(kind) = known.types.get(&path) {
+        kind.clone()
+    } else {
+        let kind = known.property(monitor, at, "type")?.unwrap_or_default();
+        kind.as_str().unwrap_or("").to_owned()
+    };
     if kind == FLASH {
         let why = "the firmware's variables, no disk; a point of a domain holds them as its nvram";
         return leave(why.to_owned(), false);
@@ -312,14 +329,13 @@ fn describe(
         let why = "the device has no id, so it cannot be told from others after a restart: give it one (`-device ...,id=NAME`)";
         return leave(why.to_owned(), true);
     };
-    let shared = known.property(monitor, &path, "share-rw")?;
+    let shared = known.property(monitor, at, "share-rw")?;
     if shared == Some(Value::Bool(true)) {
         return leave(
             "shared with other writers (share-rw=on), which no bitmap sees".to_owned(),
             true,
         );
     }
-    let top = text(inserted, "node-name");
     let found = graph
         .below_filters(top)
         .and_then(|(node, filters)| graph.disk(&key, &node, filters));
@@ -328,7 +344,7 @@ fn describe(
             qdev.clone_into(&mut disk.qdev);
             disk.device = kind;
             disk.werror = known
-                .property(monitor, &path, "werror")?
+                .property(monitor, at, "werror")?
                 .and_then(|value| value.as_str().map(str::to_owned))
                 .unwrap_or_default();
             Ok(Ok(disk))

@@ -296,10 +296,13 @@ fn stop_server(
     listener: &str,
     done: &mut Released,
 ) -> Result<()> {
-    // A descriptor that no server took still listens, and would be mistaken for one that hangs.
-    match call::<qmp::closefd>(monitor, json!({ "fdname": listener })) {
-        Err(error) if !error.refused() => return Err(error),
-        _ => {}
+    // A descriptor that no server took still listens, and would be mistaken for one that hangs. Where QEMU makes the socket
+    // itself there is none.
+    if monitor.place().is_none() {
+        match call::<qmp::closefd>(monitor, json!({ "fdname": listener })) {
+            Err(error) if !error.refused() => return Err(error),
+            _ => {}
+        }
     }
     if greets(socket) {
         let exports = list::<qmp::query_block_exports>(monitor, json!({}))?;

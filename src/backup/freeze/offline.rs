@@ -41,7 +41,9 @@ impl Runner {
         let mut spool = Spool::new(&directory)?;
         let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
         let mut left = vec![listening.leftover()];
-        left.extend((0..self.disks.len()).flat_map(|disk| export::leftovers(&self.run, disk)));
+        left.extend(
+            (0..self.disks.len()).flat_map(|disk| export::leftovers(&self.run, disk, true)),
+        );
         hold.journal.write(left)?;
         start_server(&listening, hold)?;
         let disks = self.freeze_disks(hold, &rotation)?;
