@@ -189,3 +189,37 @@ pub struct RetiredBitmap {
     /// Its name.
     pub name: String,
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_was_not_chosen_or_could_not_be_is_what_a_point_is_without() {
+        let hex = "0123456789abcdef";
+        let disk = |key: &str| {
+            json!({ "key": key, "device": "", "node": "", "format": "raw", "size": 0,
+                    "map": { "size": 0, "layers": [] }, "tracking": null, "rescanned": null })
+        };
+        let manifest = |machine: Value| -> Manifest {
+            serde_json::from_value(json!({
+                "id": hex, "target": { "key": "a", "spellings": [] }, "instant": "2026-11-27T00:00:00Z",
+                "utc_offset": 0, "forerun": "", "parent": null, "session": hex.repeat(2), "freeze": "fleece",
+                "quiesce": "quiesced", "disks": [disk("vda")], "machine": machine, "statistics": null,
+                "retired_bitmaps": [],
+            }))
+            .unwrap()
+        };
+        let point = manifest(json!({
+            "disks": [{ "key": "vda" }, { "key": "vdb" }],
+            "left_out": [
+                { "device": "cd", "refused": false },
+                { "device": "nvdimm0", "refused": true },
+            ],
+        }));
+        assert_eq!(point.without(), ["vdb", "nvdimm0"]);
+        assert!(manifest(Value::Null).without().is_empty());
+    }
+}

@@ -148,6 +148,7 @@ mod tests {
                 ("vdc", true),
                 ("vdd", true),
                 ("nvdimm1", true),
+                ("virtiopmem0", true),
                 ("fs0", false)
             ]
         );

@@ -2,7 +2,8 @@
 //!
 //! The passthrough finds a domain by its UUID, whichever QEMU process that is by now. libvirt starts another one only when the
 //! last one is gone; so an answer counts if the process that this monitor is of lives when it has come. Before a command that
-//! changes something the domain's id, which is new at every start, is compared, too.
+//! changes something the domain's id, which is new at every start, is compared, too; nothing that was read is relied upon
+//! before such a command has followed it, if only to take back what a batch or a freeze put into the VM.
 //!
 //! A restart of libvirt's daemon leaves QEMU alone. The connection is then made anew; a command that was on its way is
 //! asked again when it only asks ([`Error::Lost`] otherwise: nobody knows whether it was executed).
@@ -29,8 +30,9 @@ use crate::qmp::{Error, Handover, Monitor, Process, Result};
 /// What an agent's command may take beyond its own time, for libvirt's own synchronisation with the agent.
 const AGENT_GRACE: Duration = Duration::from_secs(10);
 
-/// Of each domain its id, its QEMU and its own directory, as they were found last: they are asked for once in its life.
-static SEEN: Mutex<BTreeMap<String, (u32, Process, PathBuf)>> = Mutex::new(BTreeMap::new());
+/// Of each domain, by its daemon's URI and its UUID, its id, its QEMU and its own directory, as they were found last: they are
+/// asked for once in its life.
+static SEEN: Mutex<BTreeMap<[String; 2], (u32, Process, PathBuf)>> = Mutex::new(BTreeMap::new());
 
 /// A monitor of a domain that runs.
 pub(super) struct DomainMonitor {
@@ -75,7 +77,8 @@ impl DomainMonitor {
             place: PathBuf::new(),
         };
         let known = || SEEN.lock().unwrap_or_else(PoisonError::into_inner);
-        let seen = known().get(uuid).cloned();
+        let key = [uri.to_owned(), uuid.to_owned()];
+        let seen = known().get(&key).cloned();
         if let Some((_, process, place)) = seen.filter(|(of, ..)| *of == id) {
             (monitor.process, monitor.place) = (process, place);
             if monitor.process_lives() {
@@ -86,7 +89,7 @@ impl DomainMonitor {
         monitor.process = monitor.find_process()?;
         monitor.place = monitor.find_place()?;
         let (process, place) = (monitor.process.clone(), monitor.place.clone());
-        known().insert(uuid.to_owned(), (id, process, place));
+        known().insert(key, (id, process, place));
         Ok(monitor)
     }
 

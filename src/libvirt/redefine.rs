@@ -10,7 +10,7 @@ use roxmltree::{Document, Node};
 
 use super::definition::{Image, Parts, Plan, Redefined, tpm_home};
 use super::edit::{Edits, escape};
-use super::xml::child;
+use super::xml::{child, keeps_data};
 use crate::qmp::{Error, Result};
 
 /// Elements of `<os>` that name a file to boot from.
@@ -218,6 +218,19 @@ impl Work<'_> {
                 ));
             }
             "channel" | "serial" | "parallel" | "console" => self.character_device(device),
+            "graphics" if self.plan.uuid.is_some() => {
+                let what = device.attribute("type").unwrap_or("graphics");
+                self.own_path(Some(device), "socket", what);
+                for listen in device.children().filter(|node| node.has_tag_name("listen")) {
+                    self.own_path(Some(listen), "socket", what);
+                }
+            }
+            // The original's own is no place for another's writes.
+            "memory" if self.plan.uuid.is_some() && keeps_data(device) => {
+                self.edits.remove(device);
+                let note = "persistent memory is not in the point: the domain is without it";
+                self.notes.push(note.to_owned());
+            }
             "tpm" => {
                 if let Some(backend) = child(device, "backend")
                     && backend.attribute("type") == Some("emulator")
@@ -237,12 +250,13 @@ impl Work<'_> {
     /// A second VM has sockets and files of its own: at the original's paths it would take the sockets from it, that of its
     /// guest agent too, and write into its logs.
     fn character_device(&mut self, device: Node<'_, '_>) {
-        let source = child(device, "source");
+        let mut source = child(device, "source");
         let path = source.and_then(|source| source.attribute("path"));
-        if let (Some(source), Some(path)) = (source, path)
+        if let (Some(old), Some(path)) = (source, path)
             && SOCKETS.iter().any(|place| path.starts_with(place))
         {
-            return self.edits.remove(source);
+            self.edits.remove(old);
+            source = None;
         }
         if self.plan.uuid.is_none() {
             return;
@@ -265,10 +279,11 @@ impl Work<'_> {
         self.own_path(child(device, "log"), "file", what);
     }
 
-    /// A path beside the original's.
+    /// A path beside the original's. Devices are everybody's: `/dev/null`.
     fn own_path(&mut self, node: Option<Node<'_, '_>>, attribute: &str, what: &str) {
         if let Some(node) = node
             && let Some(path) = node.attribute(attribute)
+            && !path.starts_with("/dev/")
         {
             let own = format!("{path}.{}", self.plan.name);
             self.edits.set_attribute(node, attribute, &own);
@@ -458,6 +473,10 @@ mod tests {
     <console type='file'><source path='/log/serial' append='on'/><target type='serial' port='0'/></console>
     <serial type='pty'><log file='/log/pty' append='on'/><target port='1'/></serial>
     <serial type='dev'><source path='/dev/ttyS0'/><target port='2'/></serial>
+    <serial type='file'><source path='/dev/null'/><target port='3'/></serial>
+    <memory model='nvdimm'><source><path>/pm/win</path></source><target><size unit='KiB'>524288</size></target></memory>
+    <memory model='dimm'><target><size unit='KiB'>524288</size></target></memory>
+    <graphics type='spice'><listen type='socket' socket='/run/spice.sock'/></graphics>
     <tpm model='tpm-crb'><backend type='emulator' version='2.0'><source type='dir' path='/srv/tpm/win'/></backend></tpm>
     <graphics type='vnc' port='-1' autoport='yes' passwd='it&apos;s'/>
     <hostdev mode='subsystem' type='pci' managed='yes'><source><address domain='0x0000' bus='0x06' slot='0x02' function='0x0'/></source></hostdev>
@@ -584,6 +603,7 @@ mod tests {
             ("path='/run/own.sock", 1),
             ("path='/log/serial", 2),
             ("file='/log/pty", 1),
+            ("socket='/run/spice.sock", 1),
         ] {
             let there = made.xml.matches(&format!("{path}.{own}'")).count();
             assert_eq!(
@@ -597,8 +617,12 @@ mod tests {
             format!("its channel is /run/own.sock.{name}"),
             format!("its serial is /log/pty.{name}"),
             format!("its serial is /log/serial.{name}"),
+            format!("its spice is /run/spice.sock.{name}"),
         ];
         assert!(made.own.iter().eq(&told), "{:?}", made.own);
+        assert!(made.xml.contains("path='/dev/null'"), "{}", made.xml);
+        assert!(!made.xml.contains("/pm/win"), "{}", made.xml);
+        assert!(made.xml.contains("<memory model='dimm'>"), "{}", made.xml);
         assert!(
             made.xml
                 .contains("<backend type='emulator' version='2.0'></backend>")
@@ -616,6 +640,7 @@ mod tests {
             ("sdb is empty", 1),
             ("hostdev", 1),
             ("/dev/ttyS0", 1),
+            ("persistent memory", 1),
             ("sdd", 0),
             ("sda", 0),
             ("nvram", 0),
@@ -636,6 +661,8 @@ mod tests {
             "'/run/own.sock'",
             "'/log/serial'",
             "'/log/pty'",
+            "'/run/spice.sock'",
+            "/pm/win",
         ] {
             assert!(made.xml.contains(kept), "{kept}");
         }

@@ -54,8 +54,8 @@ impl Description {
             if node.has_tag_name("disk") {
                 found.disks.push(disk(node));
             }
-            if node.has_tag_name("memory") {
-                found.memory.extend(memory(node, &found.memory));
+            if node.has_tag_name("memory") && keeps_data(node) {
+                found.memory.push(memory_id(node, &found.memory));
             }
             if node.has_tag_name("filesystem") {
                 found.shares.push(format!("fs{}", found.shares.len()));
@@ -71,19 +71,19 @@ impl Description {
     }
 }
 
-/// The id of a `<memory>` device that keeps what the guest writes (libvirt's `qemuAssignDeviceMemoryAlias`): an NVDIMM goes by its
-/// slot, the others are counted.
-fn memory(node: Node<'_, '_>, before: &[String]) -> Option<String> {
-    let (kind, slot) = match node.attribute("model")? {
-        "nvdimm" => (
-            "nvdimm",
-            child(node, "address").and_then(|address| address.attribute("slot")),
-        ),
-        "virtio-pmem" => ("virtiopmem", None),
-        _ => return None,
-    };
-    let count = before.iter().filter(|id| id.starts_with(kind)).count();
-    Some(slot.map_or_else(|| format!("{kind}{count}"), |slot| format!("{kind}{slot}")))
+/// Whether a `<memory>` device keeps what the guest writes.
+pub(super) fn keeps_data(memory: Node<'_, '_>) -> bool {
+    matches!(memory.attribute("model"), Some("nvdimm" | "virtio-pmem"))
+}
+
+/// The id of a `<memory>` device (libvirt's `qemuAssignDeviceMemoryAlias`): an NVDIMM goes by its slot, others are counted.
+fn memory_id(node: Node<'_, '_>, before: &[String]) -> String {
+    let kind = node.attribute("model").unwrap_or_default().replace('-', "");
+    let slot = child(node, "address").and_then(|address| address.attribute("slot"));
+    let slot = slot.filter(|_| kind == "nvdimm").map(str::to_owned);
+    let count = || before.iter().filter(|id| id.starts_with(&kind)).count();
+    let number = slot.unwrap_or_else(|| count().to_string());
+    format!("{kind}{number}")
 }
 
 fn disk(node: Node<'_, '_>) -> Disk {
@@ -137,6 +137,7 @@ pub(super) mod tests {
         <filesystem type='mount'><driver type='virtiofs'/><source dir='/srv/x'/><target dir='x'/></filesystem>
         <memory model='dimm'><target><size unit='KiB'>524288</size></target></memory>
         <memory model='nvdimm'><source><path>/pm/1</path></source><address type='dimm' slot='1'/></memory>
+        <memory model='virtio-pmem'><source><path>/pm/2</path></source></memory>
         <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>
         </devices></domain>";
 
@@ -156,7 +157,10 @@ pub(super) mod tests {
         assert!(found.disks[4].encrypted && !found.disks[0].encrypted);
         assert_eq!(
             (found.memory, found.shares),
-            (vec!["nvdimm1".to_owned()], vec!["fs0".to_owned()])
+            (
+                vec!["nvdimm1".to_owned(), "virtiopmem0".to_owned()],
+                vec!["fs0".to_owned()]
+            )
         );
         assert!(Description::parse("<domain><devices").is_err());
         let bare = Description::parse("<domain/>").unwrap();

@@ -110,7 +110,7 @@ pub struct Known {
     /// Of the devices with an id, by their paths.
     types: BTreeMap<String, String>,
     /// By the device's path, the node that it has, and the property's name.
-    properties: BTreeMap<(String, String, &'static str), Option<Value>>,
+    properties: BTreeMap<(String, String, &'static str), Value>,
 }
 
 #[derive(Debug, Clone)]
@@ -180,16 +180,18 @@ impl Known {
     ) -> Result<Option<Value>> {
         let key = (path.to_owned(), node.to_owned(), name);
         if let Some(known) = self.properties.get(&key) {
-            return Ok(known.clone());
+            return Ok(Some(known.clone()));
         }
         let asked = json!({ "path": path, "property": name });
-        let value = match call::<qmp::qom_get>(monitor, asked) {
-            Ok(value) => Some(value),
-            Err(Error::Command { .. }) => None,
-            Err(error) => return Err(error),
-        };
-        self.properties.insert(key, value.clone());
-        Ok(value)
+        match call::<qmp::qom_get>(monitor, asked) {
+            Ok(value) => {
+                self.properties.insert(key, value.clone());
+                Ok(Some(value))
+            }
+            // Of a device that is just going the next look may say more.
+            Err(Error::Command { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -135,3 +135,23 @@ fn a_small_raw_image_and_one_that_a_vm_uses() {
     vm.quit();
     qemu_img(&["info", a.to_str().unwrap()]);
 }
+
+#[test]
+fn an_image_is_copied_ahead_without_being_watched() {
+    let lab = Lab::new();
+    let a = image(lab.path(), "web.qcow2", "qcow2", 64 * MIB);
+    let off = format!("disk:vda={}", a.display());
+    lab.forerun(&["backup", &off, "--as", "web"]).ended(0);
+    qemu_io("qcow2", &a, "write -P 7 0 32M");
+    // Of as much time a part would be for watching what changes.
+    let due = jiff::Timestamp::now() + Duration::from_secs(20);
+    let words = ["run", &off, "--as", "web", "--at", &due.to_string(), "-vv"];
+    let ran = lab.forerun(&words).ended(0);
+    let copied = ran.at("/targets/0/point/bytes/precopied");
+    assert_eq!(copied.as_u64(), Some(32 * MIB), "{}", ran.json);
+    // Each step opens the image anew.
+    let steps = ran.words.matches("ahead step=").count();
+    assert!((1..40).contains(&steps), "{steps} steps: {}", ran.words);
+    let held = [vec![7; 32 << 20], vec![0; 32 << 20]].concat();
+    lab.same(&ran.point(), &[("vda", &held)]);
+}
