@@ -279,11 +279,11 @@ impl Work<'_> {
         self.own_path(child(device, "log"), "file", what);
     }
 
-    /// A path beside the original's. Devices are everybody's: `/dev/null`.
+    /// A path beside the original's. Devices are everybody's: `/dev/null`; what is in `/dev/shm` is none.
     fn own_path(&mut self, node: Option<Node<'_, '_>>, attribute: &str, what: &str) {
         if let Some(node) = node
             && let Some(path) = node.attribute(attribute)
-            && !path.starts_with("/dev/")
+            && (!path.starts_with("/dev/") || path.starts_with("/dev/shm/"))
         {
             let own = format!("{path}.{}", self.plan.name);
             self.edits.set_attribute(node, attribute, &own);
