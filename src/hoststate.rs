@@ -3,6 +3,7 @@
 //! ```text
 //! /var/lib/forerun/<key>/           0700; FORERUN_STATE_DIR or the XDG state directory without root
 //!   target.lock                     held while anything of ours is in the VM (a batch, a freeze), whichever the repository
+//!   target.wait                     held, shared, by those who wait for that: a batch then ends sooner
 //!   run-<repository>.lock           held by the one run of a repository on this target
 //!   <run>.journal                   what that run has put, or is about to put, into the VM
 //! /var/lib/forerun/budget/           what all runs of this host share (`budget`)
@@ -71,6 +72,10 @@ fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
 /// The lock of a batch or a freeze, and what it is of.
 const TARGET_LOCK: &str = "target.lock";
 const THE_TARGET: &str = "the target";
+/// What those hold together who wait for it.
+const TARGET_WAIT: &str = "target.wait";
+/// Between two tries to take a lock.
+const LOCK_LOOK: Duration = Duration::from_millis(20);
 /// Where what was measured of targets is kept.
 const LEARNED: &str = "learned";
 /// How the file of a journal that is being written ends.
@@ -183,6 +188,16 @@ impl TargetState {
         self.lock(TARGET_LOCK, THE_TARGET, doing, wait)
     }
 
+    /// Whether somebody waits for the target's lock.
+    #[must_use]
+    pub fn is_awaited(&self) -> bool {
+        let Ok(file) = File::open(self.directory.join(TARGET_WAIT)) else {
+            return false;
+        };
+        let free = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+        matches!(free, Err(rustix::io::Errno::WOULDBLOCK))
+    }
+
     /// Takes the lock of the one run of a repository on this target.
     pub fn lock_run(&self, repository: &str, doing: &str) -> Result<Lock> {
         self.lock(
@@ -195,14 +210,8 @@ impl TargetState {
 
     fn lock(&self, name: &str, what: &str, doing: &str, wait: Duration) -> Result<Lock> {
         let path = self.directory.join(name);
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(io("open", &path))?;
+        let mut file = open_lock(&path)?;
+        let mut waits = None;
         let deadline = Deadline::after(wait);
         loop {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -221,11 +230,17 @@ impl TargetState {
                         holder: holder.to_owned(),
                     });
                 }
-                Err(rustix::io::Errno::WOULDBLOCK) => clock::sleep(Duration::from_millis(20)),
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    if waits.is_none() {
+                        waits = self.wait_for(name);
+                    }
+                    clock::sleep(LOCK_LOOK);
+                }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(io("lock", &path)(error.into())),
             }
         }
+        drop(waits);
         let holder = format!(
             "`{doing}` (pid {}) since {}",
             std::process::id(),
@@ -240,6 +255,17 @@ impl TargetState {
             tracing::warn!(%error, lock = %path.display(), "cannot note who holds the lock");
         }
         Ok(Lock { file })
+    }
+
+    /// Tells the holder of the target's lock that somebody waits for it, for as long as the file is open. Where that cannot be
+    /// told it is waited for all the same.
+    fn wait_for(&self, name: &str) -> Option<File> {
+        if name != TARGET_LOCK {
+            return None;
+        }
+        let file = open_lock(&self.directory.join(TARGET_WAIT)).ok()?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).ok()?;
+        Some(file)
     }
 
     /// The journals of runs that left something in the VM. Only meaningful under the target's lock: then none of them
@@ -288,6 +314,17 @@ impl TargetState {
             },
         }
     }
+}
+
+fn open_lock(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(io("open", path))
 }
 
 fn make_directory(directory: &Path) -> Result<()> {
@@ -543,5 +580,38 @@ impl Journal {
             }
             _ => self.sync_directory(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_holds_a_target_sees_whether_somebody_waits_for_it() {
+        let root = tempfile::tempdir().unwrap();
+        let state = TargetState {
+            directory: root.path().to_owned(),
+            learned: root.path().join(LEARNED),
+        };
+        let long = Duration::from_secs(60);
+        let held = state.lock_target("one", Duration::ZERO).unwrap();
+        assert!(!state.is_awaited());
+        // Who does not wait is not waited for.
+        state.lock_target("two", Duration::ZERO).unwrap_err();
+        state.lock_run("repository", "two").unwrap();
+        assert!(!state.is_awaited());
+        let third = std::thread::scope(|scope| {
+            let third = scope.spawn(|| state.lock_target("three", long));
+            let deadline = Deadline::after(long);
+            while !state.is_awaited() {
+                assert!(!deadline.passed(), "nobody is seen to wait");
+                clock::sleep(Duration::from_millis(1));
+            }
+            drop(held);
+            third.join().unwrap().unwrap()
+        });
+        assert!(!state.is_awaited());
+        drop(third);
     }
 }

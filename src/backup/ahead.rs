@@ -146,9 +146,8 @@ impl Runner {
             }
         };
         let total = debt.total();
-        drop(hold);
         self.choose_patience(&debt, &outlook, due, converge);
-        self.probe(until)?;
+        self.probe(hold, until)?;
         let useful = |bytes: Copied| bytes.precopied - bytes.superseded;
         let before = useful(self.bytes);
         let owed = debt.useful(self.learned.change.fit());
@@ -201,12 +200,11 @@ impl Runner {
     }
 
     /// Rotates a moment before the pass does, so that it knows what changes just now.
-    fn probe(&mut self, until: Deadline) -> Result<()> {
+    fn probe(&mut self, mut hold: Hold, until: Deadline) -> Result<()> {
         let watched = self.rotated[0].is_some_and(|rotated| clock::now() - rotated < WATCHED);
         if !self.cooling || watched || until.left() < NO_PROBE {
             return Ok(());
         }
-        let mut hold = self.hold()?;
         let rotated = self.rotate_only(&mut hold)?;
         drop(hold);
         if rotated {
@@ -219,6 +217,12 @@ impl Runner {
     fn rotate_only(&mut self, hold: &mut Hold) -> Result<bool> {
         if !hold.lasting()? || self.vm.offline() {
             return Ok(false);
+        }
+        if self.rotated[0].is_none() {
+            // From here to the first batch nothing is copied: what guest and host do without us is known then.
+            let machine = hold.machine_seen()?.clone();
+            self.watch().begin(&mut hold.monitor, &machine, false);
+            self.watch().rest();
         }
         self.rotate(hold, false)?;
         for disk in &mut self.disks {

@@ -10,6 +10,7 @@
 
 mod ahead;
 mod audit;
+mod batch;
 mod changed;
 mod commit;
 mod configuration;

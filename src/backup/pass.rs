@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use super::batch::End;
 use super::connect::{Drained, connect};
 use super::learned::wall_seconds;
 use super::reading::Reading;
@@ -27,20 +28,12 @@ use crate::session::Read;
 use crate::units::{BlockRun, BlockSize, Extent};
 use crate::vm::{Hold, seen};
 
-/// How long a batch holds the VM's exports at most.
-const BATCH: Duration = Duration::from_secs(3);
 /// Between a broken connection and the next try.
 const AFTER_LOSS: Duration = Duration::from_millis(500);
 /// How often in a row a batch is begun anew since QEMU did not answer after a connection.
 const DRAINED_TRIES: u32 = 5;
 /// How often a domain may end within a pass.
 const ENDS: u32 = 3;
-/// Between two batches, so that an operator's command that waits gets its turn.
-const BETWEEN: Duration = Duration::from_millis(20);
-/// As [`BETWEEN`], where libvirt refuses at once what a batch stands in the way of, and the operator tries again.
-const BETWEEN_DOMAIN: Duration = Duration::from_millis(200);
-/// Between two batches over the images of a VM that is off: whoever starts it fails while they are held, and tries again.
-const BETWEEN_OFF: Duration = Duration::from_secs(1);
 /// Bytes of pieces that were read and wait, or are worked on.
 const SPARE: usize = 16 << 20;
 /// Up to this pace a block is read at a time, bytes a second: a guest's request that comes then waits for a short one.
@@ -136,6 +129,7 @@ impl Runner {
                 }
                 rotated = true;
             }
+            let begun = clock::now();
             match self.batch(hold, pass, until) {
                 Err(error) if error.is::<Drained>() && drained < DRAINED_TRIES => {
                     tracing::info!("{error:#}: the batch is begun anew");
@@ -162,11 +156,7 @@ impl Runner {
                 self.keep_learned();
                 return Ok(PassEnd::Complete);
             }
-            let between = match (self.vm.offline(), &self.vm.domain) {
-                (true, _) => BETWEEN_OFF,
-                (_, Some(_)) => BETWEEN_DOMAIN,
-                (_, None) => BETWEEN,
-            };
+            let between = self.between_batches(clock::now() - begun);
             clock::sleep(until.map_or(between, |until| between.min(until.left())));
             self.give_way(until)?;
             if until.is_some_and(Deadline::passed) {
@@ -206,7 +196,6 @@ impl Runner {
     /// One batch: exports, reads for a few seconds, release; then everything durable.
     fn batch(&mut self, mut hold: Hold, pass: u64, until: Option<Deadline>) -> Result<()> {
         let epoch = self.session.state.epoch;
-        let ends = until.map_or(Deadline::after(BATCH), |until| until.at_most(BATCH));
         let listening = Listening::place(&hold.monitor, self.vm.state.directory(), &self.run);
         let mut disks = std::mem::take(&mut self.disks);
         let copy_disks = std::mem::take(&mut self.copy_disks);
@@ -229,7 +218,7 @@ impl Runner {
                     &mut disks,
                     &copy_disks,
                     &listening,
-                    ends,
+                    until,
                     give,
                 );
                 // What was read is what the bitmaps are about only if the disks are still what they were: an export follows
@@ -321,9 +310,10 @@ impl Runner {
         disks: &mut [RunDisk],
         copy_disks: &[CopyDisk],
         listening: &Listening,
-        ends: Deadline,
+        until: Option<Deadline>,
         give: &mut dyn FnMut(Piece) -> ControlFlow<()>,
     ) -> Result<()> {
+        let end = End::of(&self.vm.state, until);
         let bitmaps = disks.iter().any(|disk| disk.open.is_none());
         self.serve(hold, listening, disks.len(), bitmaps)?;
         let off = self.vm.offline();
@@ -355,7 +345,8 @@ impl Runner {
             let pace = self.throttle.pace();
             // With far fewer requests in flight than it has, a batch gives way to one that begins anew.
             let fits = pace.rate != Some(0) && pace.in_flight * 2 > options.depth;
-            let go_on = fits && !ends.passed() && !interrupted.load(Ordering::Relaxed);
+            let go_on =
+                fits && !end.has_come(self.longest_batch()) && !interrupted.load(Ordering::Relaxed);
             go_on && !self.yields()
         };
         let reading = Reading {

@@ -275,6 +275,11 @@ impl State {
                     }
                 }
                 self.measured_rate = real(requests.total()) / span.as_secs_f64();
+                // Not a pause that was made for it, but the time before the first batch or between two passes.
+                let long_ago = |at| now.saturating_sub(at) >= MEASURE;
+                if *span >= MEASURE && self.measured_at.is_some_and(long_ago) {
+                    self.measured_at = Some(now);
+                }
             }
             Doing::Between => {}
         }
