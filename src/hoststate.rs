@@ -3,7 +3,7 @@
 //! ```text
 //! /var/lib/forerun/<key>/           0700; FORERUN_STATE_DIR or the XDG state directory without root
 //!   target.lock                     held while anything of ours is in the VM (a batch, a freeze), whichever the repository
-//!   target.wait                     held, shared, by those who wait for that: a batch then ends sooner
+//!   waits.lock                      held, shared, by those who wait for that: a batch then ends sooner
 //!   run-<repository>.lock           held by the one run of a repository on this target
 //!   <run>.journal                   what that run has put, or is about to put, into the VM
 //! /var/lib/forerun/budget/           what all runs of this host share (`budget`)
@@ -73,7 +73,7 @@ fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
 const TARGET_LOCK: &str = "target.lock";
 const THE_TARGET: &str = "the target";
 /// What those hold together who wait for it.
-const TARGET_WAIT: &str = "target.wait";
+const TARGET_WAIT: &str = "waits.lock";
 /// Between two tries to take a lock.
 const LOCK_LOOK: Duration = Duration::from_millis(20);
 /// Where what was measured of targets is kept.
