@@ -621,12 +621,14 @@ def measure_all(bench, options):
     # Beside each other is what is compared: the machine is not the same for long.
     settings = options.settings.split(",")
     pair = [setting for setting in settings if setting in PAIR]
-    wanted = [(setting, False) for setting in pair] + [(setting, True) for setting in reversed(pair)]
-    wanted += [(setting, held) for setting in settings if setting not in PAIR for held in (False, True)]
+    # Two that are measured next to each other, whoever begins.
+    twos = [[(setting, held) for setting in pair] for held in (False, True)]
+    twos += [[(setting, held) for held in (False, True)] for setting in settings if setting not in PAIR]
     for run in range(first, first + options.runs):
-        # Each run begins with another setting: what drifts over time hurts none more than the others.
-        turn = (run - 1) * 3 % len(wanted)
-        for setting, held in wanted[turn:] + wanted[:turn]:
+        # Each run begins with another one: what drifts over time hurts none more than the others.
+        turn = (run - 1) % len(twos)
+        order = [two if (at + run) % 2 else two[::-1] for at, two in enumerate(twos)]
+        for setting, held in sum(order[turn:] + order[:turn], []):
             target = f"held to {options.hold}" if held else "free"
             # A tool that fails under the load is tried again; each failure is in the table.
             for _ in range(ATTEMPTS):
