@@ -161,7 +161,8 @@ def main():
     table = Table(sys.argv[1])
     print(f"{len(table.rows)} measurements, {len(table.failed)} failed; load before them {min(table.loads, default=0):.1f} - "
           f"{max(table.loads, default=0):.1f}")
-    if max(table.loads, default=0) > 3:
+    # After a tool whose writers wait for a held target it is high for a while by itself.
+    if statistics.median(table.loads or [0]) > 3:
         print("THE MACHINE WAS BUSY WITH SOMETHING ELSE: none of these figures is to be trusted or told")
     fewest = min((float(row["ahead_writes"]) for row in table.rows.values()), default=0)
     if fewest < 1000:

@@ -26,6 +26,9 @@ const PROBE: Duration = Duration::from_millis(500);
 const WATCHED: Duration = Duration::from_secs(3);
 /// With less time than this nothing is found out first.
 const NO_PROBE: Duration = Duration::from_millis(2500);
+/// Commands to a VM are so far apart, but for the last moment.
+const APART: Duration = Duration::from_millis(10);
+const IN_A_HURRY: Duration = Duration::from_secs(1);
 /// After trouble that passes by itself.
 const AFTER_TROUBLE: Duration = Duration::from_secs(2);
 /// The due time is looked for by the wall clock so often.
@@ -78,6 +81,22 @@ impl Runner {
     /// Copies ahead for as long as there is time. What passes by itself (somebody else's use of the VM, a restart) is
     /// waited for: the time that a backup is due has not come.
     fn precopy_until(&mut self, due: Deadline, converge: Option<u64>) -> Result<(u64, bool)> {
+        self.ahead_until = Some(due);
+        let done = self.steps_ahead(due, converge);
+        self.ahead_until = None;
+        done
+    }
+
+    /// Where there is time, what is asked of a VM in our hands is not asked in one go.
+    pub(super) fn space(&self, hold: &mut Hold) {
+        let time = self
+            .ahead_until
+            .is_some_and(|until| until.left() > IN_A_HURRY);
+        hold.monitor
+            .space(if time { APART } else { Duration::ZERO });
+    }
+
+    fn steps_ahead(&mut self, due: Deadline, converge: Option<u64>) -> Result<(u64, bool)> {
         let mut left = u64::MAX;
         let mut trouble = String::new();
         let reached = |left| converge.is_none_or(|converge| left <= converge);

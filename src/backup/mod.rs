@@ -264,6 +264,8 @@ pub struct Runner {
     cooling: bool,
     /// How many passes in a row have brought little.
     dull: u32,
+    /// Until then it is copied ahead, and nothing is in a hurry.
+    ahead_until: Option<Deadline>,
     /// When what passes copy has to be there, and what that was when the pass was begun.
     schedule: Option<(Deadline, u64)>,
     /// Within a pass: since when it is measured how fast it goes, waits included, and what it copied since.
@@ -332,6 +334,7 @@ impl Runner {
             patience: Patience::None,
             cooling: false,
             dull: 0,
+            ahead_until: None,
             schedule: None,
             measured: (clock::now(), 0),
             rotated: [None; 2],
@@ -405,6 +408,7 @@ impl Runner {
             }
         }
         self.warnings.append(&mut hold.failed_hooks);
+        self.space(&mut hold);
         hold.look()?;
         Ok(hold)
     }

@@ -221,6 +221,7 @@ impl Runner {
                     until,
                     give,
                 );
+                this.space(&mut hold);
                 // What was read is what the bitmaps are about only if the disks are still what they were: an export follows
                 // to an overlay that somebody puts on. And what failed may have failed for a disk that has gone.
                 let looked = hold.look().map(drop);

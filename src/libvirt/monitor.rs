@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use virt::domain::Domain;
@@ -43,6 +43,9 @@ pub(super) struct DomainMonitor {
     id: u32,
     process: Process,
     place: PathBuf,
+    /// How far commands are apart at least, and when the last one was answered.
+    apart: Duration,
+    answered: Option<Instant>,
 }
 
 impl std::fmt::Debug for DomainMonitor {
@@ -75,6 +78,8 @@ impl DomainMonitor {
             id,
             process: Process { pid: 0, start: 0 },
             place: PathBuf::new(),
+            apart: Duration::ZERO,
+            answered: None,
         };
         let known = || SEEN.lock().unwrap_or_else(PoisonError::into_inner);
         let key = [uri.to_owned(), uuid.to_owned()];
@@ -188,6 +193,15 @@ impl DomainMonitor {
         self.process.pid == 0 || start_time(self.process.pid) == Some(self.process.start)
     }
 
+    /// What makes one picture is asked at once.
+    fn keep_apart(&self, command: &str) {
+        if let Some(answered) = self.answered
+            && !["query-named-block-nodes", "x-debug-query-block-graph"].contains(&command)
+        {
+            clock::sleep(self.apart.saturating_sub(clock::now() - answered));
+        }
+    }
+
     fn send(&mut self, command: &str, request: &str, timeout: Duration) -> Result<Value> {
         let (domain, text) = (self.domain.clone(), request.to_owned());
         let answer = within(command, timeout, move || {
@@ -261,6 +275,7 @@ impl Monitor for DomainMonitor {
                 "{command}: libvirt's passthrough takes no descriptor"
             )));
         }
+        self.keep_apart(command);
         tracing::debug!(command, %arguments, "qmp");
         crate::fault::step(&format!("qmp:{command}:before"));
         let asked = request(command, arguments).to_string();
@@ -274,6 +289,7 @@ impl Monitor for DomainMonitor {
                 sent => break sent?,
             }
         };
+        self.answered = Some(clock::now());
         // It counts only if no other process can have given it. Which one this is about is to be found yet by the first.
         if self.process.pid == 0 {
             self.still_there()?;
@@ -297,6 +313,10 @@ impl Monitor for DomainMonitor {
 
     fn place(&self) -> Option<&Path> {
         Some(&self.place)
+    }
+
+    fn space(&mut self, apart: Duration) {
+        self.apart = apart;
     }
 
     fn manager(&self) -> Option<Box<dyn Manager>> {

@@ -183,7 +183,7 @@ impl State {
     /// What a pass would have to do if it began now.
     #[must_use]
     pub fn outlook(&self, config: &Config, now: Now) -> Decision {
-        let (cause, score) = self.worst(config);
+        let (cause, score) = self.worst(config, |_| true);
         let fixed = ceiling(self, config, now, None);
         if score <= 1.0 || !config.control {
             let rate = config.ceiling(now.minute);
@@ -285,8 +285,8 @@ impl State {
         }
     }
 
-    /// What was seen against what is allowed, the worst first.
-    fn worst(&self, config: &Config) -> (Cause, f64) {
+    /// What was seen against what is allowed: the worst of what counts.
+    fn worst(&self, config: &Config, counts: fn(Cause) -> bool) -> (Cause, f64) {
         let mean = |average: &Average| average.mean().unwrap_or(0.0);
         let of = |value: f64, limit: f64| {
             if limit >= 1.0 {
@@ -334,6 +334,7 @@ impl State {
         }
         found
             .into_iter()
+            .filter(|(cause, _)| counts(*cause))
             .max_by(|a, b| a.1.total_cmp(&b.1))
             .unwrap_or((Cause::Latency, 0.0))
     }
@@ -424,7 +425,7 @@ impl State {
     }
 
     /// After a stop: whether to go on.
-    fn resumes(&self, config: &Config, now: Duration, until: Duration, score: f64) -> bool {
+    fn resumes(&self, config: &Config, now: Duration, until: Duration) -> bool {
         let since = now.saturating_sub(self.stopped_at.unwrap_or(Duration::ZERO));
         if since < STOP_FIRST {
             return false;
@@ -439,6 +440,8 @@ impl State {
         }
         let calm = |average: &Average| average.mean().is_some_and(|mean| mean < 0.1);
         let calm = calm(&self.quiet.disk_use) && calm(&self.quiet.io_pressure);
+        // What does not stop it does not keep it stopped.
+        let (_, score) = self.worst(config, may_stop);
         score < LOWER && (now >= until || (calm && since >= 2 * STOP_FIRST))
     }
 }
@@ -461,7 +464,7 @@ pub fn step(mut state: State, sample: &Sample, config: &Config, now: Now) -> (St
         let decision = ceiling(&state, config, now, None);
         return (state, decision);
     }
-    let worst = state.worst(config);
+    let worst = state.worst(config, |_| true);
     let at = now.at;
     state.measured_at.get_or_insert(at);
     if let Urgency::Hard(rate) = config.urgency
@@ -475,7 +478,7 @@ pub fn step(mut state: State, sample: &Sample, config: &Config, now: Now) -> (St
             state.phase = Phase::Copying;
             state.measured_at = Some(at);
         }
-        Phase::Stopped(until, _) if hard || state.resumes(config, at, until, worst.1) => {
+        Phase::Stopped(until, _) if hard || state.resumes(config, at, until) => {
             state.phase = Phase::Copying;
             state.resumed_at = Some(at);
             state.measured_at = Some(at);

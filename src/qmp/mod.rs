@@ -234,6 +234,10 @@ pub trait Monitor: Send + std::fmt::Debug {
         None
     }
 
+    /// From now on a command comes so long after the one before it, where commands cost a guest anything: what it does
+    /// meanwhile waits for one of them, and not for all.
+    fn space(&mut self, _apart: Duration) {}
+
     /// Who takes external snapshots of the VM, where somebody else must know of them.
     fn manager(&self) -> Option<Box<dyn managed::Manager>> {
         None
@@ -268,6 +272,10 @@ impl Monitor for Box<dyn Monitor> {
 
     fn place(&self) -> Option<&Path> {
         (**self).place()
+    }
+
+    fn space(&mut self, apart: Duration) {
+        (**self).space(apart);
     }
 
     fn manager(&self) -> Option<Box<dyn managed::Manager>> {

@@ -282,6 +282,21 @@ fn permanent_load_does_not_starve_it() {
 }
 
 #[test]
+fn a_busy_cpu_does_not_keep_it_stopped() {
+    let speed = |cpu: f64| {
+        let world = World {
+            cpu: Box::new(move |_| cpu),
+            ..World::new(between(60.0, 70.0, 0.95))
+        };
+        let run = run(&world, &Config::default(), 100.0);
+        keeps_its_word("busy CPU", &run, 0.10);
+        run.speed(72.0, 100.0) / MIB
+    };
+    let (idle, busy) = (speed(0.1), speed(0.75));
+    assert!(busy > idle / 4.0, "{busy} MiB/s instead of {idle}");
+}
+
+#[test]
 fn busy_hours_and_the_rate_are_ceilings() {
     let config = Config {
         rate: Some(100 << 20),
