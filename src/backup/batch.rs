@@ -8,12 +8,11 @@ use super::Runner;
 use crate::clock::{self, Deadline};
 use crate::hoststate::TargetState;
 
-/// How long a batch holds the VM's exports at most.
+/// How long a batch holds the VM's exports at most where somebody waits for it: another command, or a run of another repository,
+/// which gets no longer ones either.
 const BATCH: Duration = Duration::from_secs(3);
 /// As [`BATCH`], of a domain that is copied before its time.
 const BATCH_AHEAD: Duration = Duration::from_secs(10);
-/// A batch that another command waits for ends after this.
-const BATCH_AWAITED: Duration = Duration::from_secs(1);
 /// Between two looks at whether one waits.
 const LOOK: Duration = Duration::from_millis(100);
 /// Between two batches, so that an operator's command that waits gets its turn.
@@ -42,7 +41,7 @@ impl<'a> End<'a> {
             begun,
             until,
             state,
-            awaited: Mutex::new((begun + BATCH_AWAITED, false)),
+            awaited: Mutex::new((begun + BATCH, false)),
         }
     }
 
