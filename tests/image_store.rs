@@ -17,6 +17,7 @@ use forerun::image::{Error, InitOptions, Repository};
 use forerun::units::BlockSize;
 use image_common::memory::{Fate, Memory, Objects};
 use image_common::{init_store, sha256};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags};
 
 /// What every store does.
 fn contract(store: &dyn Store) {
@@ -103,6 +104,36 @@ fn the_store_of_the_crash_tests_keeps_the_contract() {
 fn an_encrypted_store_keeps_the_contract() {
     let beneath = Memory::new(Objects::new(), None, Fate::Lost);
     contract(init_store(Arc::new(beneath), true).store());
+}
+
+/// Another descriptor of the open file, as a child has it from its fork until it is another program.
+fn inherited(path: &Path) -> rustix::fd::OwnedFd {
+    let is = |fd: &std::fs::DirEntry| std::fs::read_link(fd.path()).is_ok_and(|to| to == path);
+    let mut open = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    let fd: i32 = open
+        .find(is)
+        .unwrap()
+        .file_name()
+        .to_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    let own = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).unwrap();
+    rustix::process::pidfd_getfd(own, fd, PidfdGetfdFlags::empty()).unwrap()
+}
+
+#[test]
+fn a_lock_is_let_go_though_a_child_has_its_file_open() {
+    let (directory, store) = directory();
+    let held = store.lock("index", "the first").unwrap();
+    let path = directory
+        .path()
+        .canonicalize()
+        .unwrap()
+        .join("repo/locks/index");
+    let _child = inherited(&path);
+    drop(held);
+    store.lock("index", "the second").unwrap();
 }
 
 #[test]

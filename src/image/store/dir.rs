@@ -516,7 +516,7 @@ impl Store for DirStore {
             let text = Holder::ourselves(who).to_text();
             file.set_len(0).map_err(failed)?;
             file.write_all(text.as_bytes()).map_err(failed)?;
-            return Ok(StoreLock::new(file));
+            return Ok(StoreLock::new(Held(file)));
         }
     }
 
@@ -546,6 +546,16 @@ impl Store for DirStore {
             }
         }
         Ok(held)
+    }
+}
+
+/// The file of a lock that is held.
+struct Held(File);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Said, and not only closed: a child that is about to be another program has the file open, too.
+        flock(&self.0, FlockOperation::Unlock).ok();
     }
 }
 
