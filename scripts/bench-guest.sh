@@ -6,7 +6,7 @@
 #                          [-b BINARY] [-q DIR] [-d DIRECTORY] [-o TSV]
 #   scripts/bench-guest.sh -r TSV
 #
-#   -n   runs; each is all settings with both targets (10)
+#   -n   runs, beside those that the table has; each is all settings with both targets (10)
 #   -t   seconds of load before the backup is due (45)
 #   -w   seconds of load from then on, at least (10)
 #   -s   size of the first disk, MiB, all of it random; the second has half of it (1024)

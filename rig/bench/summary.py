@@ -159,7 +159,7 @@ def tell_goals(table):
 
 def main():
     table = Table(sys.argv[1])
-    print(f"{len(table.rows)} measurements, {len(table.failed)} failed; load before them {min(table.loads, default=0):.1f} - "
+    print(f"{len(table.rows)} measurements and {len(table.failed)} tries that failed; load before them {min(table.loads, default=0):.1f} - "
           f"{max(table.loads, default=0):.1f}")
     # After a tool whose writers wait for a held target it is high for a while by itself.
     if statistics.median(table.loads or [0]) > 3:
